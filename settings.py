@@ -1,0 +1,285 @@
+"""What can be set, where does each value come from, and is the combination possible?
+
+One frozen dataclass is the whole configuration: every field is a command-line flag, its help string stands in
+its metadata, and its default is the tiny world's. Precedence: defaults < preset's stage < `--config file.json`
+< flags. Nothing of torch is imported here, so `--help` and every refusal come at once.
+
+A refusal is a `SettingsError`: one line that names the flag and what to do; `train.py` exits with code 2.
+"""
+
+import argparse
+import difflib
+import json
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+
+STAGES = ("pretrain", "grpo", "sft", "merge", "opd", "all")
+TASKS = ("composition", "text", "quality")
+ASSETS = "assets/tiny"
+
+
+class SettingsError(ValueError):
+    """A flag, value or combination that cannot work; the message is one line."""
+
+
+def _option(default, help: str, **more):
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata={"help": help, **more})
+    return field(default=default, metadata={"help": help, **more})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every setting of a run. Symbols in brackets are the papers' (F: Flow-OPD, Q: Qwen-Image-2.0-RL)."""
+
+    # ------------------------------------------------------------------------------------------ what to run
+    preset: str = _option("tiny", "hyper-parameters to start from", choices=("tiny",))
+    stage: str = _option("opd", "which part of the pipeline", choices=STAGES)
+    name: str = _option("", "name of the run, a folder below --out; empty: preset-stage[-task]")
+    out: str = _option("runs", "folder that holds the runs")
+    config: str = _option("", "JSON file of settings, applied over the preset and under the flags")
+    task: str = _option("", "grpo: which teacher; 'mix' is the GRPO-mix baseline; empty: the three teachers in turn",
+                        choices=("", *TASKS, "mix"))  # fmt: skip
+    steps: int = _option(1, "optimizer steps (iterations) of the stage", low=0)
+    seed: int = _option(0, "seed of everything random: batches, noise, new weights", low=0)
+    resume: bool = _option(True, "continue a run of this name from its last checkpoint; --no-resume starts it anew")
+    dry_run: bool = _option(False, "print the resolved settings and the plan, then stop")
+    # ------------------------------------------------------------------------------------- models and data
+    model: str = _option(f"{ASSETS}/base", "folder of the base checkpoint that all adapters share")
+    teachers: dict = _option({t: f"{ASSETS}/teacher-{t}" for t in TASKS},
+                             "TASK=PATH ...: adapter of each task's teacher (an adapter folder or a run)")  # fmt: skip
+    anchor: str = _option("quality", "MAR's task-agnostic teacher (F Eq. 12): a teacher's task or an adapter path")
+    init: str = _option("", "adapter that the student starts from (a cold start, F 5.1); empty: the base itself")
+    compare: dict = _option({}, "eval.py: NAME=PATH ...: adapters to score beside the base and the teachers")
+    prompts: dict = _option({}, "TASK=PATH ...: your own prompts (.txt, GenEval .jsonl, or a folder of them)")
+    tasks: str = _option(",".join(TASKS), "comma-separated tasks that opd and sft train and eval scores")
+    # ------------------------------------------------------------------------------------------- optimizer
+    lr: float = _option(1e-3, "AdamW's learning rate", low=0.0)
+    warmup: int = _option(5, "steps over which the learning rate rises to --lr", low=0)
+    decay: bool = _option(False, "let the learning rate fall to zero along a cosine")
+    weight_decay: float = _option(1e-4, "AdamW's weight decay", low=0.0)
+    grad_norm: float = _option(1.0, "largest norm of a gradient; longer ones are scaled down to it", low=0.0)
+    ema_decay: float = _option(0.9, "decay of the averaged weights, which are what a checkpoint exports", low=0.0, high=1.0)
+    ema_every: int = _option(1, "steps between two updates of the averaged weights", low=1)
+    rank: int = _option(16, "LoRA rank r of a new adapter", low=1)
+    alpha: float = _option(32.0, "LoRA alpha of a new adapter; its update is alpha/r * B @ A", low=0.0)
+    batch_size: int = _option(128, "pretrain, sft: images a step and process", low=1)
+    caption_dropout: float = _option(0.1, "pretrain: share of captions left empty, for guidance", low=0.0, high=1.0)
+    # --------------------------------------------------------------------------------------------- rollout
+    prompts_per_step: int = _option(12, "prompts [P] a step and process", low=1)
+    group_size: int = _option(16, "samples per prompt [G]", low=1)
+    num_steps: int = _option(6, "sampling steps in training [T]", low=1)
+    noise_level: float = _option(0.7, "SDE noise level [a] of sigma_t = a sqrt(t/(1-t)) (Flow-CPS: eta)", low=0.0)
+    kernel: str = _option("sde", "transition kernel: F Eq. 5-6, or Flow-CPS", choices=("sde", "cps"))
+    window: str = _option("0:5", "START:STOP of the transitions that are stochastic; the others are ODE steps")
+    cfg: float = _option(1.0, "guidance scale of the rollout and of the objective", low=0.0)
+    # ------------------------------------------------------------------------------------------------ grpo
+    rewards: str = _option("", "NAME=WEIGHT,...: geneval, ocr, quality, or task (the prompt's own); empty: the task's")
+    advantage_std: str = _option("batch", "what advantages are divided by", choices=("group", "batch", "none"))
+    advantage_clip: float = _option(5.0, "largest absolute advantage", low=0.0)
+    clip: float = _option(1e-4, "clip range [epsilon] of the policy ratio", low=0.0)
+    log_prob: str = _option("mean", "log-prob over the D latent dimensions: mean as released, sum is exact",
+                            choices=("mean", "sum"))  # fmt: skip
+    guard: bool = _option(False, "GRPO-Guard's ratio normalisation")
+    beta: float = _option(0.0, "weight of the KL to the base policy", low=0.0)
+    updates: int = _option(1, "grpo: optimizer updates per rollout, each on its share of the prompts", low=1)
+    train_steps: str = _option("first", "which transitions are trained", choices=("all", "first", "random"))
+    train_count: int = _option(4, "how many of them (first: highest noise; random: favours high noise)", low=1)
+    # ------------------------------------------------------------------------------------------ opd, merge, sft
+    estimator: str = _option("analytic", "gradient estimator of the on-policy distillation",
+                             choices=("literal", "released", "analytic", "sampled", "path", "sampled_path",
+                                      "velocity"))  # fmt: skip
+    single_pass: bool = _option(True, "opd: the rollout's own forward carries the gradient, nothing is stored")
+    kl_scale: str = _option("true", "KL as in F Eq. 9, or the released code's scale (times dt)",
+                            choices=("true", "released"))  # fmt: skip
+    mar: float = _option(0.02, "weight [lambda; beta in App. A] of manifold anchor regularisation", low=0.0)
+    merge_method: str = _option("svd", "cold start by merging", choices=("cat", "svd", "ties", "factor"))
+    sft_images: int = _option(960, "sft: images sampled from the routed teachers", low=1)
+    # ------------------------------------------------------------------------------------- evaluation, output
+    train_prompts: int = _option(2048, "prompts the tiny world generates for training, per task", low=1)
+    eval_prompts: int = _option(192, "test prompts per task in an evaluation", low=1)
+    eval_steps: int = _option(10, "ODE sampling steps in an evaluation", low=1)
+    eval_every: int = _option(0, "steps between evaluations during training; 0: only at the end", low=0)
+    save_every: int = _option(25, "steps between checkpoints", low=1)
+    keep: int = _option(2, "checkpoints kept, newest first", low=1)
+    threads: int = _option(0, "CPU threads per process; 0: all cores, shared among the processes", low=0)
+
+
+# What each stage of a preset changes. Learning rates and sizes were found on two CPU cores; see the README.
+PRESETS: dict[str, dict[str, dict]] = {
+    "tiny": {
+        "pretrain": dict(steps=6000, lr=2e-3, decay=True, warmup=100, weight_decay=0.01, ema_decay=0.999, save_every=500),
+        "grpo": dict(steps=150, lr=7e-4),
+        "sft": dict(steps=100, batch_size=96, lr=1e-3),
+        "merge": dict(steps=0),
+        "opd": dict(steps=80, lr=1e-3, prompts_per_step=24, group_size=4, train_steps="all", train_count=5),
+    },
+}
+
+
+def help_of(name: str) -> str:
+    return Settings.__dataclass_fields__[name].metadata["help"]
+
+
+def _parser(prog: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=prog, allow_abbrev=False, argument_default=argparse.SUPPRESS, exit_on_error=False,
+        description="Flow-OPD and Qwen-Image-2.0-RL, from pretraining to on-policy distillation.",
+    )  # fmt: skip
+    for f in fields(Settings):
+        flag, default = "--" + f.name.replace("_", "-"), f.default if f.default is not MISSING else f.default_factory()
+        shown = " ".join(f"{k}={v}" for k, v in default.items()) if isinstance(default, dict) else default
+        text = f"{f.metadata['help']} (default: {shown})".replace("%", "%%")
+        if f.type is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+        elif f.type is dict:
+            parser.add_argument(flag, nargs="+", action="extend", metavar="NAME=PATH", help=text)
+        else:
+            kind = {"type": f.type, "metavar": f.type.__name__.upper()}
+            if "choices" in f.metadata:
+                kind["metavar"] = "{" + ",".join(c for c in f.metadata["choices"] if c) + "}"
+            parser.add_argument(flag, help=text, **kind)
+    return parser
+
+
+def _pairs(flag: str, items: list[str]) -> dict[str, str]:
+    for item in items:
+        if "=" not in item:
+            raise SettingsError(f"--{flag} {item}: write it as TASK=PATH, TASK one of {', '.join(TASKS)}")
+    return dict(item.split("=", 1) for item in items)
+
+
+def _read_config(path: str) -> dict:
+    try:
+        values = json.loads(Path(path).read_text())
+    except OSError as fault:
+        raise SettingsError(f"--config {path}: {fault.strerror}") from fault
+    except ValueError as fault:
+        raise SettingsError(f"--config {path}: not JSON ({fault})") from fault
+    if not isinstance(values, dict):
+        raise SettingsError(f"--config {path}: must be one JSON object of settings")
+    known = {f.name: f.type for f in fields(Settings)}
+    for key, value in values.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            raise SettingsError(f"--config {path}: no setting {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        kind = known[key]
+        fits = isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
+        if not fits:
+            raise SettingsError(f"--config {path}: {key} must be a {kind.__name__}, not {value!r}")
+        values[key] = kind(value)
+    return values
+
+
+def parse(argv: list[str], prog: str = "train.py") -> tuple[Settings, dict]:
+    """The command line -> (resolved settings, what the user chose of them); `--stage all` resolves each stage anew.
+
+    Raises SettingsError on an unknown flag, a wrong value or an impossible combination.
+    """
+    parser = _parser(prog)
+    try:
+        given, unknown = parser.parse_known_args(argv)
+    except argparse.ArgumentError as fault:
+        raise SettingsError(str(fault).replace("argument ", "")) from fault
+    if unknown:
+        flags = ["--" + f.name.replace("_", "-") for f in fields(Settings)]
+        near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1)
+        raise SettingsError(f"unknown flag {unknown[0]}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
+    flags = vars(given)
+    for f in fields(Settings):
+        if f.type is dict and f.name in flags:
+            flags[f.name] = _pairs(f.name, flags[f.name])
+    chosen = _read_config(flags["config"]) if flags.get("config") else {}
+    chosen.update(flags)
+    if prog == "eval.py":
+        chosen = {"name": "eval", "mar": 0.0, **chosen}
+    return resolve(chosen), chosen
+
+
+def resolve(chosen: dict) -> Settings:
+    """Lay what the user chose over the preset of the stage, check it, and give the run its name."""
+    stage, preset = chosen.get("stage", Settings.stage), chosen.get("preset", Settings.preset)
+    if preset not in PRESETS:
+        raise SettingsError(f"--preset {preset}: choose from {', '.join(PRESETS)}")
+    settings = Settings(**{**PRESETS[preset].get(stage, {}), **chosen})
+    check(settings)
+    if not settings.name:
+        parts = [preset, stage, settings.task if stage == "grpo" else ""]
+        settings = Settings(**{**asdict(settings), "name": "-".join(p for p in parts if p)})
+    return settings
+
+
+def check(s: Settings) -> None:
+    """Refuse what cannot work; every message names the flag and the way out."""
+    for f in fields(Settings):
+        value, flag = getattr(s, f.name), "--" + f.name.replace("_", "-")
+        if "choices" in f.metadata and value not in f.metadata["choices"]:
+            raise SettingsError(f"{flag} {value}: choose from {', '.join(c for c in f.metadata['choices'] if c)}")
+        if "low" in f.metadata and not value >= f.metadata["low"]:  # 'not >=' refuses NaN as well
+            raise SettingsError(f"{flag} {value}: must be at least {f.metadata['low']}")
+        if "high" in f.metadata and value > f.metadata["high"]:
+            raise SettingsError(f"{flag} {value}: must be at most {f.metadata['high']}")
+    if Path(s.name).name != s.name or s.name in (".", ".."):
+        raise SettingsError(f"--name {s.name}: must be a plain folder name")
+    for key in (*s.teachers, *s.prompts, *task_list(s)):
+        if key not in TASKS:
+            raise SettingsError(f"task {key!r}: choose from {', '.join(TASKS)}")
+    start, stop = window_of(s)
+    if s.stage == "grpo" and (start >= stop or s.noise_level == 0):
+        raise SettingsError("--stage grpo needs noise: widen --window and set --noise-level above 0")
+    if s.stage == "grpo" and s.group_size < 2:
+        raise SettingsError("--group-size 1: a group of one has no advantage; use at least 2")
+    if s.prompts_per_step % s.updates:
+        raise SettingsError(f"--updates {s.updates} must divide --prompts-per-step {s.prompts_per_step}")
+    if s.stage in ("opd", "sft", "merge") and not s.teachers:
+        raise SettingsError(f"--stage {s.stage} needs --teachers TASK=PATH, at least one")
+    missing = [t for t in task_list(s) if t not in s.teachers]
+    if s.stage in ("opd", "sft") and missing:
+        raise SettingsError(f"task {missing[0]!r} has no teacher: give --teachers {missing[0]}=PATH, or leave it out of --tasks")
+    if s.stage == "opd" and s.estimator != "velocity" and (start >= stop or s.noise_level == 0):
+        raise SettingsError(f"--estimator {s.estimator} needs noise: widen --window, or use --estimator velocity (ODE)")
+    if s.stage == "opd" and s.kernel != "sde":
+        raise SettingsError("--stage opd knows the KL of the SDE kernel only (F Eq. 9): use --kernel sde")
+    if s.beta > 0 and s.kernel != "sde":
+        raise SettingsError("--beta is the SDE kernel's KL (F Eq. 9): use --kernel sde or --beta 0")
+    for item in filter(None, s.rewards.split(",")):
+        name, _, weight = item.partition("=")
+        if name not in ("geneval", "ocr", "quality", "task"):
+            raise SettingsError(f"--rewards {item}: no reward {name!r}; choose from geneval, ocr, quality, task")
+        try:
+            float(weight or "1")
+        except ValueError:
+            raise SettingsError(f"--rewards {item}: {weight!r} is not a number") from None
+
+
+def for_stage(chosen: dict, stage: str, **more) -> Settings:
+    """One stage of a larger plan: what the user chose, over that stage's preset, with the plan's own paths."""
+    base = {k: v for k, v in chosen.items() if k not in ("stage", "name")}
+    return resolve({**base, "stage": stage, **more})
+
+
+def window_of(s: Settings) -> tuple[int, int]:
+    """--window START:STOP -> (start, stop), clipped to the number of steps."""
+    try:
+        start, stop = (int(part) for part in s.window.split(":"))
+    except ValueError:
+        raise SettingsError(f"--window {s.window}: write it as START:STOP, e.g. 0:5") from None
+    if start < 0 or stop < start:
+        raise SettingsError(f"--window {s.window}: needs 0 <= START <= STOP")
+    return start, min(stop, s.num_steps)
+
+
+def task_list(s: Settings) -> list[str]:
+    return [t for t in s.tasks.split(",") if t]
+
+
+def rewards_of(s: Settings, task: str) -> dict[str, float]:
+    """--rewards -> {name: weight}; by default the task's own reward.
+
+    The quality teacher's default is F App. A's: the quality score and the prompt's own task reward, one to one,
+    over the prompts of all tasks. Quality alone is hacked into empty pictures (F Fig. 2).
+    DEVIATION: F 6.1 says 4:6 with PickScore; F contradicts itself (finding 6) and we follow its appendix.
+    """
+    if s.rewards:
+        return {n: float(w or 1) for n, _, w in (i.partition("=") for i in s.rewards.split(",") if i)}
+    return {"quality": 0.5, "task": 0.5} if task == "quality" else {"task": 1.0}

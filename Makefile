@@ -22,5 +22,22 @@ test: .venv/installed
 	.venv/bin/ruff check
 	$(PY) -m pytest
 
+reproduce: .venv/installed
+	$(PY) bench.py learning
+
+bench: .venv/installed
+	$(PY) bench.py estimators
+	$(PY) bench.py speed
+
+# The shipped checkpoints, from nothing: what `assets/tiny` holds came out of this.
+assets: .venv/installed
+	$(PY) train.py --preset tiny --stage pretrain --name assets-base
+	$(PY) train.py --preset tiny --stage grpo --name assets --model runs/assets-base
+	rm -rf assets/tiny && mkdir -p assets/tiny
+	cp -r "$$(ls -d runs/assets-base/checkpoints/step-* | tail -1)" assets/tiny/base
+	for task in composition text quality; do \
+	  cp -r "$$(ls -d runs/assets-$$task/checkpoints/step-* | tail -1)" assets/tiny/teacher-$$task; done
+	find assets -name training.pt -delete
+
 clean:
 	rm -rf runs .venv

@@ -32,18 +32,25 @@ USER_ERRORS = (settings.SettingsError, data.DataError, models.ModelError, reward
 
 def load_prompts(s: Settings, split: str, count: int, tasks: Sequence[str]) -> dict[str, list[Prompt]]:
     """Prompts of each task: the user's files (--prompts) or the tiny world's own; DataError names file and line."""
+    mine = read_own_prompts(s.prompts, split)
     prompts = {}
     for task in tasks:
-        if task in s.prompts:
-            prompts[task] = data.read_prompts(s.prompts[task], task, split)
-            for prompt in prompts[task]:
-                tiny.check_prompt(prompt)
-                if task == "composition" and "include" not in prompt.metadata:
-                    raise data.DataError(f"{prompt.source}: composition is scored by GenEval metadata; use a .jsonl")
-            prompts[task] = prompts[task][: count if split == "test" else None]
-        else:
-            prompts[task] = tiny.make_prompts(task, split, count)
+        prompts[task] = mine.get(task) or tiny.make_prompts(task, split, count)
+        if split == "test":
+            prompts[task] = prompts[task][:count]
     return prompts
+
+
+def read_own_prompts(paths: Mapping[str, str], split: str) -> dict[str, list[Prompt]]:
+    """--prompts TASK=PATH ... -> prompts by task; "auto" routes each prompt by itself (F Eq. 7, `data.task_of`)."""
+    found: dict[str, list[Prompt]] = {}
+    for task, path in paths.items():
+        for prompt in data.read_prompts(path, "quality" if task == "auto" else task, split):
+            if task == "auto":
+                prompt = prompt._replace(task=data.task_of(prompt.text, prompt.metadata))
+            tiny.check_prompt(prompt)
+            found.setdefault(prompt.task, []).append(prompt)
+    return found
 
 
 @torch.no_grad()
@@ -98,14 +105,18 @@ def markdown_table(rows: Mapping[str, Mapping], columns: Sequence[str], digits: 
     return "\n".join(lines)
 
 
-def save_samples(folder: Path, name: str, result: dict, prompts: Mapping[str, Sequence[Prompt]], count: int = 16) -> None:
+def save_samples(
+    folder: Path, name: str, result: dict, prompts: Mapping[str, Sequence[Prompt]], count: int = 16
+) -> None:
     """One grid a task with prompts and scores, samples/NAME-TASK.png."""
     for task, (images, each) in result["images"].items():
         captions = [f"{p.text}\n{value:.2f}" for p, value in zip(prompts[task][:count], each, strict=False)]
         runtime.save_grid(folder / "samples" / f"{name}-{task}.png", images[:count], captions)
 
 
-def write_report(folder: Path, title: str, rows: dict[str, dict], tasks: Sequence[str], notes: Sequence[str] = ()) -> Path:
+def write_report(
+    folder: Path, title: str, rows: dict[str, dict], tasks: Sequence[str], notes: Sequence[str] = ()
+) -> Path:
     """report.md of a run: the table, GenEval's tags, the curves and every grid in samples/."""
     tags = [t for t in tiny.TEST_TAGS if any(t in row["tags"] for row in rows.values())]
     parts = [f"# {title}", "", markdown_table(rows, [*tasks, "average"]), ""]

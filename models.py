@@ -131,6 +131,9 @@ class FlowModel:
             result = set_peft_model_state_dict(self.transformer, state, adapter_name=name)
             if result.unexpected_keys:
                 raise ModelError(f"adapter {name}: the model has no place for {result.unexpected_keys[0]}")
+            missing = [key for key in result.missing_keys if f".{name}." in key]
+            if missing:
+                raise ModelError(f"adapter {name}: there is no value for {missing[0]}")
         self.adapters[name] = config
         self._select(STUDENT if STUDENT in self.adapters else name)
 
@@ -195,7 +198,7 @@ def save_tiny(model: FlowModel, folder: Path) -> None:
 
 
 def load_tiny(folder: Path) -> FlowModel:
-    """Read a base checkpoint written by `save_tiny`, frozen; ModelError names the file that is missing or unreadable."""
+    """Read a base checkpoint of `save_tiny`, frozen; ModelError names the file that is missing or unreadable."""
     folder = Path(folder)
     weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
     words = folder / "text_encoder" / "model.safetensors"
@@ -203,13 +206,16 @@ def load_tiny(folder: Path) -> FlowModel:
         if not file.is_file():
             raise ModelError(f"{file}: missing; is {folder} a base checkpoint? `--stage pretrain` writes one")
     try:
-        config = json.loads((folder / "transformer" / "config.json").read_text())
-        transformer = SD3Transformer2DModel.from_config(config)
-        transformer.load_state_dict(safetensors.torch.load_file(weights))
+        file = folder / "transformer" / "config.json"
+        transformer = SD3Transformer2DModel.from_config(json.loads(file.read_text()))
+        file = weights
+        transformer.load_state_dict(safetensors.torch.load_file(file))
+        file = words
         text_encoder = TinyTextEncoder(transformer.config.joint_attention_dim)
-        text_encoder.load_state_dict(safetensors.torch.load_file(words))
+        text_encoder.load_state_dict(safetensors.torch.load_file(file))
     except Exception as fault:  # safetensors, JSON and shape errors alike: one line instead of a stack
-        raise ModelError(f"{folder}: not a readable base checkpoint ({str(fault).splitlines()[0]})") from fault
+        reason = f"{file.relative_to(folder)}: {str(fault).splitlines()[0]}"
+        raise ModelError(f"{folder}: not a readable base checkpoint ({reason})") from fault
     model = FlowModel(transformer, text_encoder)
     model.source, model.fingerprint = str(folder), sha256(weights.read_bytes()).hexdigest()[:16]
     transformer.requires_grad_(False)
@@ -261,7 +267,7 @@ def load_adapter(folder: Path, model: FlowModel) -> tuple[dict[str, Tensor], Lor
     for key, value in state.items():
         name, _, factor = key.removesuffix(".weight").rpartition(".")
         layer = modules.get(name)
-        if layer is None:
+        if not hasattr(layer, "in_features"):
             raise ModelError(f"{weights}: adapts {name}, which {model.source} does not have")
         wide = (config.r, layer.in_features) if factor == "lora_A" else (layer.out_features, config.r)
         if tuple(value.shape) != wide:

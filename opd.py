@@ -152,7 +152,7 @@ def sampled_reward(
 
 
 def reward_to_go(per_step_TB: Tensor, inclusive: bool = True) -> Tensor:
-    """Suffix sums over the steps, (T, B) -> (T, B), float32 at least; gradients flow: detach what you credit.
+    """Suffix sums over the steps (F Eq. 2, 11), (T, B) -> (T, B), float32 at least; gradients flow: detach them.
 
     inclusive: this and all later steps (`future` of "sampled_path", from `sampled_reward`). Otherwise the
     later steps only, 0 at the last (`future` of "path", from the KLs): an action cannot change the KL of the

@@ -76,9 +76,9 @@ def flat_reduce(term: Tensor, reduce: str) -> Tensor:
     """
     flat_BD = full_precision(term).reshape(len(term), -1)
     if reduce == "sum":
-        return flat_BD.sum(dim=-1)
+        return flat_BD.sum(dim=1)
     if reduce == "mean":
-        return flat_BD.mean(dim=-1)
+        return flat_BD.mean(dim=1)
     raise ValueError(f"reduce must be 'sum' or 'mean', not {reduce!r}")
 
 

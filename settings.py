@@ -10,6 +10,7 @@ A refusal is a `SettingsError`: one line that names the flag and what to do; `tr
 import argparse
 import difflib
 import json
+import math
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -51,15 +52,18 @@ class Settings:
     anchor: str = _option("quality", "MAR's task-agnostic teacher (F Eq. 12): a teacher's task or an adapter path")
     init: str = _option("", "adapter that the student starts from (a cold start, F 5.1); empty: the base itself")
     compare: dict = _option({}, "eval.py: NAME=PATH ...: adapters to score beside the base and the teachers")
-    prompts: dict = _option({}, "TASK=PATH ...: your own prompts (.txt, GenEval .jsonl, or a folder of them)")
+    prompts: dict = _option({}, "TASK=PATH ...: your own prompts (.txt, GenEval .jsonl, or a folder of them); "
+                            "TASK auto routes each prompt by itself (F Eq. 7)")  # fmt: skip
     tasks: str = _option(",".join(TASKS), "comma-separated tasks that opd and sft train and eval scores")
     # ------------------------------------------------------------------------------------------- optimizer
-    lr: float = _option(1e-3, "AdamW's learning rate", low=0.0)
+    lr: float = _option(1e-3, "learning rate (AdamW; pretrain: Muon too)", low=0.0)
     warmup: int = _option(5, "steps over which the learning rate rises to --lr", low=0)
     decay: bool = _option(False, "let the learning rate fall to zero along a cosine")
-    weight_decay: float = _option(1e-4, "AdamW's weight decay", low=0.0)
+    weight_decay: float = _option(1e-4, "decoupled weight decay", low=0.0)
     grad_norm: float = _option(1.0, "largest norm of a gradient; longer ones are scaled down to it", low=0.0)
-    ema_decay: float = _option(0.9, "decay of the averaged weights, which are what a checkpoint exports", low=0.0, high=1.0)
+    ema_decay: float = _option(
+        0.9, "decay of the averaged weights, which are what a checkpoint exports", low=0.0, high=1.0
+    )
     ema_every: int = _option(1, "steps between two updates of the averaged weights", low=1)
     rank: int = _option(16, "LoRA rank r of a new adapter", low=1)
     alpha: float = _option(32.0, "LoRA alpha of a new adapter; its update is alpha/r * B @ A", low=0.0)
@@ -99,7 +103,6 @@ class Settings:
     train_prompts: int = _option(2048, "prompts the tiny world generates for training, per task", low=1)
     eval_prompts: int = _option(192, "test prompts per task in an evaluation", low=1)
     eval_steps: int = _option(10, "ODE sampling steps in an evaluation", low=1)
-    eval_every: int = _option(0, "steps between evaluations during training; 0: only at the end", low=0)
     save_every: int = _option(25, "steps between checkpoints", low=1)
     keep: int = _option(2, "checkpoints kept, newest first", low=1)
     threads: int = _option(0, "CPU threads per process; 0: all cores, shared among the processes", low=0)
@@ -108,17 +111,22 @@ class Settings:
 # What each stage of a preset changes. Learning rates and sizes were found on two CPU cores; see the README.
 PRESETS: dict[str, dict[str, dict]] = {
     "tiny": {
-        "pretrain": dict(steps=6000, lr=2e-3, decay=True, warmup=100, weight_decay=0.01, ema_decay=0.999, save_every=500),
+        "pretrain": dict(
+            steps=6000,
+            batch_size=64,
+            lr=3e-3,
+            decay=True,
+            warmup=100,
+            weight_decay=0.01,
+            ema_decay=0.999,
+            save_every=500,
+        ),
         "grpo": dict(steps=150, lr=7e-4),
         "sft": dict(steps=100, batch_size=96, lr=1e-3),
         "merge": dict(steps=0),
         "opd": dict(steps=80, lr=1e-3, prompts_per_step=24, group_size=4, train_steps="all", train_count=5),
     },
 }
-
-
-def help_of(name: str) -> str:
-    return Settings.__dataclass_fields__[name].metadata["help"]
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
@@ -162,11 +170,17 @@ def _read_config(path: str) -> dict:
     for key, value in values.items():
         if key not in known:
             near = difflib.get_close_matches(key, known, 1)
-            raise SettingsError(f"--config {path}: no setting {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+            raise SettingsError(
+                f"--config {path}: no setting {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+            )
         kind = known[key]
-        fits = isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
+        fits = isinstance(value, (int, float) if kind is float else kind) and (
+            kind is bool or not isinstance(value, bool)
+        )
         if not fits:
             raise SettingsError(f"--config {path}: {key} must be a {kind.__name__}, not {value!r}")
+        if kind is dict and not all(isinstance(item, str) for item in value.values()):
+            raise SettingsError(f"--config {path}: {key} must map names to paths, not {value!r}")
         values[key] = kind(value)
     return values
 
@@ -222,8 +236,10 @@ def check(s: Settings) -> None:
     if Path(s.name).name != s.name or s.name in (".", ".."):
         raise SettingsError(f"--name {s.name}: must be a plain folder name")
     for key in (*s.teachers, *s.prompts, *task_list(s)):
-        if key not in TASKS:
+        if key not in TASKS and not (key == "auto" and key in s.prompts):
             raise SettingsError(f"task {key!r}: choose from {', '.join(TASKS)}")
+    if not task_list(s):
+        raise SettingsError(f"--tasks {s.tasks}: name at least one of {', '.join(TASKS)}")
     start, stop = window_of(s)
     if s.stage == "grpo" and (start >= stop or s.noise_level == 0):
         raise SettingsError("--stage grpo needs noise: widen --window and set --noise-level above 0")
@@ -235,11 +251,17 @@ def check(s: Settings) -> None:
         raise SettingsError(f"--stage {s.stage} needs --teachers TASK=PATH, at least one")
     missing = [t for t in task_list(s) if t not in s.teachers]
     if s.stage in ("opd", "sft") and missing:
-        raise SettingsError(f"task {missing[0]!r} has no teacher: give --teachers {missing[0]}=PATH, or leave it out of --tasks")
+        raise SettingsError(
+            f"task {missing[0]!r} has no teacher: give --teachers {missing[0]}=PATH, or leave it out of --tasks"
+        )
     if s.stage == "opd" and s.estimator != "velocity" and (start >= stop or s.noise_level == 0):
         raise SettingsError(f"--estimator {s.estimator} needs noise: widen --window, or use --estimator velocity (ODE)")
     if s.stage == "opd" and s.kernel != "sde":
         raise SettingsError("--stage opd knows the KL of the SDE kernel only (F Eq. 9): use --kernel sde")
+    if s.kernel == "cps" and stop == s.num_steps and start < stop:
+        raise SettingsError(f"--kernel cps has no noise in the last step: let --window stop at {stop - 1}")
+    if s.kernel == "cps" and s.noise_level > 1:
+        raise SettingsError(f"--noise-level {s.noise_level}: must be at most 1 with --kernel cps")
     if s.beta > 0 and s.kernel != "sde":
         raise SettingsError("--beta is the SDE kernel's KL (F Eq. 9): use --kernel sde or --beta 0")
     for item in filter(None, s.rewards.split(",")):
@@ -247,9 +269,11 @@ def check(s: Settings) -> None:
         if name not in ("geneval", "ocr", "quality", "task"):
             raise SettingsError(f"--rewards {item}: no reward {name!r}; choose from geneval, ocr, quality, task")
         try:
-            float(weight or "1")
+            finite = math.isfinite(float(weight or "1"))
         except ValueError:
-            raise SettingsError(f"--rewards {item}: {weight!r} is not a number") from None
+            finite = False
+        if not finite:
+            raise SettingsError(f"--rewards {item}: {weight!r} is not a number")
 
 
 def for_stage(chosen: dict, stage: str, **more) -> Settings:
@@ -283,3 +307,24 @@ def rewards_of(s: Settings, task: str) -> dict[str, float]:
     if s.rewards:
         return {n: float(w or 1) for n, _, w in (i.partition("=") for i in s.rewards.split(",") if i)}
     return {"quality": 0.5, "task": 0.5} if task == "quality" else {"task": 1.0}
+
+
+def plan(s: Settings) -> str:
+    """What a run would do, for --dry-run: the arithmetic of one step and where everything is written."""
+    rows = s.prompts_per_step * s.group_size
+    lines = [f"run         {Path(s.out) / s.name} ({s.steps} steps, a checkpoint every {s.save_every})"]
+    lines.append(f"model       {s.model}" + (f", student from {s.init}" if s.init else ""))
+    if s.stage in ("grpo", "opd"):
+        start, stop = window_of(s)
+        kind = "an ODE" if s.estimator == "velocity" and s.stage == "opd" else f"steps {start}..{stop - 1} stochastic"
+        lines.append(f"rollout     {s.prompts_per_step} prompts x {s.group_size} = {rows} trajectories a process, "
+                     f"{s.num_steps} steps, {kind}, guidance {s.cfg:g}")  # fmt: skip
+    if s.stage == "grpo":
+        task = s.task or "each of " + ", ".join(TASKS)
+        lines.append(f"objective   GRPO on {task}; trains {s.train_steps} {s.train_count} steps, {s.updates} update(s)")
+    if s.stage == "opd":
+        way = "single pass" if s.single_pass else "stored trajectory"
+        lines.append(f"objective   {s.estimator} ({way}), MAR {s.mar:g} towards {s.anchor}")
+    if s.stage in ("opd", "sft", "merge"):
+        lines += [f"teacher     {task}: {path}" for task, path in s.teachers.items()]
+    return "\n".join(lines)

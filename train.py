@@ -352,7 +352,10 @@ def everything(s: Settings, chosen: dict) -> Path:
     base = str(pretrain(part("pretrain")).parents[1])
     teachers = {t: str(train_teacher(part("grpo", task=t, model=base)).parents[1]) for t in TASKS}
     common = {"model": base, "teachers": teachers}
-    cold = {"sft": str(sft(part("sft", **common)).parents[1]), "merged": str(merge_teachers(part("merge", **common)).parents[1])}
+    cold = {
+        "sft": str(sft(part("sft", **common)).parents[1]),
+        "merged": str(merge_teachers(part("merge", **common)).parents[1]),
+    }
     student = str(distil(part("opd", **common, init=cold["merged"])).parents[1])
     final = settings.for_stage(chosen, "opd", name=s.name, **common, mar=0.0, compare={**cold, "opd student": student})
     if runtime.start(s.threads)[0] == 0:
@@ -376,7 +379,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         s, chosen = settings.parse(list(sys.argv[1:] if argv is None else argv))
         if s.dry_run:
-            print(json.dumps(asdict(s), indent=1))
+            print(f"{json.dumps(asdict(s), indent=1)}\n{settings.plan(s)}")
             return 0
         run_stage(s, chosen)
     except evaluation.USER_ERRORS as fault:

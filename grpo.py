@@ -39,7 +39,7 @@ RELATIVE_NOISE = 1e-6
 
 
 def _require_finite(rewards: Tensor, *axes: str) -> None:
-    """ValueError naming the first NaN or infinite reward by its axes; one of them would poison a whole group."""
+    """ValueError naming the first NaN or infinite reward by its axes; it would poison its group."""
     bad = (~torch.isfinite(rewards)).nonzero().tolist()
     if bad:
         place = ", ".join(f"{axis} {index}" for axis, index in zip(axes, bad[0], strict=True))
@@ -52,16 +52,16 @@ def _require_finite(rewards: Tensor, *axes: str) -> None:
 def group_advantages(rewards_PG: Tensor, std: str = "group") -> Tensor:
     """Group-relative advantages, F §4.1 and Q Eq. 4: A = (R - mean_c) / std.
 
-    rewards_PG: (P, G), row = all images of one prompt, any scale. Returns (P, G), float32 at least, no gradient.
-    The mean is always the group's own. `std` (population, divided by G) is
+    rewards_PG: (P, G), row = all images of one prompt, any scale. Returns (P, G), float32 at least, no
+    gradient. The mean is always the group's own. `std` (population, divided by G) is
 
     - "group": the group's own (Q Eq. 4): every prompt pushes equally hard, nearly solved ones included;
     - "batch": that of all P*G rewards (Flow-GRPO's global std): a prompt counts by its spread;
     - "none": 1 (Dr. GRPO): (1 - 1/G) times the gradient of the expected reward itself, in the reward's units.
 
     A group whose rewards are equal (up to `RELATIVE_NOISE`) teaches nothing and gets exactly 0.
-    DEVIATION: released code divides by std + 1e-4. Without the constant, a*R + b gives the same advantages as R
-    for every a > 0, also for rewards that live on a scale of 1e-3; equal groups need no constant either.
+    DEVIATION: released code divides by std + 1e-4. Without the constant, a*R + b gives the same advantages as
+    R for every a > 0, also for rewards that live on a scale of 1e-3; equal groups need no constant either.
     Raises ValueError on a NaN or infinite reward, on a shape that is not (P, G) and on an unknown `std`.
     """
     if std not in STD_MODES:
@@ -87,9 +87,10 @@ def multi_reward_advantages(rewards_KPG: Tensor, weights: Tensor | Sequence) -> 
     weights of prompt p's category). Returns (P, G), float32 at least, no gradient.
 
     Normalising before the sum (GDPO) makes the result blind to each reward's scale; normalising the weighted
-    sum lets the reward with the largest numbers decide alone. A reward that is constant in a group adds 0 there.
-    Q wants sum_k w_k = 1. That is the caller's choice, not enforced: a total other than 1 scales the advantages.
-    The sum of K normalised rewards has a std below 1 unless they agree; Q does not normalise again, nor do we.
+    sum lets the reward with the largest numbers decide alone. A reward that is constant in a group adds 0
+    there. Q wants sum_k w_k = 1. That is the caller's choice, not enforced: a total other than 1 scales the
+    advantages. The sum of K normalised rewards has a std below 1 unless they agree; Q does not normalise
+    again, nor do we.
     Raises ValueError on weights of another shape or not finite, and on a NaN or infinite reward.
     """
     if rewards_KPG.ndim != 3:
@@ -106,16 +107,16 @@ def multi_reward_advantages(rewards_KPG: Tensor, weights: Tensor | Sequence) -> 
     return (w_KP1 * advantages_KPG).sum(dim=0)
 
 
-# ----------------------------------------------------------------------------------------------- the objective
+# ---------------------------------------------------------------------------------------------- the objective
 
 
 def clipped_objective(ratio: Tensor, advantage: Tensor, eps: float | None) -> Tensor:
     """The clipped surrogate of F Eq. 11 and Q Eq. 6, per sample: min(rho A, clip(rho, 1-eps, 1+eps) A).
 
-    ratio, advantage: the same shape, (B,). Returns that shape, float32 at least; to be *maximised*. The gradient
-    flows through both (detach the advantage outside) and is zero exactly where the policy has already moved past
-    the clip in the direction that the advantage asks for. The min is pessimistic: a sample that moved the wrong
-    way is never clipped, so it can come back. eps=None switches clipping off: rho A.
+    ratio, advantage: the same shape, (B,). Returns that shape, float32 at least; to be *maximised*. The
+    gradient flows through both (detach the advantage outside) and is zero exactly where the policy has
+    already moved past the clip in the direction that the advantage asks for. The min is pessimistic: a sample
+    that moved the wrong way is never clipped, so it can come back. eps=None switches clipping off: rho A.
 
     ERRATUM: released code multiplies a (B, 1) reward by a (B,) ratio. Broadcasting makes that (B, B), every
     sample then gets the batch's mean credit, and no error says so. Here unequal shapes raise ValueError.
@@ -142,9 +143,9 @@ def policy_loss(
 
     log_prob, log_prob_old, advantage, kl: (B,). Returns `(loss, stats)`: loss (B,), the caller takes the mean
     over samples and steps; stats are detached scalars (README defines them).
-    - log_prob: of the sampled x_{t-dt} under the student, carries the gradient. log_prob_old: under the policy
-      that sampled it; None says that this is still the student. Then rho is exactly 1, and its gradient is
-      grad log pi, so that the loss's gradient is F Eq. 3 with the sign of a loss.
+    - log_prob: of the sampled x_{t-dt} under the student, carries the gradient. log_prob_old: under the
+      policy that sampled it; None says that this is still the student. Then rho is exactly 1, and its
+      gradient is grad log pi, so that the loss's gradient is F Eq. 3 with the sign of a loss.
     - advantage: clamped to +-advantage_clip (5 in Flow-GRPO): one lucky image must not outweigh its group.
     - kl: (B,) KL to the frozen reference policy (kl.velocity_kl), gradient flows; weighted by beta.
     - ratio: (B,), replaces exp(log_prob - log_prob_old); for `guard_ratio`.
@@ -187,18 +188,19 @@ def guard_ratio(
 
         log rho = <dmu, eps>/std - ||dmu||^2/(2 std^2)
 
-    so it sits below zero by the second term (positive advantages seldom reach the clip) and spreads like 1/std
-    (late, quiet steps clip first). Adding the bias back and multiplying by std leaves
+    so it sits below zero by the second term (positive advantages seldom reach the clip) and spreads like
+    1/std (late, quiet steps clip first). Adding the bias back and multiplying by std leaves
 
         rho_guard = exp(std * (log rho + ||dmu||^2/(2 std^2))) = exp(<dmu, eps>),
 
     centred at rho = 1, with a spread that depends on ||dmu|| alone: one eps means the same at every t.
 
-    log_prob, log_prob_old: (B,), reduced over D by `reduce`; mean, mean_old: (B, ...); std = sigma*sqrt(dt) > 0,
-    a float or (B,). `reduce` must be the log-probs' own, "sum" or "mean": under "mean" all three terms, and so
-    <dmu, eps>, are divided by D. Returns (B,), float32 at least, to be passed to `policy_loss(ratio=...)`. The
-    gradient reaches log_prob and mean (with respect to the policy it is std*grad log pi at dmu = 0), never the
-    old ones. The method's other half, dividing the loss by dt so that every t pulls alike, is the caller's.
+    log_prob, log_prob_old: (B,), reduced over D by `reduce`; mean, mean_old: (B, ...); std = sigma*sqrt(dt) >
+    0, a float or (B,). `reduce` must be the log-probs' own, "sum" or "mean": under "mean" all three terms,
+    and so <dmu, eps>, are divided by D. Returns (B,), float32 at least, to be passed to
+    `policy_loss(ratio=...)`. The gradient reaches log_prob and mean (with respect to the policy it is
+    std*grad log pi at dmu = 0), never the old ones. The method's other half, dividing the loss by dt so that
+    every t pulls alike, is the caller's.
     Raises ValueError on unequal shapes, std <= 0 and an unknown `reduce`.
     """
     same_shape(log_prob=log_prob, log_prob_old=log_prob_old)
@@ -224,8 +226,8 @@ def timestep_subset(
 ) -> list[int]:
     """Q §4.2: the transitions to train, sorted indices in 0..num_steps-1; 0 is the one that leaves t = 1.
 
-    Training every step makes the policy hack the reward within a few iterations; high-noise steps decide layout
-    and meaning, so they are the safer part. `count` None means all of them. `mode` is
+    Training every step makes the policy hack the reward within a few iterations; high-noise steps decide
+    layout and meaning, so they are the safer part. `count` None means all of them. `mode` is
 
     - "all": every transition (`count` must not ask for fewer);
     - "first": the `count` noisiest (Flow-GRPO trains the first 9 of 10);
@@ -241,7 +243,7 @@ def timestep_subset(
     if count not in range(1, num_steps + 1):
         raise ValueError(f"count must be in 1..{num_steps}, got {count}")
     if mode == "all" and count != num_steps:
-        raise ValueError(f"mode 'all' trains all {num_steps} steps, got count={count}; use 'first' or 'random'")
+        raise ValueError(f"mode 'all' trains all {num_steps} steps, got count={count}; use 'first', 'random'")
     if emphasis < 0:
         raise ValueError(f"emphasis must be >= 0, got {emphasis}")
     if mode != "random":
@@ -258,8 +260,8 @@ def mix_schedule(step: int, ratio: Mapping[str, int]) -> str:
     in 4, composition again in 5. Depends on `step` alone (no state), so a resumed run continues the cycle.
     Raises ValueError on an empty ratio, on one that is not an int > 0 and on a negative step.
 
-    ERRATUM: F §6.1 calls 3:1:1 a ratio of weighted *rewards* on one image; F App. A and the released code take
-    turns by *epochs*, one reward at a time. This is the second; the first is `multi_reward_advantages`.
+    ERRATUM: F §6.1 calls 3:1:1 a ratio of weighted *rewards* on one image; F App. A and the released code
+    take turns by *epochs*, one reward at a time. This is the second; the first is `multi_reward_advantages`.
     """
     if not ratio:
         raise ValueError("ratio names no task")
@@ -272,21 +274,23 @@ def mix_schedule(step: int, ratio: Mapping[str, int]) -> str:
     return cycle[step % len(cycle)]
 
 
-# -------------------------------------------------------------------------------------------------- diagnostics
+# ------------------------------------------------------------------------------------------------ diagnostics
 
 
 def collateral_impact(grad_k: Tensor, advantage: Tensor, grad_log_prob: Tensor) -> Tensor:
     """F Eq. 4: what a policy-gradient step on task 1 does to task k, to first order and up to the step size.
 
-        dJ_k ~ <grad J_k, dtheta>,  dtheta = lr * E[A_1 grad log pi]  =>  dJ_k / lr = E[A_1 <grad J_k, grad log pi>]
+        dJ_k ~ <grad J_k, dtheta>  with  dtheta = lr * E[A_1 grad log pi],
+        so dJ_k / lr ~ E[A_1 <grad J_k, grad log pi>]
 
-    grad_k: (M,) gradient of J_k; advantage: (B,) of task 1 on its own samples; grad_log_prob: (B, M). Returns a
-    scalar, no gradient: negative means that learning task 1 unlearns task k (the papers' gradient interference).
-    F's "proportional to" drops the factor lr > 0; the sign, which is what matters here, stays.
+    grad_k: (M,) gradient of J_k; advantage: (B,) of task 1 on its own samples; grad_log_prob: (B, M). Returns
+    a scalar, no gradient: negative means that learning task 1 unlearns task k (the papers' gradient
+    interference). F's "proportional to" drops the factor lr > 0; the sign, which is what matters here, stays.
     Raises ValueError where the shapes do not match.
     """
-    grad_k, advantage, grad_log_prob = (full_precision(x.detach()) for x in (grad_k, advantage, grad_log_prob))
+    inputs = (grad_k, advantage, grad_log_prob)
+    grad_k, advantage, grad_log_prob = (full_precision(x.detach()) for x in inputs)
     if grad_log_prob.shape != (*advantage.shape, *grad_k.shape):
-        shapes = [tuple(x.shape) for x in (grad_k, advantage, grad_log_prob)]
+        shapes = [tuple(x.shape) for x in inputs]
         raise ValueError(f"need grad_k (M,), advantage (B,), grad_log_prob (B, M), got {shapes}")
     return (advantage * (grad_log_prob @ grad_k)).mean()

@@ -17,6 +17,7 @@ text embedding of its own), and adapters in PEFT's file layout.
 """
 
 import json
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
@@ -126,7 +127,9 @@ class FlowModel:
     # ------------------------------------------------------------------------------------------------ adapters
     def add_adapter(self, name: str, config: LoraConfig, state: dict[str, Tensor] | None = None) -> None:
         """Put one LoRA on the backbone, from `state` or new (A gaussian, B zero: it begins as the base)."""
-        self.transformer.add_adapter(config, adapter_name=name)
+        with warnings.catch_warnings():  # several adapters on one backbone are the point, not an oversight
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+            self.transformer.add_adapter(config, adapter_name=name)
         if state is not None:
             result = set_peft_model_state_dict(self.transformer, state, adapter_name=name)
             if result.unexpected_keys:
@@ -167,7 +170,8 @@ class FlowModel:
 
     def adapter_state(self, name: str = STUDENT) -> dict[str, Tensor]:
         """The LoRA factors of one adapter, {module.lora_A.weight: (r, in), module.lora_B.weight: (out, r)}."""
-        state = get_peft_model_state_dict(self.transformer, adapter_name=name)
+        # PEFT's default for embedding layers, "auto", asks the hub about the base at every checkpoint.
+        state = get_peft_model_state_dict(self.transformer, adapter_name=name, save_embedding_layers=False)
         return {key: value.detach().clone().contiguous() for key, value in state.items()}
 
     def trainable(self) -> list[nn.Parameter]:

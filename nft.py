@@ -1,7 +1,7 @@
 """Can a flow model learn from rewards without a noisy sampler, a ratio or a stored trajectory?
 
-DiffusionNFT keeps only the finished image x_0 and its reward. It noises x_0 again as in pre-training, and asks
-for a velocity that fits good images and an implicit *negative* velocity that fits bad ones:
+DiffusionNFT keeps only the finished image x_0 and its reward. It noises x_0 again as in pre-training, and
+asks for a velocity that fits good images and an implicit *negative* velocity that fits bad ones:
 
     x_t = (1-t) x_0 + t eps,  v* = eps - x_0                                  the flow-matching target
     v+  = beta v + (1-beta) v_old,   v- = (1+beta) v_old - beta v             Q Eq. 7
@@ -16,15 +16,15 @@ What it does: write d = v - v_old and e = v_old - v*. Then v+ - v* = e + beta d,
     argmin:                 v_old + (1/beta) E[(2r-1) (v* - v_old) | x_t]
 
 so r > 1/2 pulls the velocity towards the image's own target, r < 1/2 pushes it away, r = 1/2 leaves it alone,
-and 1/beta is the step length: a *small* beta is the bold one. The images may come from any solver, ODE included:
-this is one reading of Q's 40-step ODE rollout, which leaves no noise for a GRPO ratio.
+and 1/beta is the step length: a *small* beta is the bold one. The images may come from any solver, ODE
+included: this is one reading of Q's 40-step ODE rollout, which leaves no noise for a GRPO ratio.
 
 Notation: t = 1 is noise; v, v_old, v_ref are the student's, the sampling policy's and the frozen reference's
 velocities at (x_t, t, c), all (B, ...); per-sample values are (B,).
 
 How the code departs: not at all from Q, `nft_loss` is Eq. 8 itself.
-DEVIATION: public DiffusionNFT code compares predictions of x_0 instead of v and divides each squared error by its
-own detached mean absolute error; Q's equation has neither.
+DEVIATION: public DiffusionNFT code compares predictions of x_0 instead of v and divides each squared error by
+its own detached mean absolute error; Q's equation has neither.
 """
 
 from collections.abc import Mapping, Sequence
@@ -48,12 +48,15 @@ def optimality(advantage: Tensor, advantage_max: float) -> Tensor:
     return clipped / (2 * advantage_max) + 0.5
 
 
-def nft_loss(v: Tensor, v_old: Tensor, v_target: Tensor, r: Tensor, beta: float, reduce: str = "sum") -> Tensor:
+def nft_loss(
+    v: Tensor, v_old: Tensor, v_target: Tensor, r: Tensor, beta: float, reduce: str = "sum"
+) -> Tensor:
     """Q Eq. 7-8, per sample: r ||v+ - v*||^2 + (1-r) ||v- - v*||^2.
 
     v, v_old, v_target = eps - x_0: (B, ...); r: (B,) in [0, 1] from `optimality`; beta > 0, Q's interpolation
     strength (1 or 0.1 in public runs). reduce "sum" is Eq. 8's squared norm, "mean" divides it by D.
-    Returns (B,), float32 at least. The gradient flows to v only. With r = 1, beta = 1 this is plain flow matching.
+    Returns (B,), float32 at least. The gradient flows to v only. With r = 1, beta = 1 this is plain flow
+    matching.
     Raises ValueError on unequal shapes, on beta <= 0, on an unknown `reduce` and on r outside [0, 1]: an
     advantage passed by mistake would train without complaint, with steps (2r-1)/beta of the wrong length.
     """
@@ -91,10 +94,11 @@ def ema_update(
 ) -> None:
     """DiffusionNFT's soft update of the sampling policy, in place: old <- decay old + (1-decay) new.
 
-    old, new: two mappings with the same keys or two sequences of equal length, tensors of equal shapes; decay in
-    [0, 1]: 0 copies (fully on-policy), 1 freezes. Under no_grad; `new` is not changed. Keep `old` in float32:
-    (1-decay) times a small step is below half precision's resolution and would be lost.
-    Raises ValueError on a decay outside [0, 1] and where keys, lengths or shapes differ; then nothing is written.
+    old, new: two mappings with the same keys or two sequences of equal length, tensors of equal shapes; decay
+    in [0, 1]: 0 copies (fully on-policy), 1 freezes. Under no_grad; `new` is not changed. Keep `old` in
+    float32: (1-decay) times a small step is below half precision's resolution and would be lost.
+    Raises ValueError on a decay outside [0, 1] and where keys, lengths or shapes differ; then nothing is
+    written.
     """
     if not 0 <= decay <= 1:
         raise ValueError(f"decay must lie in [0, 1], got {decay}")

@@ -78,7 +78,7 @@ class Settings:
     window: str = _option("0:5", "START:STOP of the transitions that are stochastic; the others are ODE steps")
     cfg: float = _option(1.0, "guidance scale of the rollout and of the objective", low=0.0)
     # ------------------------------------------------------------------------------------------------ grpo
-    rewards: str = _option("", "NAME=WEIGHT,...: geneval, ocr, quality, or task (the prompt's own); empty: the task's")
+    rewards: str = _option("", "NAME=WEIGHT,...: geneval, ocr, quality, preference, task (the prompt's own); empty: the task's")
     advantage_std: str = _option("batch", "what advantages are divided by", choices=("group", "batch", "none"))
     advantage_clip: float = _option(5.0, "largest absolute advantage", low=0.0)
     clip: float = _option(1e-4, "clip range [epsilon] of the policy ratio", low=0.0)
@@ -235,6 +235,9 @@ def check(s: Settings) -> None:
             raise SettingsError(f"{flag} {value}: must be at most {f.metadata['high']}")
     if Path(s.name).name != s.name or s.name in (".", ".."):
         raise SettingsError(f"--name {s.name}: must be a plain folder name")
+    for name in s.compare:  # names adapters, files and rows of the table
+        if name in ("", "base") or set(name) & set("./\\"):
+            raise SettingsError(f"--compare {name}=...: give it a name of its own, without dots and slashes")
     for key in (*s.teachers, *s.prompts, *task_list(s)):
         if key not in TASKS and not (key == "auto" and key in s.prompts):
             raise SettingsError(f"task {key!r}: choose from {', '.join(TASKS)}")
@@ -264,10 +267,14 @@ def check(s: Settings) -> None:
         raise SettingsError(f"--noise-level {s.noise_level}: must be at most 1 with --kernel cps")
     if s.beta > 0 and s.kernel != "sde":
         raise SettingsError("--beta is the SDE kernel's KL (F Eq. 9): use --kernel sde or --beta 0")
+    _check_rewards(s)
+
+
+def _check_rewards(s: Settings) -> None:
     for item in filter(None, s.rewards.split(",")):
         name, _, weight = item.partition("=")
-        if name not in ("geneval", "ocr", "quality", "task"):
-            raise SettingsError(f"--rewards {item}: no reward {name!r}; choose from geneval, ocr, quality, task")
+        if name not in ("geneval", "ocr", "quality", "preference", "task"):
+            raise SettingsError(f"--rewards {item}: no reward {name!r}; choose from geneval, ocr, quality, preference, task")
         try:
             finite = math.isfinite(float(weight or "1"))
         except ValueError:
@@ -298,15 +305,15 @@ def task_list(s: Settings) -> list[str]:
 
 
 def rewards_of(s: Settings, task: str) -> dict[str, float]:
-    """--rewards -> {name: weight}; by default the task's own reward.
+    """--rewards -> {name: weight}; by default the task's own reward, for the quality teacher F 6.1's blend.
 
-    The quality teacher's default is F App. A's: the quality score and the prompt's own task reward, one to one,
-    over the prompts of all tasks. Quality alone is hacked into empty pictures (F Fig. 2).
-    DEVIATION: F 6.1 says 4:6 with PickScore; F contradicts itself (finding 6) and we follow its appendix.
+    F blends DeQA with a preference reward 4:6 for its quality teacher, because quality alone is hacked: here it
+    learns to paint everything black, as F Fig. 2's teachers lose what they are not paid for. `preference` asks
+    whether the picture shows what the prompt says. (F App. A gives 1:1 and other rewards: finding 6.)
     """
     if s.rewards:
         return {n: float(w or 1) for n, _, w in (i.partition("=") for i in s.rewards.split(",") if i)}
-    return {"quality": 0.5, "task": 0.5} if task == "quality" else {"task": 1.0}
+    return {"quality": 0.4, "preference": 0.6} if task == "quality" else {"task": 1.0}
 
 
 def plan(s: Settings) -> str:

@@ -374,7 +374,24 @@ def score_quality(images: torch.Tensor, prompts: Sequence[Prompt]) -> list[float
     return quality(images).tolist()
 
 
-SCORERS = {"geneval": score_geneval, "ocr": score_ocr, "quality": score_quality}
+def score_preference(images: torch.Tensor, prompts: Sequence[Prompt]) -> list[float]:
+    """What a viewer who reads the prompt would like, PickScore's part here: does the picture show what it says?
+
+    The GenEval checklist where the prompt has one (open prompts do, without a tag), else the OCR rule; in [0, 1].
+    Raises RewardError for a prompt that has neither.
+    """
+    scores = []
+    for p, found, text in zip(prompts, detect(images), read_text(images), strict=True):
+        if "include" in p.metadata:
+            scores.append(rewards.geneval_reward(rewards.filter_detections(found, p.metadata), p.metadata))
+        elif '"' in p.text:
+            scores.append(rewards.ocr_reward(text, p.text))
+        else:
+            raise rewards.RewardError(f"{p.source}: no include list to prefer by; give a .jsonl or --rewards quality")
+    return scores
+
+
+SCORERS = {"geneval": score_geneval, "ocr": score_ocr, "quality": score_quality, "preference": score_preference}
 TASK_SCORER = {"composition": "geneval", "text": "ocr", "quality": "quality"}
 
 

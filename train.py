@@ -77,7 +77,8 @@ def flow_matching(run: Run, x0: Tensor, t: Tensor, cond: models.Cond, noise: tor
 # ------------------------------------------------------------------------------------------------------------- grpo
 def train_teacher(s: Settings) -> Path:
     """GRPO on one reward (F 4.1, Q Eq. 4-6): roll out groups, score, compare within groups, step."""
-    tasks = TASKS if s.task in ("quality", "mix") else (s.task,)  # F 6.1: the quality teacher sees all data
+    # DEVIATION: F 6.1 trains the quality teacher on the prompts of all tasks; here it sees its own, as a specialist.
+    tasks = TASKS if s.task == "mix" else (s.task,)
     prompts = evaluation.load_prompts(s, "train", s.train_prompts, tasks)
     run = student_run(s)
     for step in run.steps("reward"):
@@ -382,13 +383,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{json.dumps(asdict(s), indent=1)}\n{settings.plan(s)}")
             return 0
         run_stage(s, chosen)
+        return 0
     except evaluation.USER_ERRORS as fault:
-        print(f"error: {fault}", file=sys.stderr)
-        return 2
+        code, message = 2, f"error: {fault}"
     except KeyboardInterrupt:
-        print("interrupted: repeat the command to continue from the last checkpoint", file=sys.stderr)
-        return 130
-    return 0
+        code, message = 130, "interrupted: repeat the command to continue from the last checkpoint"
+    # Out here the exception is gone, and with it the run's progress bar: the message gets a line of its own.
+    print(message, file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

@@ -217,7 +217,7 @@ def test_every_name_in_the_readme_exists():
 
 
 def test_the_readme_check_resolves_what_exists_and_nothing_else():
-    good = "`kl.velocity_kl` `opd.ESTIMATORS` `models.FlowModel.velocity` `sde.time_grid(n, shift)` `train.py` `train.txt`"
+    good = "`kl.velocity_kl` `opd.ESTIMATORS` `models.FlowModel.velocity` `sde.time_grid(n, 3)` `train.txt`"
     assert list(unresolved(good + " `torch.randn` `test_docs.py::unresolved`")) == []
     bad = "`kl.velocity` `models.FlowModel.fly` `test_docs.py::test_no` `tests/test_no.py::test_x`"
     assert list(unresolved(bad)) == [

@@ -147,6 +147,17 @@ def test_own_prompts_replace_those_of_their_task_and_are_cut_for_tests_only(tmp_
     assert train["text"] == tiny.make_prompts("text", "train", 2)
 
 
+def test_prompts_without_a_task_are_routed_one_by_one(tmp_path):
+    lines = ['a sign that says "CAT"', "a beautiful picture of a red circle", 'a sign that says "HEX"']
+    (tmp_path / "p.txt").write_text("\n".join(lines))
+    s = Settings(prompts={"auto": str(tmp_path / "p.txt")})
+    found = evaluation.load_prompts(s, "train", 3, TASKS)
+    assert [p.text for p in found["text"]] == [lines[0], lines[2]]
+    assert [p.text for p in found["quality"]] == [lines[1]]
+    assert all(p.task == task for task in TASKS for p in found[task])
+    assert found["composition"] == tiny.make_prompts("composition", "train", 3), "no such line: the world's own"
+
+
 def test_composition_prompts_need_their_checklist(tmp_path):
     (tmp_path / "c.txt").write_text("a photo of a circle\n")
     s = Settings(prompts={"composition": str(tmp_path / "c.txt")})

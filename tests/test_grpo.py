@@ -1,4 +1,4 @@
-"""Oracles for grpo.py: hand-worked groups, the REINFORCE identity, clipping by cases, Monte Carlo on Gaussians.
+"""Oracles for grpo.py: hand-worked groups, the REINFORCE identity, clipping by cases, Gaussian Monte Carlo.
 
 Run: python -m pytest tests/test_grpo.py
 """
@@ -68,7 +68,8 @@ def test_equal_rewards_give_exactly_zero_even_with_rounding_noise(std):
     assert naive[0].abs().max() > 1
     assert torch.equal(grpo.group_advantages(torch.full((3, 5), 0.1), std=std), torch.zeros(3, 5))
     assert torch.equal(grpo.group_advantages(torch.zeros(3, 5), std=std), torch.zeros(3, 5))
-    assert torch.equal(grpo.group_advantages(torch.tensor([[2.0], [3.0]]), std=std), torch.zeros(2, 1))  # G = 1
+    groups_of_one = torch.tensor([[2.0], [3.0]])
+    assert torch.equal(grpo.group_advantages(groups_of_one, std=std), torch.zeros(2, 1))
 
 
 def test_group_advantages_of_one_prompt_do_not_see_the_others():
@@ -109,7 +110,8 @@ def test_group_advantages_errors():
 
 
 def test_multi_reward_advantages_by_hand():
-    # K=2, P=1, G=2. Reward 0: 0, 4 -> -1, 1. Reward 1: 9, 3 -> 1, -1. 0.7*(-1, 1) + 0.2*(1, -1) = (-0.5, 0.5).
+    # K=2, P=1, G=2. Reward 0: 0, 4 -> -1, 1. Reward 1: 9, 3 -> 1, -1. 0.7*(-1, 1) + 0.2*(1, -1) = (-0.5,
+    # 0.5).
     rewards = torch.tensor([[[0.0, 4.0]], [[9.0, 3.0]]])
     torch.testing.assert_close(grpo.multi_reward_advantages(rewards, [0.7, 0.2]), torch.tensor([[-0.5, 0.5]]))
 
@@ -167,7 +169,7 @@ def test_multi_reward_advantages_errors_and_dtype():
     assert grpo.multi_reward_advantages(torch.zeros(2, 3, 4).double(), torch.ones(2)).dtype == torch.float64
 
 
-# ----------------------------------------------------------------------------------------------- the objective
+# ---------------------------------------------------------------------------------------------- the objective
 
 # eps = 0.2. (ratio, advantage, objective, d objective / d ratio)
 CLIP_CASES = [
@@ -320,8 +322,10 @@ def gaussian_policy_gradient(theta, prompts, group, seed, std):
     """Ascent direction per prompt (P,) of the policy N(theta, 1) on the reward -(x - 2)^2."""
     x = theta + randn(prompts, group, seed=seed)
     advantage = grpo.group_advantages(-((x - 2) ** 2), std=std).flatten()
-    parameter = torch.full((prompts * group,), theta, dtype=torch.float64, requires_grad=True)  # one per sample
-    loss, _ = grpo.policy_loss(Normal(parameter, 1.0).log_prob(x.flatten()), None, advantage, 0.2, advantage_clip=1e6)
+    # One copy of theta per sample gives per-sample gradients in one backward.
+    parameter = torch.full((prompts * group,), theta, dtype=torch.float64, requires_grad=True)
+    log_prob = Normal(parameter, 1.0).log_prob(x.flatten())
+    loss, _ = grpo.policy_loss(log_prob, None, advantage, 0.2, advantage_clip=1e6)
     (grad,) = torch.autograd.grad(loss.sum(), parameter)
     return -grad.reshape(prompts, group).mean(1)
 
@@ -337,15 +341,15 @@ def test_gradient_without_std_is_the_true_gradient_of_the_expected_reward():
 
 
 def test_following_the_gradient_raises_the_expected_reward():
-    # E[R] = -(theta-2)^2 - 1 starts at -10 (theta -1) and ends near its maximum -1. The per-step noise of theta
-    # is lr * std(direction) / sqrt(P), about 0.1 * 0.5 / 14 = 0.004.
+    # E[R] = -(theta-2)^2 - 1 starts at -10 (theta -1) and ends near its maximum -1. The per-step noise of
+    # theta is lr * std(direction) / sqrt(P), about 0.1 * 0.5 / 14 = 0.004.
     theta = -1.0
     for step in range(60):
         theta += 0.1 * gaussian_policy_gradient(theta, 200, 5, 100 + step, "group").mean().item()
     assert -((theta - 2) ** 2) - 1 > -1.1
 
 
-# -------------------------------------------------------------------------------------------------- guard ratio
+# ------------------------------------------------------------------------------------------------ guard ratio
 
 
 def gaussian_pair(B, D, gap, std, seed=0):
@@ -373,16 +377,14 @@ def test_guard_ratio_takes_one_std_per_sample():
     log_new, log_old, mean, mean_old, eps = gaussian_pair(3, 4, 0.2, stds[:, None])
     together = grpo.guard_ratio(log_new.sum(1), log_old.sum(1), mean, mean_old, stds, "sum")
     torch.testing.assert_close(together, (0.2 * eps).sum(1).exp())
-    rows = [
-        grpo.guard_ratio(log_new[i : i + 1].sum(1), log_old[i : i + 1].sum(1), mean[i : i + 1], mean_old[i : i + 1], s)
-        for i, s in enumerate(stds.tolist())
-    ]
-    mixed = grpo.guard_ratio(log_new.sum(1), log_old.sum(1), mean, mean_old, stds)
-    torch.testing.assert_close(torch.cat(rows), mixed)
+    for i, std in enumerate(stds.tolist()):
+        row = (x[i : i + 1] for x in (log_new.sum(1), log_old.sum(1), mean, mean_old))
+        torch.testing.assert_close(grpo.guard_ratio(*row, std, "sum"), together[i : i + 1])
 
 
 def test_guard_ratio_is_centred_and_equally_wide_at_every_noise_level_where_the_ratio_is_not():
-    # <gap, eps> ~ N(0, ||gap||^2), ||gap||^2 = 4 * 0.3^2 = 0.36. Plain log rho ~ N(-0.36/(2 std^2), 0.36/std^2).
+    # <gap, eps> ~ N(0, ||gap||^2), ||gap||^2 = 4 * 0.3^2 = 0.36. Plain log rho ~ N(-0.36/(2 std^2),
+    # 0.36/std^2).
     n = 20_000
     for std in (0.2, 1.0):
         log_new, log_old, mean, mean_old, _ = gaussian_pair(n, 4, 0.3, std)
@@ -430,7 +432,8 @@ def test_guard_ratio_errors_and_dtype():
         grpo.guard_ratio(lp, lp, mean[:1], mean[:1], 0.5)
     with pytest.raises(ValueError, match="median"):
         grpo.guard_ratio(lp, lp, mean, mean, 0.5, reduce="median")
-    assert grpo.guard_ratio(lp.bfloat16(), lp.bfloat16(), mean.bfloat16(), mean.bfloat16(), 0.5).dtype == torch.float32
+    halves = (lp.bfloat16(), lp.bfloat16(), mean.bfloat16(), mean.bfloat16())
+    assert grpo.guard_ratio(*halves, 0.5).dtype == torch.float32
     doubles = (lp.double(), lp.double(), mean.double(), mean.double())
     assert grpo.guard_ratio(*doubles, 0.5).dtype == torch.float64
 
@@ -443,7 +446,8 @@ def test_timestep_subset_all_and_first():
     assert grpo.timestep_subset(5, 5) == [0, 1, 2, 3, 4]
     assert grpo.timestep_subset(5, 3, "first") == [0, 1, 2]
     assert grpo.timestep_subset(10, 9, "first") == list(range(9))  # the last of ten untrained
-    assert grpo.timestep_subset(5, None, "first") == grpo.timestep_subset(5, None, "random") == [0, 1, 2, 3, 4]
+    assert grpo.timestep_subset(5, None, "first") == [0, 1, 2, 3, 4]
+    assert grpo.timestep_subset(5, None, "random") == [0, 1, 2, 3, 4]
     assert grpo.timestep_subset(1, 1, "first") == [0]
 
 
@@ -460,7 +464,8 @@ def test_random_subset_is_sorted_distinct_and_reproducible():
 )
 def test_random_subset_prefers_high_noise_by_the_stated_law(arguments, weights):
     n, generator = 4000, gen(7)
-    counts = Counter(grpo.timestep_subset(4, 1, "random", generator=generator, **arguments)[0] for _ in range(n))
+    draws = (grpo.timestep_subset(4, 1, "random", generator=generator, **arguments) for _ in range(n))
+    counts = Counter(index for (index,) in draws)
     for index, weight in enumerate(weights):
         p = weight / sum(weights)
         assert counts[index] / n == pytest.approx(p, abs=4.5 * math.sqrt(p * (1 - p) / n))
@@ -497,7 +502,7 @@ def test_mix_schedule_errors():
         grpo.mix_schedule(-1, {"text": 1})
 
 
-# -------------------------------------------------------------------------------------------------- diagnostics
+# ------------------------------------------------------------------------------------------------ diagnostics
 
 
 def softmax_policy(reward_k, advantage):
@@ -513,8 +518,8 @@ def softmax_policy(reward_k, advantage):
 
 
 def test_collateral_impact_by_hand():
-    # R_k = 3, 0, 0: J_k = 1, grad J_k = (2/3, -1/3, -1/3). A_1 = 1, -1, 0: mean A_1 grad log pi = (1/3, -1/3, 0).
-    # Inner product 2/9 + 1/9 = 1/3.
+    # R_k = 3, 0, 0: J_k = 1, grad J_k = (2/3, -1/3, -1/3). A_1 = 1, -1, 0: mean A_1 grad log pi = (1/3, -1/3,
+    # 0). Inner product 2/9 + 1/9 = 1/3.
     inputs = softmax_policy(torch.tensor([3.0, 0, 0]).double(), torch.tensor([1.0, -1, 0]).double())
     assert grpo.collateral_impact(*inputs).item() == pytest.approx(1 / 3)
 
@@ -525,7 +530,7 @@ def test_collateral_impact_predicts_the_change_of_the_other_task(seed):
     advantage = grpo.group_advantages(randn(1, 5, seed=seed + 50))[0]
     grad_k, _, grad_log_prob = softmax_policy(reward_k, advantage)
     predicted = grpo.collateral_impact(grad_k, advantage, grad_log_prob).item()
-    lr, step = 1e-5, (advantage[:, None] * grad_log_prob).mean(0)  # dtheta / lr, the policy gradient of task 1
+    lr, step = 1e-5, (advantage[:, None] * grad_log_prob).mean(0)  # dtheta / lr: task 1's policy gradient
     change = (torch.softmax(lr * step, 0) * reward_k).sum() - reward_k.mean()
     assert change.item() / lr == pytest.approx(predicted, abs=1e-4)
     assert (change.item() > 0) == (predicted > 0) and abs(predicted) > 1e-3

@@ -125,8 +125,9 @@ def test_a_common_shift_of_r_changes_nothing_when_the_old_policy_fits_its_own_sa
 
 
 def test_training_on_nft_moves_samples_towards_the_reward():
-    # Velocity model at t = 1 (x_t = eps, independent of x_0): v = eps - m, one parameter m, images x_0 = m_old + z.
-    # The minimiser moves m to m_old + 1/beta * E[(2r-1) z]; with reward x_0 that covariance is positive.
+    # Velocity model at t = 1 (x_t = eps, independent of x_0): v = eps - m, one parameter m, images x_0 =
+    # m_old + z. The minimiser moves m to m_old + 1/beta * E[(2r-1) z]; with reward x_0 that covariance is
+    # positive.
     n, beta, m_old = 4000, 1.0, 0.3
     x0, eps = m_old + randn(n, 1, seed=4), randn(n, 1, seed=5)
     r = nft.optimality(grpo.group_advantages(x0.T).flatten(), 5.0)
@@ -136,7 +137,8 @@ def test_training_on_nft_moves_samples_towards_the_reward():
         optimiser.zero_grad()
         nft.nft_loss(eps - m, eps - m_old, eps - x0, r, beta).mean().backward()
         optimiser.step()
-    # 2r - 1 = clip(A)/5, A = (x0 - mean)/std: E[A z]/5 is about 1/5 (exactly std/5 for these samples, clip apart).
+    # 2r - 1 = clip(A)/5, A = (x0 - mean)/std: E[A z]/5 is about 1/5 (exactly std/5 for these samples, clip
+    # apart).
     assert m.item() == pytest.approx(m_old + ((2 * r - 1) * (x0[:, 0] - m_old)).mean().item(), abs=1e-6)
     assert m.item() - m_old == pytest.approx(0.2, abs=5 * 0.3 / n**0.5)
 
@@ -184,7 +186,7 @@ def test_nft_loss_dtype_and_errors():
         nft.nft_loss(v, old, target, r, 0.5, reduce="median")
 
 
-# ------------------------------------------------------------------------------------------------- the penalty
+# ------------------------------------------------------------------------------------------------ the penalty
 
 
 def test_velocity_penalty_by_hand_and_by_gradient():
@@ -218,7 +220,7 @@ def test_velocity_penalty_is_a_gaussian_kl_only_after_the_weight_of_f_eq_9():
     assert not torch.allclose(nft.velocity_penalty(v, ref), kl.velocity_kl(v, ref, t, dt, sigma), rtol=0.5)
 
 
-# -------------------------------------------------------------------------------------------------- the old policy
+# --------------------------------------------------------------------------------------------- the old policy
 
 
 def test_ema_update_by_hand_in_place_for_mappings_and_sequences():

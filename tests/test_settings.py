@@ -235,6 +235,9 @@ REFUSED = [
     ("--name a/b", r"^--name a/b: must be a plain folder name$"),
     ("--name ..", r"^--name \.\.: must be a plain folder name$"),
     ("--name .", r"^--name \.: must be a plain folder name$"),
+    ("--compare v1.0=x", r"^--compare v1\.0=\.\.\.: give it a name of its own, without dots and slashes$"),
+    ("--compare base=x", r"^--compare base=\.\.\.: give it a name of its own"),
+    ("--compare a/b=x", r"^--compare a/b=\.\.\.: give it a name of its own"),
     # small languages
     ("--window 3", r"^--window 3: write it as START:STOP, e\.g\. 0:5$"),
     ("--window a:b", r"^--window a:b: write it as START:STOP"),
@@ -352,6 +355,6 @@ def test_tasks_are_a_comma_separated_list():
 
 def test_rewards_default_to_the_tasks_own_and_the_quality_teacher_blends_one_to_one():
     assert S.rewards_of(parse(""), "text") == S.rewards_of(parse(""), "composition") == {"task": 1.0}
-    assert S.rewards_of(parse(""), "quality") == {"quality": 0.5, "task": 0.5}
+    assert S.rewards_of(parse(""), "quality") == {"quality": 0.4, "preference": 0.6}
     s = parse("--rewards ocr=3,quality,")
     assert S.rewards_of(s, "text") == S.rewards_of(s, "quality") == {"ocr": 3.0, "quality": 1.0}

@@ -436,7 +436,7 @@ def test_every_generated_prompt_has_tokens_of_its_own():
     [
         (
             "a photo of a dog",
-            r"^the tiny world has no word 'dog'; its vocabulary is: a photo of .* triangles A C E",
+            r"^the tiny world has no word 'dog'; its vocabulary is: a photo of .* crosses A C E",
         ),
         ("A photo of a circle", r"no word 'A'"),  # a letter of the alphabet, but no word
         ('a sign that says "aCT"', r"no word 'a'"),  # a word, but no letter of the alphabet
@@ -566,4 +566,4 @@ def test_a_score_that_is_no_number_ends_the_step_and_names_scorer_and_prompt(mon
     images, prompts = mixed()
     monkeypatch.setitem(tiny.SCORERS, "quality", lambda images, prompts: [0.5, float("nan"), *[0.5] * 4])
     with pytest.raises(rewards.RewardError, match=f"^scorer 'quality': nan .*{re.escape(prompts[1].text)}"):
-        tiny.reward(images, prompts, {"task": 0.5, "quality": 0.5})
+        tiny.reward(images, prompts, {"quality": 0.5})

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from itertools import combinations
@@ -207,6 +208,17 @@ for attempt in range(40):
 assert os.waitpid(start("killed"), 0)[1] == 0
 print(kills)
 """
+
+
+def test_training_stays_off_the_network_and_says_nothing_but_progress(go, monkeypatch, recwarn, capsys):
+    def forbidden(*address):
+        raise AssertionError(f"a connection to {address}")
+
+    for name in ("getaddrinfo", "create_connection"):
+        monkeypatch.setattr(socket, name, forbidden)
+    go("run", "--steps", "2", "--save-every", "1")
+    assert [str(w.message) for w in recwarn] == [], "no warning stands between a user and an error"
+    assert re.fullmatch(r"(\s*run: [^\r\n]*)+\s*", capsys.readouterr().err)
 
 
 def test_a_run_killed_at_random_instants_ends_with_the_bits_of_one_that_was_left_alone(world, tmp_path):
@@ -475,7 +487,7 @@ def test_grpo_mix_visits_its_tasks_three_to_one_to_one(go, spy):
     tasks = [{p.task for p in call.result} for call in batches]
     assert tasks == [{"composition"}, {"composition"}, {"composition"}, {"text"}, {"quality"}, {"composition"}]
     # Each task with the reward of its own teacher (F App. A).
-    assert [call.args[2] for call in rewards] == [{"task": 1.0}] * 4 + [{"quality": 0.5, "task": 0.5}, {"task": 1.0}]
+    assert [call.args[2] for call in rewards] == [{"task": 1.0}] * 4 + [{"quality": 0.4, "preference": 0.6}, {"task": 1.0}]
 
 
 def test_only_the_quality_teacher_sees_all_prompts(go, spy):
@@ -575,8 +587,10 @@ def test_grpo_without_a_task_trains_the_three_teachers_in_turn(go, tmp_path):
 
 def test_a_dry_run_prints_its_settings_and_touches_nothing(go, tmp_path, capsys):
     go("run", "--dry-run", "--model", "/nowhere", "--lr", "0.25")
-    printed = json.loads(capsys.readouterr().out)
+    out = capsys.readouterr().out
+    printed, end = json.JSONDecoder().raw_decode(out)
     assert printed["lr"] == 0.25 and printed["stage"] == "opd" and not list(tmp_path.iterdir())
+    assert "3 prompts x 2 = 6 trajectories" in out[end:], "and what they amount to"
 
 
 # ------------------------------------------------------------------------------------- one line for every mistake
@@ -620,7 +634,7 @@ MISTAKES = {
     ),
     "unscorable prompt": (
         lambda w, d: ["--prompts", "composition=" + write(d / "w.txt", "a photo of a circle\n")],
-        r"w\.txt:1: composition is scored by GenEval metadata; use a \.jsonl",
+        r"w\.txt:1: composition is scored by GenEval metadata; .* \.jsonl",
     ),
     "adapter of another rank": (
         lambda w, d: ["--teachers", f"text={copy_teacher(w, d, r=8)}"],

@@ -1,6 +1,6 @@
 """Where do the README's figures come from?
 
-    python bench.py estimators   the table of F Eq. 11's estimators on a linear-Gaussian flow (findings, README)
+    python bench.py estimators   the table of F Eq. 11's estimators on a linear-Gaussian flow
     python bench.py speed        single-pass against stored-trajectory OPD, as a ratio within one run
     python bench.py learning     OPD, its estimators and GRPO-mix on the tiny world, three seeds, mean and std
 
@@ -28,7 +28,7 @@ COLUMNS = ("composition", "text", "quality", "average")
 
 
 def estimators() -> None:
-    """The estimator study of tests/linear_gaussian.py at the findings' size."""
+    """The estimator study of tests/linear_gaussian.py with 400,000 trajectories."""
     script = Path(__file__).parent / "tests" / "linear_gaussian.py"
     subprocess.run([sys.executable, script, "--trajectories", "400000"], check=True)
 

@@ -35,7 +35,7 @@ import sde
 import tiny
 
 STUDENT = "student"
-# Every attention projection of both streams of SD3's joint blocks, as Flow-GRPO publishes its LoRAs (facts).
+# Every attention projection of both streams of SD3's joint blocks, as Flow-GRPO publishes its LoRAs.
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 PREFIX = "base_model.model."  # what PEFT puts before every module name in its files
 
@@ -145,7 +145,7 @@ class FlowModel:
         """Run the body as adapter `name` (None: the base), then restore the student, whatever happens.
 
         TRAP: PEFT's `set_adapter` also moves `requires_grad`. A teacher that is still selected when the
-        student's loss runs backward leaves the student's gradients None, silently (finding 9); hence a context
+        student's loss runs backward leaves the student's gradients None, silently; hence a context
         that always comes back, and a body without gradients: nothing but the student ever trains.
         """
         if name is not None and name not in self.adapters:

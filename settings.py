@@ -309,7 +309,7 @@ def rewards_of(s: Settings, task: str) -> dict[str, float]:
 
     F blends DeQA with a preference reward 4:6 for its quality teacher, because quality alone is hacked: here it
     learns to paint everything black, as F Fig. 2's teachers lose what they are not paid for. `preference` asks
-    whether the picture shows what the prompt says. (F App. A gives 1:1 and other rewards: finding 6.)
+    whether the picture shows what the prompt says. ERRATUM: App. A gives 1:1 and other rewards.
     """
     if s.rewards:
         return {n: float(w or 1) for n, _, w in (i.partition("=") for i in s.rewards.split(",") if i)}

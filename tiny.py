@@ -133,7 +133,7 @@ def include(name: str, count: int = 1, color: str | None = None, position: list 
 
 
 def composition_metadata(tag: str, rng: random.Random) -> dict:
-    """A random prompt in GenEval's metadata format (facts: tag, include, exclude, prompt)."""
+    """A random prompt in GenEval's metadata format: tag, include, exclude, prompt."""
     a, b = rng.sample(CLASSES, 2)
     one, two = rng.sample(sorted(COLORS), 2)
     if tag == "single_object":
@@ -342,7 +342,7 @@ def quality(images: torch.Tensor) -> torch.Tensor:
 
     exp(-6 d) with d the mean distance of a pixel from the nearest pure colour (paper or palette), times a gate
     that is 1 where 4 to 70 % of the page is inked and 0 for an empty page or one of solid paint (four squares are
-    69 %): without the gate, RL on quality alone learns to hand in blank paper (finding 10; F Fig. 2's seesaw).
+    69 %): without the gate, RL on quality alone learns to hand in blank paper (F Fig. 2's seesaw).
     """
     images = images.float()
     pure = torch.tensor([(1.0, 1.0, 1.0), *COLORS.values()])  # (7, 3)
@@ -353,7 +353,7 @@ def quality(images: torch.Tensor) -> torch.Tensor:
 
 # ------------------------------------------------------------------------- scorers: images, prompts -> (B,) scores
 def score_geneval(images: torch.Tensor, prompts: Sequence[Prompt]) -> list[float]:
-    """GenEval's graded training reward (facts) over `detect`; in [0, 1], higher is better."""
+    """GenEval's graded training reward over `detect`; in [0, 1], higher is better."""
     found = zip(detect(images), prompts, strict=True)
     return [rewards.geneval_reward(rewards.filter_detections(d, p.metadata), p.metadata) for d, p in found]
 

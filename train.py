@@ -133,7 +133,7 @@ def guided(model: models.FlowModel, cond, uncond, cfg: float) -> Callable[[Tenso
 
 
 def trained_steps(run: Run) -> list[int]:
-    """Indices of the transitions that are trained: a subset (Q 4.2) of the stochastic ones (finding 6).
+    """Indices of the transitions that are trained: a subset (Q 4.2) of the stochastic ones.
 
     The forward-only ODE steps have no density, hence no ratio and no KL; `velocity` (Q Eq. 14) needs neither.
     """

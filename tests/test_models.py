@@ -334,7 +334,7 @@ def test_a_teacher_between_forward_and_backward_costs_the_student_no_gradient(mo
 
 
 def test_planted_a_teacher_that_stays_selected_takes_the_gradient_away(model):
-    """The trap itself (finding 9): PEFT's own `set_adapter`, as one would write it without the context."""
+    """The trap itself: PEFT's own `set_adapter`, as one would write it without the context."""
     student, loss = model.trainable(), student_loss(model)
     model.transformer.set_adapter("teacher:text")
     loss.backward()

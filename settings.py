@@ -124,7 +124,7 @@ PRESETS: dict[str, dict[str, dict]] = {
         "grpo": dict(steps=150, lr=7e-4),
         "sft": dict(steps=100, batch_size=96, lr=1e-3),
         "merge": dict(steps=0),
-        "opd": dict(steps=80, lr=1e-3, prompts_per_step=24, group_size=4, train_steps="all", train_count=5),
+        "opd": dict(steps=100, lr=3e-3, decay=True, prompts_per_step=24, group_size=4, train_steps="all", train_count=5),
     },
 }
 

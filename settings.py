@@ -16,6 +16,7 @@ from pathlib import Path
 
 STAGES = ("pretrain", "grpo", "sft", "merge", "opd", "all")
 TASKS = ("composition", "text", "quality")
+REWARDS = ("geneval", "ocr", "quality", "preference", "task")
 ASSETS = "assets/tiny"
 
 
@@ -58,7 +59,7 @@ class Settings:
     # ------------------------------------------------------------------------------------------- optimizer
     lr: float = _option(1e-3, "learning rate (AdamW; pretrain: Muon too)", low=0.0)
     warmup: int = _option(5, "steps over which the learning rate rises to --lr", low=0)
-    decay: bool = _option(False, "let the learning rate fall to zero along a cosine")
+    decay: bool = _option(False, "let the learning rate fall to zero along a cosine as long as --steps")
     weight_decay: float = _option(1e-4, "decoupled weight decay", low=0.0)
     grad_norm: float = _option(1.0, "largest norm of a gradient; longer ones are scaled down to it", low=0.0)
     ema_decay: float = _option(
@@ -78,7 +79,7 @@ class Settings:
     window: str = _option("0:5", "START:STOP of the transitions that are stochastic; the others are ODE steps")
     cfg: float = _option(1.0, "guidance scale of the rollout and of the objective", low=0.0)
     # ------------------------------------------------------------------------------------------------ grpo
-    rewards: str = _option("", "NAME=WEIGHT,...: geneval, ocr, quality, preference, task (the prompt's own); empty: the task's")
+    rewards: str = _option("", f"NAME=WEIGHT,... of {', '.join(REWARDS)} (task: the prompt's own); empty: the task's")
     advantage_std: str = _option("batch", "what advantages are divided by", choices=("group", "batch", "none"))
     advantage_clip: float = _option(5.0, "largest absolute advantage", low=0.0)
     clip: float = _option(1e-4, "clip range [epsilon] of the policy ratio", low=0.0)
@@ -124,7 +125,7 @@ PRESETS: dict[str, dict[str, dict]] = {
         "grpo": dict(steps=150, lr=7e-4),
         "sft": dict(steps=100, batch_size=96, lr=1e-3),
         "merge": dict(steps=0),
-        "opd": dict(steps=100, lr=3e-3, decay=True, prompts_per_step=24, group_size=4, train_steps="all", train_count=5),
+        "opd": dict(steps=100, lr=3e-3, decay=True, prompts_per_step=24, group_size=4, train_steps="all"),
     },
 }
 
@@ -273,8 +274,8 @@ def check(s: Settings) -> None:
 def _check_rewards(s: Settings) -> None:
     for item in filter(None, s.rewards.split(",")):
         name, _, weight = item.partition("=")
-        if name not in ("geneval", "ocr", "quality", "preference", "task"):
-            raise SettingsError(f"--rewards {item}: no reward {name!r}; choose from geneval, ocr, quality, preference, task")
+        if name not in REWARDS:
+            raise SettingsError(f"--rewards {item}: no reward {name!r}; choose from {', '.join(REWARDS)}")
         try:
             finite = math.isfinite(float(weight or "1"))
         except ValueError:

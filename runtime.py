@@ -110,7 +110,8 @@ class Run:
         if self.rank == 0:
             self._prepare_folder()
         wait()
-        self._resume()
+        if settings.stage != "merge":  # a merge has no state to go on from, and its teachers may have changed on disk
+            self._resume()
         self._board = None
 
     def generator(self, *what: object) -> torch.Generator:

@@ -239,8 +239,8 @@ def check(s: Settings) -> None:
     for name in s.compare:  # names adapters, files and rows of the table
         if name in ("", "base") or set(name) & set("./\\"):
             raise SettingsError(f"--compare {name}=...: give it a name of its own, without dots and slashes")
-    for key in (*s.teachers, *s.prompts, *task_list(s)):
-        if key not in TASKS and not (key == "auto" and key in s.prompts):
+    for key in (*s.teachers, *(set(s.prompts) - {"auto"}), *task_list(s)):
+        if key not in TASKS:
             raise SettingsError(f"task {key!r}: choose from {', '.join(TASKS)}")
     if not task_list(s):
         raise SettingsError(f"--tasks {s.tasks}: name at least one of {', '.join(TASKS)}")
@@ -258,6 +258,8 @@ def check(s: Settings) -> None:
         raise SettingsError(
             f"task {missing[0]!r} has no teacher: give --teachers {missing[0]}=PATH, or leave it out of --tasks"
         )
+    if s.stage == "opd" and s.prompts_per_step < len(task_list(s)):
+        raise SettingsError(f"--prompts-per-step {s.prompts_per_step}: {len(task_list(s))} tasks need one prompt each")
     if s.stage == "opd" and s.estimator != "velocity" and (start >= stop or s.noise_level == 0):
         raise SettingsError(f"--estimator {s.estimator} needs noise: widen --window, or use --estimator velocity (ODE)")
     if s.stage == "opd" and s.kernel != "sde":

@@ -124,7 +124,7 @@ def rollout_group(run: Run, prompts: Sequence[Prompt], weights: dict[str, float]
     path = list(sde.rollout(velocity, x, ts, s.noise_level, s.kernel, settings.window_of(s), noise))
     rewards_B = tiny.reward(model.decode(path[-1].x_next), rows, weights)
     rewards_PG = torch.from_numpy(rewards_B).reshape(len(prompts), s.group_size)
-    return {"path": path, "rewards": rewards_PG, "velocity": velocity, "cond": cond}
+    return {"path": path, "rewards": rewards_PG, "velocity": velocity}
 
 
 def guided(model: models.FlowModel, cond, uncond, cfg: float) -> Callable[[Tensor, float], Tensor]:

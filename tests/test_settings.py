@@ -250,6 +250,7 @@ REFUSED = [
     ("--prompts poem=x", r"^task 'poem': choose from composition, text, quality$"),
     ("--tasks text,poem", r"^task 'poem': choose from composition, text, quality$"),
     ("--tasks ,", r"^--tasks ,: name at least one of composition, text, quality$"),
+    ("--stage opd --prompts-per-step 2", r"^--prompts-per-step 2: 3 tasks need one prompt each$"),
     ("--rewards orc=1", r"^--rewards orc=1: no reward 'orc'; choose from geneval, ocr, quality, preference, task$"),
     ("--rewards ocr=1,task=much", r"^--rewards task=much: 'much' is not a number$"),
     ("--rewards ocr=1=2", r"^--rewards ocr=1=2: '1=2' is not a number$"),

@@ -276,6 +276,21 @@ for flags in json.loads(sys.argv[1]):
 """
 
 
+def test_a_repeated_merge_follows_teachers_that_changed_on_disk(world, tmp_path, no_pictures):
+    for task in TASKS:
+        shutil.copytree(world.teachers[task], tmp_path / task)
+    teachers = ["--teachers", *(f"{task}={tmp_path / task}" for task in TASKS)]
+    command = ["--model", str(world.base), *SMALL, "--stage", "merge", "--name", "m", "--out", str(tmp_path), *teachers]
+    merged = []
+    for source in ("text", "quality"):
+        shutil.rmtree(tmp_path / "text")
+        shutil.copytree(world.teachers[source], tmp_path / "text")
+        assert train.main(command) == 0
+        file = tmp_path / "m" / "checkpoints" / "step-000000" / "adapter_model.safetensors"
+        merged.append(safetensors.torch.load_file(file))
+    assert not same(*merged)
+
+
 def test_two_ranks_train_one_model_on_their_own_data_and_resume_exactly(world, tmp_path):
     # --no-decay: the cosine's length is --steps, and this test ends one run early by it.
     opd_run, grpo_run = [[*world.flags, "--no-decay", "--name", n, "--stage", n] for n in ("opd", "grpo")]

@@ -15,7 +15,7 @@ import models
 import rewards
 import runtime
 import tiny
-from settings import Settings
+from settings import Settings, resolve
 
 SMALL = Settings(eval_steps=2, eval_prompts=5, threads=1)
 
@@ -242,3 +242,14 @@ def test_teachers_and_anchor_share_one_backbone(world):
 
 def test_user_errors_are_the_ones_that_name_something_of_the_users():
     assert rewards.RewardError in evaluation.USER_ERRORS and ValueError not in evaluation.USER_ERRORS
+
+
+def test_each_shipped_teacher_is_the_best_at_its_own_task(tmp_path):
+    """The checkpoints in assets/ are what the README says: a mediocre base, and specialists that beat it at home."""
+    s = resolve({"name": "shipped", "mar": 0.0, "out": str(tmp_path), "eval_prompts": 48, "threads": 1})
+    rows, _ = evaluation.compare(s)
+    for task in tiny.TASKS:
+        own = rows[f"teacher {task}"][task]
+        assert own == max(row[task] for row in rows.values()), task
+        assert own > rows["base"][task] + 0.1, task
+    assert 0.45 < rows["base"]["average"] < 0.7

@@ -92,7 +92,7 @@ def velocity_penalty(v: Tensor, v_ref: Tensor, reduce: str = "sum") -> Tensor:
 def ema_update(
     old: Mapping[str, Tensor] | Sequence[Tensor], new: Mapping[str, Tensor] | Sequence[Tensor], decay: float
 ) -> None:
-    """DiffusionNFT's soft update of the sampling policy, in place: old <- decay old + (1-decay) new.
+    """Q Eq. 7's old policy: DiffusionNFT's soft update of what samples, in place: old <- decay old + (1-decay) new.
 
     old, new: two mappings with the same keys or two sequences of equal length, tensors of equal shapes; decay
     in [0, 1]: 0 copies (fully on-policy), 1 freezes. Under no_grad; `new` is not changed. Keep `old` in
@@ -113,7 +113,7 @@ def ema_update(
 
 
 def old_policy_decay(step: int, rate: float = 0.001, cap: float = 0.5, delay: int = 0) -> float:
-    """DiffusionNFT's decay for `ema_update` at update `step`: min(rate max(step - delay, 0), cap).
+    """Q Eq. 7's old policy: the decay of `ema_update` at update `step`: min(rate max(step - delay, 0), cap).
 
     It starts at 0, where sampling with the newest policy learns fastest, and rises to `cap`, where a slower
     sampling policy keeps the late phase stable. Public runs use (0.001, 0.5, 0), the default, and

@@ -47,3 +47,16 @@ def save_random_adapter(base, folder, seed, rank=4):
     rng = torch.Generator().manual_seed(seed)
     state = {k: 0.2 * torch.randn(v.shape, generator=rng) for k, v in model.adapter_state().items()}
     models.save_adapter(folder, state, config, model)
+
+
+def same(a, b):
+    """Bitwise equality of nested states."""
+    import torch
+
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b

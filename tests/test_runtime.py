@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import same
 from PIL import Image, ImageFont
 from torch import nn
 
@@ -68,17 +69,6 @@ def train(run):
 
 def flat(tensors):
     return torch.cat([t.detach().flatten() for t in tensors]).double().numpy()
-
-
-def same(a, b):
-    """Bitwise equality of nested states."""
-    if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 def metrics(folder):

@@ -312,6 +312,7 @@ def test_cps_step_by_hand():
     # mean = .6*.5 + .4*.866025*3.5 = 1.512436; std = .2
     x, v = torch.tensor([[2.0]], dtype=F64), torch.tensor([[3.0]], dtype=F64)
     x_next, mean, std = sde.cps_step(x, v, 0.5, 0.4, 1 / 3, seeded(0))
+    assert torch.equal(sde.cps_mean(x, v, 0.5, 0.4, 1 / 3), mean)
     assert (mean.item(), std) == (pytest.approx(1.5124356), pytest.approx(0.2))
     torch.testing.assert_close(x_next, mean + 0.2 * draw((1, 1), 0, F64))
 

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 import safetensors.torch
 import torch
-from conftest import SMALL, TASKS, save_random_adapter
+from conftest import SMALL, TASKS, same, save_random_adapter
 
 import eval as evaluation
 import grpo
@@ -104,17 +104,6 @@ def weights(folder):
 def metrics(folder, drop=("seconds",)):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in drop} for line in lines]
-
-
-def same(a, b):
-    """Bitwise equality of nested states."""
-    if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 def with_adapter(world, folder):

@@ -325,7 +325,7 @@ def test_the_gradient_of_opd_is_eq_9_plus_lambda_eq_12_by_autograd(go, spy, upda
         sigma = 0.7 * math.sqrt(t / (1 - t if t < 1 else dt))
         weight = dt / 2 * (sigma * (1 - t) / (2 * t) + 1 / sigma) ** 2
         v = student.velocity(step.x, t, cond)
-        gap_B = ((v - v_target) ** 2).mean((1, 2, 3)) + 0.5 * ((v - v_anchor) ** 2).mean((1, 2, 3))
+        gap_B = ((v - v_target) ** 2).sum((1, 2, 3)) + 0.5 * ((v - v_anchor) ** 2).sum((1, 2, 3))
         loss = loss + weight * gap_B.mean() / 2
     expected = flat(torch.autograd.grad(loss, student.trainable()))
     assert expected.norm() > 1e-3
@@ -711,7 +711,7 @@ def test_a_broken_checkpoint_and_a_taken_name_say_what_to_do(go, capsys):
     folder = go("run")
     capsys.readouterr()
     go("run", "--lr", "0.5", code=2)
-    assert "was made with --lr 0.001, not 0.5: give another --name, or --no-resume" in the_one_line(capsys)
+    assert "was made with --lr 0.003, not 0.5: give another --name, or --no-resume" in the_one_line(capsys)
     cut(folder / "checkpoints/step-000001/training.pt")
     go("run", "--steps", "2", code=2)
     assert re.search(r"step-000001/training\.pt: cannot resume from it .*--no-resume", the_one_line(capsys))

@@ -11,6 +11,7 @@ import argparse
 import difflib
 import json
 import math
+import sys
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -323,10 +324,23 @@ def rewards_of(s: Settings, task: str) -> dict[str, float]:
     return {"quality": 0.4, "preference": 0.6} if task == "quality" else {"task": 1.0}
 
 
+def answer_early(argv: list[str], prog: str) -> None:
+    """Answer --help, --dry-run and a wrong flag at once, before the caller spends seconds on importing torch."""
+    try:
+        s, _ = parse(argv, prog)
+    except SettingsError as fault:
+        print(f"error: {fault}", file=sys.stderr)
+        sys.exit(2)
+    if s.dry_run:
+        print(plan(s))
+        sys.exit(0)
+
+
 def plan(s: Settings) -> str:
-    """What a run would do, for --dry-run: the arithmetic of one step and where everything is written."""
+    """What a run would do, for --dry-run: every setting, the arithmetic of a step, and where it is written."""
     rows = s.prompts_per_step * s.group_size
-    lines = [f"run         {Path(s.out) / s.name} ({s.steps} steps, a checkpoint every {s.save_every})"]
+    lines = [json.dumps(asdict(s), indent=1)]
+    lines.append(f"run         {Path(s.out) / s.name} ({s.steps} steps, a checkpoint every {s.save_every})")
     lines.append(f"model       {s.model}" + (f", student from {s.init}" if s.init else ""))
     if s.stage in ("grpo", "opd"):
         start, stop = window_of(s)

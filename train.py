@@ -14,13 +14,17 @@ Each loop reads like the paper's algorithm; the mathematics is in sde, kl, grpo,
 besides in runtime. Randomness: every step makes its own generators from (seed, stage, step, rank).
 """
 
-import json
 import random
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
+
+import settings
+from settings import TASKS, Settings, task_list
+
+if __name__ == "__main__":
+    settings.answer_early(sys.argv[1:], "train.py")
 
 import numpy as np
 import torch
@@ -35,11 +39,9 @@ import models
 import opd
 import runtime
 import sde
-import settings
 import tiny
 from data import Prompt
 from runtime import Run
-from settings import TASKS, Settings, task_list
 
 MIX = {"composition": 3, "text": 1, "quality": 1}  # F App. A: epochs of GenEval : OCR : PickScore
 
@@ -380,7 +382,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         s, chosen = settings.parse(list(sys.argv[1:] if argv is None else argv))
         if s.dry_run:
-            print(f"{json.dumps(asdict(s), indent=1)}\n{settings.plan(s)}")
+            print(settings.plan(s))
             return 0
         run_stage(s, chosen)
         return 0

@@ -82,7 +82,7 @@ def optimizers(model: models.FlowModel, s: Settings) -> list[torch.optim.Optimiz
     """AdamW, as in F; when the whole base is trained, Muon for the matrices of its blocks.
 
     Pretraining is the longest stage on a CPU, and Muon (from torch.optim, its updates scaled to AdamW's size so
-    that one learning rate serves both) reaches AdamW's loss in about half the steps there.
+    that one learning rate serves both) reached AdamW's loss in about half the steps there, in one run of each.
     """
     trained, matrices = model.trainable(), []
     if models.STUDENT not in model.adapters:

@@ -2,6 +2,8 @@
 
     python bench.py estimators   the table of F Eq. 11's estimators on a linear-Gaussian flow
     python bench.py speed        single-pass against stored-trajectory OPD, as a ratio within one run
+    python bench.py step         OPD steps on SD3.5-M's real shapes (random weights, no download; an accelerator):
+                                 seconds, memory and model-FLOPs utilisation; flags of train.py may follow
     python bench.py learning     OPD, its estimators and GRPO-mix on the tiny world, three seeds, mean and std;
                                  with words after it, only the recipes whose name has one of them
 
@@ -13,6 +15,7 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -40,13 +43,13 @@ def speed(rounds: int = 5, warmup: int = 2) -> None:
     import settings
     import train
 
-    flags = ["--stage", "opd", "--out", "runs/bench-speed", "--no-resume", "--steps", "1000"]
+    flags = ["--preset", "tiny", "--stage", "opd", "--out", "runs/bench-speed", "--no-resume", "--steps", "1000"]
     times: dict[bool, list[float]] = {True: [], False: []}
     s, _ = settings.parse(flags)
     prompts = evaluation.load_prompts(s, "train", s.train_prompts, settings.task_list(s))
     run = train.student_run(s)
     experts = evaluation.load_teachers(run.model, s)
-    rows = train.repeat(train.mixed_batch(run, prompts, s.prompts_per_step), s.group_size)
+    rows = train.rows_of(run, prompts)
     for _ in range(warmup + rounds):
         for single in times:
             began = time.perf_counter()
@@ -60,6 +63,102 @@ def speed(rounds: int = 5, warmup: int = 2) -> None:
     print(f"\nRatio, pair by pair: {ratio:.2f} ({len(rows)} trajectories, {rounds} rounds)")
 
 
+# Dense bfloat16 FLOP/s of accelerators by a part of their name, as their makers state them.
+PEAKS = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "B200": 2250e12}
+
+
+def random_sd35(s, device, config: dict):
+    """SD3.5 with this transformer and random weights, text conditions included: real shapes without a download."""
+    import torch
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+
+    import models
+    from flow import Cond
+
+    dtype = getattr(torch, s.precision)
+    with torch.device(device):
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        transformer = SD3Transformer2DModel(**config).requires_grad_(False).eval()
+        torch.set_default_dtype(before)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    model = models.SD35Model(Path(), transformer, scheduler, device, s.resolution, s.text_length)
+    model.precision = s.precision
+    if s.gradient_checkpointing:
+        model.transformer.enable_gradient_checkpointing()
+    tokens = torch.randn(1, 77 + s.text_length, config["joint_attention_dim"], dtype=dtype)
+    model.known = dict.fromkeys(["", "a prompt"], Cond(tokens, tokens.new_ones(1, config["pooled_projection_dim"])))
+    return model
+
+
+def forward_flops(config: dict, resolution: int, text_length: int) -> int:
+    """FLOPs of one row's forward, counted by torch on tensors without memory."""
+    import torch
+    from diffusers import SD3Transformer2DModel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
+        transformer = SD3Transformer2DModel(**config)
+        transformer(
+            hidden_states=torch.empty(1, config["in_channels"], resolution // 8, resolution // 8),
+            encoder_hidden_states=torch.empty(1, 77 + text_length, config["joint_attention_dim"]),
+            pooled_projections=torch.empty(1, config["pooled_projection_dim"]), timestep=torch.empty(1),
+        )  # fmt: skip
+    return counter.get_total_flops()
+
+
+def step(*flags: str, config: dict | None = None, rounds: int = 3) -> dict[str, float]:
+    """OPD steps on SD3.5-M's real configuration with random weights; one warm-up, then `rounds` that count.
+
+    Model FLOPs count a forward as 1, a backward as 1 for a LoRA (no gradient of frozen weights) and as 2 for full
+    parameters, and nothing for what gradient checkpointing computes again.
+    """
+    import torch
+
+    import adapters
+    import cost
+    import ranks
+    import settings
+    import train
+    from data import Prompt
+
+    s, _ = settings.parse(["--stage", "opd", "--no-resume", "--out", tempfile.mkdtemp(), *flags])
+    device, config = ranks.start(s), config or cost.SD35_MEDIUM
+    model = random_sd35(s, device, config)
+    if s.parameters == "full":
+        model.train_fully(keep_base=True)
+        ranks.shard(model, s)
+        run = train.Run(s, model)
+    else:
+        lora = adapters.lora_config(s.rank, s.alpha)
+        model.add_adapter("student", lora)
+        run = train.Run(s, model, lora)
+    for task in s.teachers:
+        model.add_adapter(f"teacher:{task}", adapters.lora_config(s.rank, s.alpha))
+    experts = {task: f"teacher:{task}" for task in s.teachers} | {"anchor": f"teacher:{s.anchor}"}
+    rows = train.rows_of(run, {task: [Prompt("a prompt", task, {}, "bench")] for task in settings.task_list(s)})
+    seconds, cuda = [], device.type == "cuda"
+    for _ in range(1 + rounds):
+        began = time.perf_counter()
+        train.distil_step(run, rows, experts, s.single_pass)
+        run.update()
+        if cuda:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    a_row, backward = forward_flops(config, s.resolution, s.text_length), 2 if s.parameters == "full" else 1
+    flops = sum(w.rows * a_row * (1 + backward * w.gradient) for w in cost.forwards(s))
+    found = {"seconds": statistics.median(seconds[1:]), "flops": flops}
+    name = torch.cuda.get_device_name(device) if cuda else "processor"
+    peak = next((value for part, value in PEAKS.items() if part in name), None)
+    if cuda:
+        found["memory"] = torch.cuda.max_memory_allocated(device) / 2**30
+    print(f"{name}, {len(rows)} trajectories a step and rank: {found['seconds']:.2f} s a step (of {rounds}, median), "
+          f"{flops / found['seconds'] / 1e12:.3g} TFLOP/s"
+          + (f", utilisation {flops / found['seconds'] / peak:.2f} of {peak / 1e12:.0f}" if peak else "")
+          + (f", peak memory {found['memory']:.1f} GiB" if cuda else ""))  # fmt: skip
+    return found
+
+
 def learning(*words: str) -> None:
     """Every recipe of LEARNING (that has one of `words`) with every seed -> mean ± sample std over seeds.
 
@@ -67,7 +166,7 @@ def learning(*words: str) -> None:
     """
     import train
 
-    if train.main(["--stage", "merge", "--name", "bench-merge"]):
+    if train.main(["--preset", "tiny", "--stage", "merge", "--name", "bench-merge"]):
         raise SystemExit(2)
     table = []
     for title, flags in LEARNING.items():
@@ -76,9 +175,9 @@ def learning(*words: str) -> None:
         results, gaps = [], []
         for seed in SEEDS:
             name = "bench-" + "".join(c if c.isalnum() else "-" for c in title.lower()) + f"-{seed}"
-            if train.main([*flags, "--name", name, "--seed", str(seed)]):
+            if train.main(["--preset", "tiny", *flags, "--name", name, "--seed", str(seed)]):
                 raise SystemExit(2)
-            results.append(json.loads(Path("runs", name, "results.json").read_text())[name])
+            results.append(json.loads(Path("runs", name, "results.json").read_text())[name]["scores"])
             logged = [json.loads(line) for line in Path("runs", name, "metrics.jsonl").read_text().splitlines()]
             gaps.append(
                 [statistics.mean(row.get("gap", float("nan")) for row in part) for part in (logged[:5], logged[-5:])]
@@ -96,7 +195,7 @@ def spread(values: list[float]) -> str:
 
 
 if __name__ == "__main__":
-    jobs = {"estimators": estimators, "speed": speed, "learning": learning}
+    jobs = {"estimators": estimators, "speed": speed, "step": step, "learning": learning}
     if len(sys.argv) < 2 or sys.argv[1] not in jobs:
         print(f"usage: python bench.py {{{','.join(jobs)}}}", file=sys.stderr)
         sys.exit(2)

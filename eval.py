@@ -1,185 +1,230 @@
 """How good is a checkpoint? F Table 2's question: every task's score, for base, teachers, merged and student.
 
-    python eval.py --compare merged=runs/tiny-merge student=runs/tiny-opd
+    python eval.py --preset tiny --compare merged=runs/tiny-merge student=runs/tiny-opd
+    torchrun --nproc_per_node=8 eval.py --compare student=runs/flow-opd-opd --rewards jpeg=1
 
-Every model draws the same test prompts from the same noise with the ODE sampler (Q Eq. 3). Composition is the
-GenEval score, the unweighted mean of per-tag accuracies; text the OCR reward; quality the print quality on the
-open prompts. The average is the plain mean of the three: the tiny world's counterpart of F Table 2's Avg
-(`rewards.table2_average` is the paper's own, over its four metrics).
+Every model draws the same test prompts from the same noise with the ODE sampler (Q Eq. 3); under torchrun each rank
+draws its share of them. In the tiny world, composition is the GenEval score, the unweighted mean of per-tag
+accuracies; text the OCR reward; quality the print quality on the open prompts. The average is the plain mean of the
+three: the tiny world's counterpart of F Table 2's Avg (`rewards.table2_average` is the paper's own, over its four
+metrics). Pictures of other models are scored by what `--rewards` names, and drawn without scores if it names nothing.
 """
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import plan
+import settings
+from settings import Settings, is_tiny, task_list
+
+if __name__ == "__main__":
+    plan.answer_early(sys.argv[1:], "eval.py")
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+import adapters
 import data
+import flow
 import models
+import prompts as written
+import ranks
+import report
 import rewards
-import runtime
 import sde
-import settings
 import tiny
 from data import Prompt
-from settings import Settings, task_list
 
 # Every error that is the user's to mend: printed as one line, exit code 2.
-USER_ERRORS = (settings.SettingsError, data.DataError, models.ModelError, rewards.RewardError, FloatingPointError)
+USER_ERRORS = (settings.SettingsError, data.DataError, adapters.ModelError, rewards.RewardError, FloatingPointError)
 
 
+# --------------------------------------------------------------------------------------------------------- prompts
 def load_prompts(s: Settings, split: str, count: int, tasks: Sequence[str]) -> dict[str, list[Prompt]]:
-    """Prompts of each task: the user's files (--prompts) or the tiny world's own; DataError names file and line."""
-    mine = read_own_prompts(s.prompts, split)
-    prompts = {}
+    """Prompts of each task: the user's files (--prompts) or generated ones; DataError names file and line."""
+    mine, make = read_own_prompts(s, split), tiny.make_prompts if is_tiny(s) else written.make_prompts
+    found = {}
     for task in tasks:
-        prompts[task] = mine.get(task) or tiny.make_prompts(task, split, count)
+        try:
+            found[task] = mine.get(task) or make(task, split, count)
+        except ValueError as fault:
+            raise data.DataError(f"--{'eval' if split == 'test' else split}-prompts {count}: {fault}") from None
         if split == "test":
-            prompts[task] = prompts[task][:count]
-    return prompts
+            found[task] = found[task][:count]
+    return found
 
 
-def read_own_prompts(paths: Mapping[str, str], split: str) -> dict[str, list[Prompt]]:
+def read_own_prompts(s: Settings, split: str) -> dict[str, list[Prompt]]:
     """--prompts TASK=PATH ... -> prompts by task; "auto" routes each prompt by itself (F Eq. 7, `data.task_of`)."""
     found: dict[str, list[Prompt]] = {}
-    for task, path in paths.items():
+    for task, path in s.prompts.items():
         for prompt in data.read_prompts(path, "quality" if task == "auto" else task, split):
             if task == "auto":
                 prompt = prompt._replace(task=data.task_of(prompt.text, prompt.metadata))
-            tiny.check_prompt(prompt)
+            if is_tiny(s):
+                tiny.check_prompt(prompt)
+            elif prompt.task not in settings.TASKS:
+                known = ", ".join(settings.TASKS)
+                raise data.DataError(f"{prompt.source}: a prompt of the task {prompt.task!r}; this model knows {known}")
             found.setdefault(prompt.task, []).append(prompt)
     return found
 
 
-@torch.no_grad()
-def draw(model: models.FlowModel, prompts: Sequence[Prompt], steps: int, cfg: float, seed: int, batch=96) -> Tensor:
-    """ODE samples (B, 3, H, W) in [0, 1] of the adapter that is selected; noise depends on `seed` and row alone."""
-    noise = torch.randn((len(prompts), *model.latent_shape), generator=torch.Generator().manual_seed(seed))
-    images = []
-    for x, part in zip(noise.split(batch), batches(prompts, batch), strict=True):
-        cond, uncond = conditions(model, [p.text for p in part], cfg)
-        x = sde.sample(lambda x, t, c=cond, u=uncond: model.velocity(x, t, c, u, cfg), x, model.time_grid(steps))
-        images.append(model.decode(x))
-    return torch.cat(images)
-
-
 def batches(items: Sequence, size: int) -> list[Sequence]:
+    """`items` in parts of `size`, the last one shorter; size 0: all in one part."""
+    size = size or len(items)
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
-def conditions(model: models.FlowModel, texts: Sequence[str], cfg: float) -> tuple[models.Cond, models.Cond | None]:
+def conditions(model: flow.FlowModel, texts: Sequence[str], cfg: float) -> tuple[flow.Cond, flow.Cond | None]:
     """Cond of the prompts and, where guidance is on, of as many empty prompts."""
     return model.encode(texts), None if cfg == 1 else model.encode([""] * len(texts))
 
 
-def score(images: Tensor, prompts: Sequence[Prompt], task: str) -> tuple[float, list[float], dict[str, float]]:
-    """(the task's score, one score per image, details) of images drawn for test prompts of one task."""
+# ---------------------------------------------------------------------------------------------------------- drawing
+@torch.no_grad()
+def draw(model: flow.FlowModel, prompts: Sequence[Prompt], s: Settings, seed: int) -> Tensor:
+    """ODE samples (B, C, H, W) of the expert that is selected, latents on the CPU, the same on every rank.
+
+    Noise depends on `seed` and on the row alone. Rank r draws rows r, r + world, ...; a last, incomplete round is
+    filled up with the first rows again, because under FSDP every rank must run as many forwards as the others.
+    """
+    rank, world = ranks.rank_and_world()
+    size = -(-len(prompts) // world)
+    rows = [(k * world + rank) % len(prompts) for k in range(size)]
+    ts, drawn = model.time_grid(s.eval_steps), []
+    for part in batches(rows, s.micro_batch or 96):
+        sources = [torch.Generator().manual_seed(data.seed_for("draw", seed, i)) for i in part]
+        x = sde.standard_normal((len(part), *model.latent_shape), sources).to(model.device)
+        cond, uncond = conditions(model, [prompts[i].text for i in part], s.cfg)
+        drawn.append(sde.sample(lambda x, t, c=cond, u=uncond: model.velocity(x, t, c, u, s.cfg), x, ts).cpu())
+    mine = torch.cat(drawn)
+    if not dist.is_initialized():
+        return mine
+    parts = [torch.empty_like(mine) for _ in range(world)]
+    dist.all_gather(parts, mine)
+    return torch.stack(parts, 1).flatten(0, 1)[: len(prompts)]  # row k * world + r is rank r's k-th
+
+
+# ---------------------------------------------------------------------------------------------------------- scoring
+def score(images: Tensor, prompts: Sequence[Prompt], task: str, s: Settings) -> tuple[dict, list[float], dict]:
+    """(named scores of the batch, one score per image, GenEval's tags) of images drawn for test prompts of a task."""
+    if not is_tiny(s):
+        weights = settings.rewards_of(s, task)
+        named = {name: rewards.judge(images, prompts, {name: 1.0}) for name in weights}
+        each = rewards.judge(images, prompts, weights) if weights else []
+        return {f"{task} {name}": float(values.mean()) for name, values in named.items()}, list(each), {}
     if task != "composition":
         each = tiny.SCORERS[tiny.TASK_SCORER[task]](images, prompts)
-        return sum(each) / len(each), each, {}
+        return {task: sum(each) / len(each)}, each, {}
     each = tiny.score_verdict(images, prompts)
     verdicts, tags = [v == 1 for v in each], [p.metadata["tag"] for p in prompts]
-    return rewards.geneval_score(verdicts, tags), each, rewards.per_tag_accuracy(verdicts, tags)
+    return {task: rewards.geneval_score(verdicts, tags)}, each, rewards.per_tag_accuracy(verdicts, tags)
 
 
-def evaluate(model: models.FlowModel, prompts: Mapping[str, Sequence[Prompt]], s: Settings) -> dict:
-    """Scores of the selected adapter: {task: score, "average", "tags", "images": {task: (images, scores)}}."""
-    result: dict = {"tags": {}, "images": {}}
+def evaluate(model: flow.FlowModel, prompts: Mapping[str, Sequence[Prompt]], s: Settings) -> dict | None:
+    """Scores of the selected expert, on rank 0 (None elsewhere; every rank must call it, since all draw).
+
+    {"scores": {column: number}, "tags": {tag: accuracy}, "images": {task: (images, one score each)}}; in the tiny
+    world the columns are the tasks and their average.
+    """
+    result: dict = {"scores": {}, "tags": {}, "images": {}}
+    model.prepare(["", *(p.text for some in prompts.values() for p in some)])
     for task, some in prompts.items():
-        images = draw(model, some, s.eval_steps, s.cfg, data.seed_for("eval", s.seed, task))
-        result[task], each, details = score(images, some, task)
+        latents = draw(model, some, s, data.seed_for("eval", s.seed, task))
+        if ranks.rank_and_world()[0] > 0:
+            continue
+        images = model.decode(latents)
+        numbers, each, tags = score(images, some, task, s)
         result["images"][task] = (images, each)
-        result["tags"].update(details)
-    result["average"] = sum(result[task] for task in prompts) / len(prompts)
+        result["scores"] |= numbers
+        result["tags"] |= tags
+    if ranks.rank_and_world()[0] > 0:
+        return None
+    if is_tiny(s):
+        result["scores"]["average"] = sum(result["scores"][task] for task in prompts) / len(prompts)
     return result
 
 
-def markdown_table(rows: Mapping[str, Mapping], columns: Sequence[str], digits: int = 3) -> str:
-    """{name: {column: number}} -> a markdown table; missing numbers stay empty."""
-    lines = [f"| model | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
-    for name, row in rows.items():
-        cells = [f"{row[c]:.{digits}f}" if c in row else "" for c in columns]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def save_samples(
-    folder: Path, name: str, result: dict, prompts: Mapping[str, Sequence[Prompt]], count: int = 16
-) -> None:
-    """One grid a task with prompts and scores, samples/NAME-TASK.png."""
-    for task, (images, each) in result["images"].items():
-        captions = [f"{p.text}\n{value:.2f}" for p, value in zip(prompts[task][:count], each, strict=False)]
-        runtime.save_grid(folder / "samples" / f"{name}-{task}.png", images[:count], captions)
-
-
-def write_report(
-    folder: Path, title: str, rows: dict[str, dict], tasks: Sequence[str], notes: Sequence[str] = ()
-) -> Path:
-    """report.md of a run: the table, GenEval's tags, the curves and every grid in samples/."""
-    tags = [t for t in tiny.TEST_TAGS if any(t in row["tags"] for row in rows.values())]
-    parts = [f"# {title}", "", markdown_table(rows, [*tasks, "average"]), ""]
-    if tags:
-        parts += ["Composition by GenEval tag:", "", markdown_table({n: r["tags"] for n, r in rows.items()}, tags), ""]
-    parts += [*notes, ""]
-    pictures = [*runtime.plot_metrics(folder), *sorted((folder / "samples").glob("*.png"))]
-    for picture in dict.fromkeys(pictures):
-        parts += [f"![{picture.stem}](samples/{picture.name})", ""]
-    runtime.write_atomic(folder / "report.md", "\n".join(parts))
-    numbers = {n: {k: v for k, v in row.items() if k != "images"} for n, row in rows.items()}
-    runtime.write_atomic(folder / "results.json", json.dumps(numbers, indent=1) + "\n")
-    return folder / "report.md"
-
-
-def load_teachers(model: models.FlowModel, s: Settings) -> dict[str, str]:
-    """Put every teacher (and MAR's anchor) on the backbone: {task: adapter name}, with "anchor" where MAR is on."""
+# --------------------------------------------------------------------------------------------------- whole models
+def load_teachers(model: flow.FlowModel, s: Settings) -> dict[str, str]:
+    """Put every teacher (and MAR's anchor) beside the student: {task: expert's name}, with "anchor" where MAR is on."""
     experts = {}
-    for task, path in s.teachers.items():
+    for task, where in s.teachers.items():
         experts[task] = f"teacher:{task}"
-        state, config = models.load_adapter(runtime.adapter_folder(path), model)
-        model.add_adapter(experts[task], config, state)
+        model.add_expert(experts[task], where)
     if s.mar > 0 and s.stage == "opd":
         experts["anchor"] = experts.get(s.anchor, "anchor")
         if experts["anchor"] == "anchor":
-            state, config = models.load_adapter(runtime.adapter_folder(s.anchor), model)
-            model.add_adapter("anchor", config, state)
+            model.add_expert("anchor", s.anchor)
     return experts
 
 
+def locate_all(s: Settings) -> None:
+    """Find (or fetch) everything that a run will read, before any of it is loaded. ModelError names what is not there.
+
+    One rank a node goes first, so that a download happens once.
+    """
+    if ranks.local_rank() > 0:
+        ranks.wait()
+    adapters.locate(s.model, models.BASE_FILES)
+    teachers = s.teachers.values() if s.stage in ("opd", "sft", "merge") else ()
+    anchor = [s.anchor] if s.stage == "opd" and s.mar > 0 and s.anchor not in s.teachers else []
+    for where in (*teachers, *anchor, *([s.init] if s.init else []), *s.compare.values()):
+        adapters.kind(adapters.locate(where))
+    if ranks.local_rank() == 0:
+        ranks.wait()
+
+
 def compare(s: Settings) -> tuple[dict[str, dict], Path]:
-    """Base, every teacher and every --compare adapter on the test prompts -> (rows, report)."""
-    runtime.start(s.threads)
+    """Base, every teacher and every --compare student on the test prompts -> (rows on rank 0, report)."""
+    if not s.eval_prompts:
+        raise settings.SettingsError("--eval-prompts 0: nothing would be compared; ask for at least one a task")
+    device = ranks.start(s)
+    locate_all(s)
     folder = Path(s.out) / s.name
     prompts = load_prompts(s, "test", s.eval_prompts, task_list(s))
-    model = models.load_tiny(runtime.adapter_folder(s.model))
+    model = models.load(s, device)
     experts = load_teachers(model, s)
     names: dict[str, str | None] = {"base": None} | {f"teacher {task}": name for task, name in experts.items()}
-    for name, path in s.compare.items():
-        state, config = models.load_adapter(runtime.adapter_folder(path), model)
-        model.add_adapter(names.setdefault(name, f"compare:{name}"), config, state)
+    for name, where in s.compare.items():
+        names[name] = f"compare:{name}"
+        model.add_expert(names[name], where)
     rows = {}
-    for name, adapter in names.items():
-        print(f"evaluating {name} ...", file=sys.stderr)
-        with model.adapter(adapter):
-            rows[name] = evaluate(model, prompts, s)
-        save_samples(folder, name.replace(" ", "-"), rows[name], prompts)
-    ceiling = sum(rows[f"teacher {t}"][t] for t in prompts if t in experts) / max(1, sum(t in experts for t in prompts))
-    note = f"Mean of the teachers' own-task scores: {ceiling:.3f}."
-    return rows, write_report(folder, f"Evaluation: {s.name}", rows, list(prompts), [note])
+    for name, expert in names.items():
+        if ranks.rank_and_world()[0] == 0:
+            print(f"evaluating {name} ...", file=sys.stderr)
+        model.keep([expert] if expert else [])
+        with model.adapter(expert):
+            result = evaluate(model, prompts, s)
+        if result:
+            report.save_samples(folder, name.replace(" ", "-"), result, prompts)
+            rows[name] = {key: result[key] for key in ("scores", "tags")}
+    notes = []
+    if is_tiny(s) and rows:
+        own = [rows[f"teacher {t}"]["scores"][t] for t in prompts if t in experts]
+        notes = [f"Mean of the teachers' own-task scores: {sum(own) / max(1, len(own)):.3f}."]
+    if rows:
+        report.write_report(folder, f"Evaluation: {s.name}", rows, notes)
+    return rows, folder / "report.md"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     try:
         s, _ = settings.parse(list(sys.argv[1:] if argv is None else argv), prog="eval.py")
-        rows, report = compare(s)
+        if s.dry_run:
+            print(plan.describe(s, prog="eval.py"))
+            return 0
+        rows, where = compare(s)
     except USER_ERRORS as fault:
-        print(f"error: {fault}", file=sys.stderr)
-        return 2
-    print(markdown_table(rows, [*task_list(s), "average"]))
-    print(f"\npictures: {report.parent / 'samples'}\nreport:   {report}")
+        return ranks.fail(fault)
+    if rows:
+        print(report.markdown_table({name: row["scores"] for name, row in rows.items()}))
+        print(f"\npictures: {where.parent / 'samples'}\nreport:   {where}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    ranks.leave(main)

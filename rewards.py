@@ -10,7 +10,8 @@ on plain data, so the tiny world's template matchers and the real models are sco
     how nearly are they there (training)?        geneval_reward                     F §6.1, GRPO's signal
     what does a VLM's score token say?           expected_score                     Q Eq. 12, Q §3
     what does a VLM judge's written reply say?   parse_judge -> judge_reward        F App. A, Fig. 6, Table 4
-    several rewards as one                       composite                          F §6.1, App. A, Q §4.1
+    how plain is the picture (smoke runs)?       score_jpeg                         DDPO
+    several rewards as one                       composite, judge                   F §6.1, App. A, Q §4.1
     one number for a model                       table2_average                     F Table 2
 
 Notation: B samples, K rewards; boxes are (x0, y0, x1, y1) in pixels with y pointing *down*; a detection is a
@@ -21,12 +22,16 @@ would train on as if every image were bad. Nothing here is differentiable: rewar
 images, and no gradient flows through them.
 """
 
+import io
 import math
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
+import torch
+from PIL import Image
 
 # GenEval's thresholds. Counting asks for far more confidence, because a detector's weak second guesses on one
 # object would otherwise be counted as objects.
@@ -44,6 +49,20 @@ PICKSCORE_SCALE = 26  # PickScore is published as about 20 to 23; 26 is the divi
 
 class RewardError(ValueError):
     """A scorer answered with something that is no score; the message names it, on what, and what it said."""
+
+
+class Scorer(NamedTuple):
+    """Anything that judges pictures, near or far: one signature for all. Higher is better.
+
+    score(images, prompts, sources) -> (B,) float32 on the CPU, where images is (B, 3, H, W) in [0, 1] on the CPU,
+    prompts are B `data.Prompt`, and sources, for editing only, are B source images (3, H', W'), else None.
+    low, high: the range that a score can have, checked by `check_scores`; infinite where there is none.
+    """
+
+    name: str
+    score: Callable
+    low: float
+    high: float
 
 
 # ------------------------------------------------------------------------------------------ text on the image
@@ -308,6 +327,29 @@ def composite(
             raise ValueError(f"the weight of scorer {name!r} is {weights[name]}: it must be finite")
         total_B += weights[name] * check_scores(name, scores, prompts)
     return total_B
+
+
+def score_jpeg(images: torch.Tensor, prompts: Sequence) -> list[float]:
+    """Compressibility (DDPO's reward, in neither paper): 1 - JPEG bytes / raw bytes, (B,), below 1, higher is plainer.
+
+    images: (B, 3, H, W) in [0, 1]. It needs no model and no download and any image model can learn it: the reward to
+    try a new machine with. Quality 95 and no chroma subsampling, so that detail counts.
+    """
+    scores = []
+    for image in images:
+        pixels, stream = (image * 255).round().byte().permute(1, 2, 0).numpy(), io.BytesIO()
+        Image.fromarray(pixels).save(stream, "JPEG", quality=95, subsampling=0)
+        scores.append(1 - stream.tell() / pixels.size)
+    return scores
+
+
+SCORERS = {"jpeg": score_jpeg}  # any picture; the tiny world has more (tiny.SCORERS)
+
+
+def judge(images: torch.Tensor, prompts: Sequence, weights: Mapping[str, float], scorers: Mapping = SCORERS):
+    """The weighted sum of named scorers, (images, prompts) -> (B,) each, as `composite` -> float64 (B,)."""
+    scores = {name: scorers[name](images, prompts) for name in weights}
+    return composite(scores, weights, [p.text for p in prompts])
 
 
 def table2_average(geneval: float, ocr: float, deqa: float, pickscore: float) -> float:

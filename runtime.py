@@ -1,122 +1,102 @@
-"""What does a run need besides mathematics: ranks, checkpoints that survive a kill, metrics, pictures, a report?
+"""What does a run need besides mathematics: ranks, checkpoints that survive a kill, metrics?
 
 A run is the folder `runs/NAME/`:
 
     config.json        the resolved settings
     metrics.jsonl      one object a step (keys: README)
     samples/           grids of pictures with prompts and scores
-    checkpoints/       step-NNNNNN/, written under another name and renamed when complete
+    checkpoints/       step-NNNNNN/, written under another name and renamed when complete:
+                         the student's exported (averaged) weights, ready for the Hub, with a model card,
+                         training/ and training.json: everything that continuing needs
     report.md          tables and plots of the run
     (TensorBoard events beside them)
 
-Exact resume. All randomness of step s on rank r comes from generators seeded by (seed, stage, s, rank), so no
-RNG state has to be saved: weights, averaged weights, optimizer moments and the step number are the whole state.
-A run killed at any instant continues from its last complete checkpoint and ends with the same bits on a CPU.
+Exact resume. All randomness of step s comes from generators seeded by (seed, stage, s, what for), so no RNG state
+and no data position has to be saved: weights, averaged weights, optimizer moments and the step number are the whole
+state. A run killed at any instant continues from its last complete checkpoint and ends with the same bits on a CPU.
+A trajectory's noise belongs to its prompt and its place in the global batch, not to a rank: two ranks with three
+prompts each draw what one rank with six does, and a checkpoint goes on with another number of ranks.
 """
 
 import json
-import os
 import shutil
+import signal
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageFont
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
+import adapters
 import data
-import models
+from flow import FlowModel
+from ranks import average, average_numbers, own, rank_and_world, reason, wait
 from settings import Settings, SettingsError
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (the backend must be chosen before)
+# Settings that may change when a run is continued: they move no number of a step, or only who computes it.
+FREE = (
+    "steps", "save_every", "keep", "eval_prompts", "eval_steps", "device", "parallel", "micro_batch",
+    "prompts_per_step", "gradient_checkpointing", "timeout", "wandb",
+)  # fmt: skip
 
 
-# --------------------------------------------------------------------------------------------------------- ranks
-def start(threads: int) -> tuple[int, int]:
-    """Join the process group that torchrun describes, if any: (rank, world size). One process needs no group."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("gloo")
-    return int(os.environ.get("RANK", "0")), world
+class Stopped(Exception):
+    """The run was asked to stop (SIGTERM), has saved its state, and can be continued."""
 
 
-def average(tensors: Sequence[Tensor]) -> None:
-    """Replace tensors by their mean over ranks, in place and in one message. Of gradients, this is DDP.
-
-    It runs once a step, after the last backward, so that single-pass OPD can call backward at every transition
-    without a collective for each.
-    """
-    if not dist.is_initialized() or not tensors:
-        return
-    flat = torch.cat([t.flatten() for t in tensors])
-    dist.all_reduce(flat)
-    flat /= dist.get_world_size()
-    for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
-        tensor.copy_(part.view_as(tensor))
-
-
-def average_numbers(values: dict[str, float]) -> dict[str, float]:
-    """Mean over ranks of a dict of numbers that has the same keys everywhere."""
-    packed = torch.tensor(list(values.values()), dtype=torch.float64)
-    average([packed])
-    return dict(zip(values, packed.tolist(), strict=True))
-
-
-def wait() -> None:
-    """Wait until every rank has come here."""
-    if dist.is_initialized():
-        dist.barrier()
-
-
-# ---------------------------------------------------------------------------------------------------------- runs
-def optimizers(model: models.FlowModel, s: Settings) -> list[torch.optim.Optimizer]:
-    """AdamW, as in F; when the whole base is trained, Muon for the matrices of its blocks.
+def optimizers(model: FlowModel, s: Settings) -> list[torch.optim.Optimizer]:
+    """AdamW, as in F; when the tiny base is pretrained, Muon for the matrices of its blocks.
 
     Pretraining is the longest stage on a CPU, and Muon (from torch.optim, its updates scaled to AdamW's size so
     that one learning rate serves both) reached AdamW's loss in about half the steps there, in one run of each.
     """
-    trained, matrices = model.trainable(), []
-    if models.STUDENT not in model.adapters:
-        matrices = [p for n, p in model.transformer.named_parameters() if p.ndim == 2 and "transformer_blocks" in n]
-    inside = {id(p) for p in matrices}
-    others = [p for p in trained if id(p) not in inside]
+    trained = model.trainable()
+    inner = {n for n, p in trained.items() if s.stage == "pretrain" and p.ndim == 2 and "transformer_blocks" in n}
+    others = [p for n, p in trained.items() if n not in inner]
     found: list[torch.optim.Optimizer] = [torch.optim.AdamW(others, s.lr, (0.9, 0.99), weight_decay=s.weight_decay)]
-    if matrices:
+    if inner:
+        matrices = [trained[n] for n in trained if n in inner]
         muon = torch.optim.Muon(matrices, s.lr, weight_decay=s.weight_decay, adjust_lr_fn="match_rms_adamw")
         found.append(muon)
     return found
 
 
+# ---------------------------------------------------------------------------------------------------------- runs
 class Run:
     """One stage's run: its folder, what it trains, and where it stands."""
 
-    def __init__(self, settings: Settings, model: models.FlowModel, lora: "models.LoraConfig | None" = None):
+    def __init__(self, settings: Settings, model: FlowModel, lora: "adapters.LoraConfig | None" = None):
         self.s, self.model, self.lora = settings, model, lora
-        self.rank, self.world = start(settings.threads)
+        self.rank, self.world = rank_and_world()
         self.folder = Path(settings.out) / settings.name
         self.step = 0
         self.parameters = model.trainable()
-        self.average = [p.detach().clone() for p in self.parameters]  # the EMA, what a checkpoint exports
+        self.average = {n: p.detach().clone() for n, p in self.parameters.items()}  # the EMA: what is exported
         self.optimizers = optimizers(model, settings)
+        self.asked_to_stop = False
+        self.last: dict[str, float] = {}  # the newest line of metrics
         if self.rank == 0:
             self._prepare_folder()
         wait()
         if settings.stage != "merge":  # a merge has no state to go on from, and its teachers may have changed on disk
             self._resume()
-        self._board = None
+        self._board, self._wandb = None, None
 
-    def generator(self, *what: object) -> torch.Generator:
-        """A fresh generator for one purpose at the present step and rank; the whole of a run's randomness."""
-        seed = data.seed_for(self.s.seed, self.s.stage, self.s.task, self.step, self.rank, *what)
+    def generator(self, *what: int | str) -> torch.Generator:
+        """A fresh generator for one purpose at the present step, the same on every rank unless `what` names it."""
+        seed = data.seed_for(self.s.seed, self.s.stage, self.s.task, self.step, *what)
         return torch.Generator().manual_seed(seed)
 
     def _prepare_folder(self) -> None:
@@ -126,16 +106,19 @@ class Run:
             shutil.rmtree(self.folder, ignore_errors=True)
         if file.exists():
             old = json.loads(file.read_text())
-            free = ("steps", "save_every", "keep", "eval_prompts", "eval_steps")
-            changed = [k for k in resolved if k not in free and old.get(k) != resolved[k]]
-            if changed and last_checkpoint(self.folder):
+            changed = [k for k in resolved if k not in FREE and k in old and old[k] != resolved[k]]
+            if changed and adapters.last_checkpoint(self.folder):
                 k = changed[0]
                 raise SettingsError(
                     f"{self.folder} was made with --{k.replace('_', '-')} {old.get(k)}, not {resolved[k]}: "
                     "give another --name, or --no-resume to start it anew"
                 )
-        for stale in (self.folder / "checkpoints").glob(".*"):
-            shutil.rmtree(stale)
+        for stale in sorted((self.folder / "checkpoints").glob(".*")):
+            whole = stale.with_name(stale.name[1:].removesuffix("-old"))
+            if stale.name.endswith("-old") and not whole.exists():  # killed between the two renames of `save`
+                stale.rename(whole)
+            else:
+                shutil.rmtree(stale)
         (self.folder / "samples").mkdir(parents=True, exist_ok=True)
         write_atomic(file, json.dumps(resolved, indent=1) + "\n")
 
@@ -143,25 +126,53 @@ class Run:
     def steps(self, shown: str = "reward") -> Iterator[int]:
         """The steps that are left, with a progress bar that shows the metric `shown`; saves as it goes."""
         bar = tqdm(total=self.s.steps, initial=self.step, desc=self.s.name, disable=self.rank > 0, dynamic_ncols=True)
-        while self.step < self.s.steps:
-            self._shown, self._bar = shown, bar
-            yield self.step
-            self.step += 1
-            bar.update()
-            if self.step % self.s.save_every == 0 or self.step == self.s.steps:
-                self.save()
-        bar.close()
+        before = signal.signal(signal.SIGTERM, self._ask_to_stop)
+        try:
+            while self.step < self.s.steps:
+                self._shown, self._bar = shown, bar
+                self.stop_if_asked()
+                yield self.step
+                self.step += 1
+                bar.update()
+                if self.step % self.s.save_every == 0 or self.step == self.s.steps:
+                    self.save()
+        finally:
+            signal.signal(signal.SIGTERM, before)
+            bar.close()
+            if self._board:
+                self._board.close()
+            if self._wandb:  # `wandb.init` of the next stage would hand out this one again
+                self._wandb.finish()
+
+    def _ask_to_stop(self, *_: object) -> None:
+        self.asked_to_stop = True
+
+    def stop_if_asked(self) -> None:
+        """Save and raise `Stopped`, on every rank, once any rank has had SIGTERM.
+
+        Called before a step and between its micro-batches, where no weight has been touched yet: what is saved is
+        the last whole step, and the one under way is done again on resuming. A scheduler's grace period need not
+        be longer than a micro-batch and a save.
+        """
+        asked = torch.tensor(float(self.asked_to_stop))
+        if dist.is_initialized():
+            dist.all_reduce(asked, dist.ReduceOp.MAX)  # ranks are told at different moments; they stop at one
+        if asked.item():
+            self.save()
+            raise Stopped(f"{self.s.name}: stopped by SIGTERM, {self.checkpoint} saved; repeat the command to go on")
 
     def update(self) -> float:
         """Average gradients over ranks, clip, AdamW, EMA: one optimizer update -> the gradient's norm.
 
         A gradient that is not finite ends the run here, before it reaches the weights.
         """
-        missing = [p for p in self.parameters if p.grad is None]
+        parameters = list(self.parameters.values())
+        missing = [p for p in parameters if p.grad is None]
         if missing:
-            raise RuntimeError(f"{len(missing)} of {len(self.parameters)} trained tensors have no gradient")
-        average([p.grad for p in self.parameters])
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.s.grad_norm).item()
+            raise RuntimeError(f"{len(missing)} of {len(parameters)} trained tensors have no gradient")
+        average([p.grad for p in parameters if not isinstance(p, DTensor)])  # sharded ones come averaged (FSDP2)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.s.grad_norm)
+        norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
         if not np.isfinite(norm):
             raise FloatingPointError(
                 f"step {self.step}: the gradient's norm is {norm}; lower --lr or look at the rewards"
@@ -176,23 +187,29 @@ class Run:
         if (self.step + 1) % self.s.ema_every == 0:
             # Early on the average would remember the start for long; (1+s)/(10+s) lets it follow at first.
             decay = min(self.s.ema_decay, (1 + self.step) / (10 + self.step))
-            torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
+            averages = [own(a) for a in self.average.values()]
+            torch._foreach_lerp_(averages, [own(p.detach()) for p in parameters], 1 - decay)
         return norm
 
     def log(self, metrics: dict[str, float]) -> None:
-        """One line of metrics.jsonl and TensorBoard for this step, averaged over ranks."""
+        """One line of metrics.jsonl and TensorBoard (and wandb) for this step, averaged over ranks."""
+        if self.model.device.type == "cuda":
+            metrics = {**metrics, "memory": torch.cuda.max_memory_allocated() / 2**30}
         metrics = average_numbers(metrics)
         if self.rank > 0:
             return
-        line = {"step": self.step + 1, **{k: float(f"{v:.6g}") for k, v in metrics.items()}}
+        self.last = {k: float(f"{v:.6g}") for k, v in metrics.items()}
         with (self.folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps({"step": self.step + 1, **self.last}) + "\n")
         if self._board is None:
             from torch.utils.tensorboard import SummaryWriter  # half a second, paid only by runs that log
 
             self._board = SummaryWriter(self.folder)
+            self._wandb = start_wandb(self.s, self.folder) if self.s.wandb else None
         for key, value in metrics.items():
             self._board.add_scalar(key, value, self.step + 1)
+        if self._wandb:
+            self._wandb.log(metrics, step=self.step + 1)
         if self._shown in metrics:
             self._bar.set_postfix_str(f"{self._shown} {metrics[self._shown]:.3f}")
 
@@ -203,52 +220,93 @@ class Run:
 
     def exported(self) -> "Swap":
         """Context: the model runs with its averaged weights, which are what a checkpoint exports."""
-        return Swap(self.parameters, self.average)
+        return Swap(list(self.parameters.values()), list(self.average.values()))
 
     def save(self) -> None:
         """Write step-NNNNNN/ under a hidden name and rename it: a checkpoint is complete or absent."""
+        hidden = self.checkpoint.with_name("." + self.checkpoint.name)
         if self.rank == 0:
-            hidden = self.checkpoint.with_name("." + self.checkpoint.name)
             shutil.rmtree(hidden, ignore_errors=True)
             hidden.mkdir(parents=True)
-            with self.exported():
-                if self.lora is None:
-                    models.save_tiny(self.model, hidden)
-                else:
-                    models.save_adapter(hidden, self.model.adapter_state(), self.lora, self.model)
-            state = {"step": self.step, "optimizer": [o.state_dict() for o in self.optimizers]}
-            state["weights"] = [p.detach() for p in self.parameters]
-            state["average"] = self.average
-            torch.save(state, hidden / "training.pt")
+        wait()
+        self._export(hidden)
+        tensors, counts = self._state()
+        # DCP's safetensors writer: each rank writes its own part, any number of ranks reads it, nothing is pickled.
+        writer = dcp.HuggingFaceStorageWriter(str(hidden / "training"), save_distributed=True)
+        with _alone_without_warning():
+            dcp.save(tensors, storage_writer=writer)
+        if self.rank == 0:
+            write_atomic(hidden / "training.json", json.dumps({"step": self.step, "updates": counts}) + "\n")
             if self.checkpoint.exists():
-                shutil.rmtree(self.checkpoint)
+                self.checkpoint.rename(hidden.with_name(hidden.name + "-old"))
             hidden.rename(self.checkpoint)
+            shutil.rmtree(hidden.with_name(hidden.name + "-old"), ignore_errors=True)
             for old in sorted((self.folder / "checkpoints").glob("step-*"))[: -self.s.keep]:
                 shutil.rmtree(old)
             if self._board:
                 self._board.flush()
         wait()
 
+    def _export(self, folder: Path) -> None:
+        """What others can use: the averaged weights as an adapter or a transformer, and a model card."""
+        with self.exported():
+            if self.lora is None:
+                # Gathered from all ranks; filled on rank 0 only.
+                options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+                state = get_model_state_dict(self.model.transformer, options=options)
+                if self.rank == 0:
+                    self.model.save_full(folder, state)
+            elif self.rank == 0:
+                m = self.model
+                adapters.save_adapter(folder, m.adapter_state(), self.lora, m.source, m.fingerprint, m.pipeline)
+        if self.rank == 0:
+            self.write_card(folder, {})
+
+    def write_card(self, folder: Path, scores: dict[str, float]) -> None:
+        """The model card of a checkpoint, README.md; scores are known once the run has ended."""
+        card = adapters.model_card(asdict(self.s), self.last, scores, self.step, self.model.pipeline)
+        write_atomic(folder / "README.md", card)
+
+    def _state(self) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """All that continuing needs, as one flat dict of tensors, and how many updates each tensor has had."""
+        tensors = {f"weights.{n}": p.detach() for n, p in self.parameters.items()}
+        tensors |= {f"average.{n}": a for n, a in self.average.items()}
+        counts = {}
+        for name, p in self.parameters.items():
+            for optimizer in self.optimizers:
+                for key, value in optimizer.state.get(p, {}).items():
+                    if key == "step":
+                        counts[name] = float(value)
+                    else:
+                        tensors[f"{key}.{name}"] = value
+        return tensors, counts
+
     def _resume(self) -> None:
-        last = last_checkpoint(self.folder)
+        last = adapters.last_checkpoint(self.folder)
         if last is None:
             if self.rank == 0:
                 (self.folder / "metrics.jsonl").unlink(missing_ok=True)
             return
         try:
-            state = torch.load(last / "training.pt", weights_only=True)
-            for mine, saved in zip(self.parameters, state["weights"], strict=True):
-                mine.data.copy_(saved)
-            for mine, saved in zip(self.average, state["average"], strict=True):
-                mine.copy_(saved)
-            for mine, saved in zip(self.optimizers, state["optimizer"], strict=True):
-                mine.load_state_dict(saved)
+            state = json.loads((last / "training.json").read_text())
+            if state["updates"]:
+                self._make_moments()
+            reader = dcp.HuggingFaceStorageReader(str(last / "training"))
+            for name, entry in reader.read_metadata().state_dict_metadata.items():  # DCP would leave a gap as it is
+                if sum(chunk.sizes.numel() for chunk in entry.chunks) < entry.size.numel():
+                    raise ValueError(f"a part of {name} is missing")
+            with _alone_without_warning():
+                dcp.load(self._state()[0], storage_reader=reader)
+            for optimizer in self.optimizers:
+                for p, moments in optimizer.state.items():
+                    if "step" in moments:
+                        name = next(n for n, q in self.parameters.items() if q is p)
+                        moments["step"].fill_(state["updates"][name])
             self.step = state["step"]
-        except Exception as fault:
-            reason = str(fault).splitlines()[0]
-            raise models.ModelError(
-                f"{last / 'training.pt'}: cannot resume from it ({reason}); remove {last} to continue from an earlier "
-                "checkpoint, or start anew with --no-resume"
+        except (Exception, CheckpointException) as fault:  # DCP's own is no Exception
+            raise adapters.ModelError(
+                f"{last / 'training'}: cannot resume from it ({reason(fault)}); remove {last} to continue from an "
+                "earlier checkpoint, or start anew with --no-resume"
             ) from fault
         if self.rank == 0:  # lines written after the checkpoint would appear twice
             file = self.folder / "metrics.jsonl"
@@ -256,6 +314,16 @@ class Run:
             kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= self.step]
             write_atomic(file, "".join(line + "\n" for line in kept))
             print(f"{self.s.name}: continues from {last}", file=sys.stderr)
+
+    def _make_moments(self) -> None:
+        """Let the optimizers create their state, for the checkpoint to fill: an update by nothing, at rate zero."""
+        for p in self.parameters.values():
+            p.grad = torch.zeros_like(p)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = 0.0
+            optimizer.step()
+            optimizer.zero_grad()
 
 
 class Swap:
@@ -265,23 +333,35 @@ class Swap:
         self.parameters, self.values = parameters, values
 
     def __enter__(self) -> None:
-        self.own = [p.detach().clone() for p in self.parameters]
+        self.own = [own(p.detach()).clone() for p in self.parameters]
         for p, v in zip(self.parameters, self.values, strict=True):
-            p.data.copy_(v)
+            own(p.data).copy_(own(v))
 
     def __exit__(self, *_: object) -> None:
         for p, v in zip(self.parameters, self.own, strict=True):
-            p.data.copy_(v)
+            own(p.data).copy_(v)
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint of a run folder, or None."""
-    return max((folder / "checkpoints").glob("step-*"), default=None)
+@contextmanager
+def _alone_without_warning() -> Iterator[None]:
+    """DCP warns a run of one process that it is one."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
-def adapter_folder(path: str) -> Path:
-    """A run's folder stands for its last checkpoint; any other path for itself."""
-    return last_checkpoint(Path(path)) or Path(path)
+def require_extra(module: str, extra: str, flag: str) -> None:
+    """SettingsError, before anything is loaded, where an optional dependency is asked for and not installed."""
+    if find_spec(module) is None:
+        raise SettingsError(f"{flag} needs the extra {extra!r}: pip install -e '.[{extra}]'")
+
+
+def start_wandb(s: Settings, folder: Path):
+    """The run's mirror on Weights & Biases; a run that is continued goes on there too."""
+    import wandb
+
+    identity = str(data.seed_for(str(folder.absolute())))
+    return wandb.init(project="minopd", name=s.name, id=identity, resume="allow", config=asdict(s), dir=folder)
 
 
 def write_atomic(file: Path, text: str) -> None:
@@ -289,63 +369,3 @@ def write_atomic(file: Path, text: str) -> None:
     hidden = file.with_name("." + file.name)
     hidden.write_text(text)
     hidden.replace(file)
-
-
-# ------------------------------------------------------------------------------------------------------ pictures
-def save_grid(file: Path, images: Tensor, captions: Sequence[str], columns: int = 8, zoom: int = 5) -> None:
-    """A grid of images (N, 3, H, W) in [0, 1], each with a caption (prompt and score) below, wrapped to its width."""
-    font = ImageFont.load_default(size=11)
-    edge, lines = images.shape[-1] * zoom, 4
-    rows = -(-len(images) // columns)
-    sheet = Image.new("RGB", (columns * (edge + 8) + 8, rows * (edge + lines * 13 + 10) + 8), "white")
-    pen = ImageDraw.Draw(sheet)
-    for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
-        x, y = 8 + i % columns * (edge + 8), 8 + i // columns * (edge + lines * 13 + 10)
-        pixels = (image * 255).round().byte().permute(1, 2, 0).numpy()
-        sheet.paste(Image.fromarray(pixels).resize((edge, edge), Image.Resampling.NEAREST), (x, y))
-        pen.rectangle((x - 1, y - 1, x + edge, y + edge), outline=(170, 170, 170))
-        for k, line in enumerate(wrap(caption, edge, font)[:lines]):
-            pen.text((x, y + edge + 2 + 13 * k), line, fill="black", font=font)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(file)
-
-
-def wrap(text: str, width: int, font: ImageFont.FreeTypeFont) -> list[str]:
-    """Break text into lines no wider than `width` pixels; explicit line breaks stay."""
-    lines = []
-    for paragraph in text.split("\n"):
-        lines.append("")
-        for word in paragraph.split():
-            longer = f"{lines[-1]} {word}".strip()
-            if lines[-1] and font.getlength(longer) > width:
-                lines.append(word)
-            else:
-                lines[-1] = longer
-    return lines
-
-
-def plot_metrics(folder: Path) -> list[Path]:
-    """One curve a key of metrics.jsonl -> PNG files under samples/; [] where nothing was logged."""
-    file = folder / "metrics.jsonl"
-    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    keys = sorted({k for row in rows for k in row} - {"step", "seconds"})
-    if len(rows) < 2:
-        return []
-    columns = 3
-    figure, axes = plt.subplots(
-        -(-len(keys) // columns), columns, figsize=(12, 2.6 * -(-len(keys) // columns)), squeeze=False
-    )
-    for axis, key in zip(axes.flat, keys, strict=False):
-        points = [(row["step"], row[key]) for row in rows if key in row]
-        axis.plot(*zip(*points, strict=True), linewidth=1)
-        axis.set_title(key, fontsize=9)
-        axis.grid(alpha=0.3)
-    for axis in list(axes.flat)[len(keys) :]:
-        axis.axis("off")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        figure.tight_layout()
-    target = folder / "samples" / "curves.png"
-    figure.savefig(target, dpi=90)
-    plt.close(figure)
-    return [target]

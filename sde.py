@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 
 Time = float | Tensor  # a python float or 0-d tensor for the whole batch, or one value per sample, (B,)
+Noise = torch.Generator | Sequence[torch.Generator] | None  # one source for the batch, or one for each of its B rows
 KERNELS = ("sde", "cps")
 
 
@@ -159,7 +160,22 @@ def sde_mean(x: Tensor, v: Tensor, t: Time, dt: Time, sigma: Time) -> Tensor:
     return x - (v + sigma**2 / (2 * t) * eps_hat) * dt
 
 
-def _act(mean: Tensor, std: Time, generator: torch.Generator | None) -> Tensor:
+def standard_normal(shape: Sequence[int], generator: Noise = None, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The eps of Q Eq. 1 and F Eq. 6: N(0, I) of `shape` (B, ...), float32, on the generator's device, no gradient.
+
+    With one generator a row, row i's noise is a function of generator i alone: however a batch is cut into
+    micro-batches and shared among ranks, every trajectory stays the one it was. Raises ValueError unless there
+    is one a row.
+    """
+    if generator is None or isinstance(generator, torch.Generator):
+        device = "cpu" if generator is None else generator.device
+        return torch.randn(*shape, generator=generator, dtype=dtype, device=device)
+    if len(generator) != shape[0]:
+        raise ValueError(f"{shape[0]} rows need as many generators, not {len(generator)}")
+    return torch.stack([torch.randn(*shape[1:], generator=g, dtype=dtype, device=g.device) for g in generator])
+
+
+def _act(mean: Tensor, std: Time, generator: Noise) -> Tensor:
     """The action x_next ~ N(mean, std^2 I), (B, ...), detached.
 
     An action is data: log_prob must differentiate its mean only.
@@ -167,13 +183,12 @@ def _act(mean: Tensor, std: Time, generator: torch.Generator | None) -> Tensor:
     Noise is drawn on the generator's device (the CPU without one) and moved: one seed, the same noise
     anywhere.
     """
-    device = "cpu" if generator is None else generator.device
-    noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=device)
+    noise = standard_normal(mean.shape, generator, mean.dtype)
     return mean.detach() + per_sample(std, mean) * noise.to(mean.device)
 
 
 def sde_step(
-    x: Tensor, v: Tensor, t: Time, dt: Time, sigma: Time, generator: torch.Generator | None = None
+    x: Tensor, v: Tensor, t: Time, dt: Time, sigma: Time, generator: Noise = None
 ) -> tuple[Tensor, Tensor, Time]:
     """F Eq. 6: one Euler-Maruyama step, (x_next, mean, std) with std = sigma sqrt(dt), a float or (B,).
 
@@ -196,7 +211,7 @@ def cps_mean(x: Tensor, v: Tensor, t: Time, t_next: Time, level: float) -> Tenso
 
 
 def cps_step(
-    x: Tensor, v: Tensor, t: Time, t_next: Time, level: float, generator: torch.Generator | None = None
+    x: Tensor, v: Tensor, t: Time, t_next: Time, level: float, generator: Noise = None
 ) -> tuple[Tensor, Tensor, Time]:
     """Flow-CPS, the alternative kernel (in neither paper): coefficient-preserving sampling, level in [0, 1].
 
@@ -271,7 +286,7 @@ def rollout(
     level: float,
     kernel: str = "sde",
     window: tuple[int, int] | None = None,
-    generator: torch.Generator | None = None,
+    generator: Noise = None,
 ) -> Iterator[Transition]:
     """F §5.1.1 (on-policy sampling): walk x, (B, ...), down the grid ts, (N+1,); yield N `Transition`s.
 

@@ -1,8 +1,9 @@
 """What can be set, where does each value come from, and is the combination possible?
 
 One frozen dataclass is the whole configuration: every field is a command-line flag, its help string stands in
-its metadata, and its default is the tiny world's. Precedence: defaults < preset's stage < `--config file.json`
-< flags. Nothing of torch is imported here, so `--help` and every refusal come at once.
+its metadata, and its default is F App. A's for Stable Diffusion 3.5 Medium on eight accelerators. Precedence:
+defaults < preset < preset's stage < `--config file.json` < flags. Nothing of torch is imported here, so `--help`
+and every refusal come at once.
 
 A refusal is a `SettingsError`: one line that names the flag and what to do; `train.py` exits with code 2.
 """
@@ -11,13 +12,13 @@ import argparse
 import difflib
 import json
 import math
-import sys
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 
 STAGES = ("pretrain", "grpo", "sft", "merge", "opd", "all")
 TASKS = ("composition", "text", "quality")
-REWARDS = ("geneval", "ocr", "quality", "preference", "task")
+TINY_REWARDS = ("geneval", "ocr", "quality", "preference", "task")  # what the tiny world's eyes can judge
+REAL_REWARDS = ("jpeg",)  # what any picture can be judged by
 ASSETS = "assets/tiny"
 
 
@@ -36,60 +37,83 @@ class Settings:
     """Every setting of a run. Symbols in brackets are the papers' (F: Flow-OPD, Q: Qwen-Image-2.0-RL)."""
 
     # ------------------------------------------------------------------------------------------ what to run
-    preset: str = _option("tiny", "hyper-parameters to start from", choices=("tiny",))
+    preset: str = _option("flow-opd", "hyper-parameters to start from: F App. A's on SD3.5-M, or the tiny world's",
+                          choices=("flow-opd", "tiny"))  # fmt: skip
     stage: str = _option("opd", "which part of the pipeline", choices=STAGES)
     name: str = _option("", "name of the run, a folder below --out; empty: preset-stage[-task]")
     out: str = _option("runs", "folder that holds the runs")
     config: str = _option("", "JSON file of settings, applied over the preset and under the flags")
     task: str = _option("", "grpo: which teacher; 'mix' is the GRPO-mix baseline; empty: the three teachers in turn",
                         choices=("", *TASKS, "mix"))  # fmt: skip
-    steps: int = _option(1, "optimizer steps (iterations) of the stage", low=0)
+    steps: int = _option(1000, "optimizer steps (iterations) of the stage", low=0)
     seed: int = _option(0, "seed of everything random: batches, noise, new weights", low=0)
     resume: bool = _option(True, "continue a run of this name from its last checkpoint; --no-resume starts it anew")
     dry_run: bool = _option(False, "print the resolved settings and the plan, then stop")
+    # ----------------------------------------------------------------------------------------- where it runs
+    device: str = _option("auto", "accelerator or processor; auto: an accelerator if there is one",
+                          choices=("auto", "cuda", "cpu"))  # fmt: skip
+    precision: str = _option("bfloat16", "numbers inside the transformer; the SDE, losses and trained weights are "
+                             "float32 in any case", choices=("bfloat16", "float32"))  # fmt: skip
+    parallel: str = _option("ddp", "ddp: every rank holds the whole student; fsdp: its parameters are sharded over "
+                            "all ranks (FSDP2); hsdp: sharded within a node, replicated over nodes",
+                            choices=("ddp", "fsdp", "hsdp"))  # fmt: skip
+    micro_batch: int = _option(24, "trajectories in one forward (guidance doubles its rows); 0: all of a step at once",
+                               low=0)  # fmt: skip
+    gradient_checkpointing: bool = _option(True, "recompute each block in backward: less memory, a third more work")
+    timeout: float = _option(30.0, "minutes that a rank waits for the others, a first download included, before it "
+                             "gives up", low=0.1)  # fmt: skip
+    wandb: bool = _option(False, "log to Weights & Biases too (extra: pip install -e '.[wandb]')")
     # ------------------------------------------------------------------------------------- models and data
-    model: str = _option(f"{ASSETS}/base", "folder of the base checkpoint that all adapters share")
-    teachers: dict = _option({t: f"{ASSETS}/teacher-{t}" for t in TASKS},
-                             "TASK=PATH ...: adapter of each task's teacher (an adapter folder or a run)")  # fmt: skip
-    anchor: str = _option("quality", "MAR's task-agnostic teacher (F Eq. 12): a teacher's task or an adapter path")
-    init: str = _option("", "adapter that the student starts from (a cold start, F 5.1); empty: the base itself")
-    compare: dict = _option({}, "eval.py: NAME=PATH ...: adapters to score beside the base and the teachers")
+    model: str = _option("stabilityai/stable-diffusion-3.5-medium", "base checkpoint: a Hub id, a folder or a run")
+    teachers: dict = _option({"composition": "jieliu/SD3.5M-FlowGRPO-GenEval",
+                              "text": "CostaliyA/SD3.5M-FlowGRPO-OCR-3240",
+                              "quality": "CostaliyA/SD3.5M-FlowGRPO-Deqa-Mix"},
+                             "TASK=ID_OR_PATH ...: each task's teacher: a Hub id, a folder or a run; a LoRA in PEFT's "
+                             "or diffusers' layout, or a full checkpoint")  # fmt: skip
+    anchor: str = _option("quality", "MAR's task-agnostic teacher (F Eq. 12): a teacher's task, a Hub id or a path")
+    init: str = _option("", "what the student starts from (a cold start, F 5.1); empty: the base itself")
+    compare: dict = _option({}, "eval.py: NAME=ID_OR_PATH ...: students to score beside the base and the teachers")
+    resolution: int = _option(512, "pixels a side (SD3.5: a multiple of 16)", low=16)
+    text_length: int = _option(256, "SD3.5: tokens of the T5 text encoder; 256 is the stock pipeline's", low=1)
     prompts: dict = _option({}, "TASK=PATH ...: your own prompts (.txt, GenEval .jsonl, or a folder of them); "
                             "TASK auto routes each prompt by itself (F Eq. 7)")  # fmt: skip
     tasks: str = _option(",".join(TASKS), "comma-separated tasks that opd and sft train and eval scores")
     # ------------------------------------------------------------------------------------------- optimizer
-    lr: float = _option(1e-3, "learning rate (AdamW; pretrain: Muon too)", low=0.0)
-    warmup: int = _option(5, "steps over which the learning rate rises to --lr", low=0)
+    parameters: str = _option("lora", "which parameters train: a LoRA on the frozen base, or the full transformer",
+                              choices=("lora", "full"))  # fmt: skip
+    lr: float = _option(3e-4, "learning rate (AdamW; pretrain: Muon too)", low=0.0)
+    warmup: int = _option(0, "steps over which the learning rate rises to --lr", low=0)
     decay: bool = _option(False, "let the learning rate fall to zero along a cosine as long as --steps")
     weight_decay: float = _option(1e-4, "decoupled weight decay", low=0.0)
     grad_norm: float = _option(1.0, "largest norm of a gradient; longer ones are scaled down to it", low=0.0)
     ema_decay: float = _option(
         0.9, "decay of the averaged weights, which are what a checkpoint exports", low=0.0, high=1.0
     )
-    ema_every: int = _option(1, "steps between two updates of the averaged weights", low=1)
-    rank: int = _option(16, "LoRA rank r of a new adapter", low=1)
-    alpha: float = _option(32.0, "LoRA alpha of a new adapter; its update is alpha/r * B @ A", low=0.0)
-    batch_size: int = _option(128, "pretrain, sft: images a step and process", low=1)
+    ema_every: int = _option(8, "steps between two updates of the averaged weights", low=1)
+    rank: int = _option(32, "LoRA rank r of a new adapter", low=1)
+    alpha: float = _option(64.0, "LoRA alpha of a new adapter; its update is alpha/r * B @ A", low=0.0)
+    batch_size: int = _option(16, "pretrain, sft: images a step and process", low=1)
     caption_dropout: float = _option(0.1, "pretrain: share of captions left empty, for guidance", low=0.0, high=1.0)
     # --------------------------------------------------------------------------------------------- rollout
-    prompts_per_step: int = _option(12, "prompts [P] a step and process", low=1)
-    group_size: int = _option(16, "samples per prompt [G]", low=1)
-    num_steps: int = _option(6, "sampling steps in training [T]", low=1)
+    prompts_per_step: int = _option(6, "prompts [P] a step and process", low=1)
+    group_size: int = _option(24, "samples per prompt [G]", low=1)
+    num_steps: int = _option(10, "sampling steps in training [T]", low=1)
     noise_level: float = _option(0.7, "SDE noise level [a] of sigma_t = a sqrt(t/(1-t)) (Flow-CPS: eta)", low=0.0)
     kernel: str = _option("sde", "transition kernel: F Eq. 5-6, or Flow-CPS", choices=("sde", "cps"))
-    window: str = _option("0:5", "START:STOP of the transitions that are stochastic; the others are ODE steps")
-    cfg: float = _option(1.0, "guidance scale of the rollout and of the objective", low=0.0)
+    window: str = _option("0:9", "START:STOP of the transitions that are stochastic; the others are ODE steps")
+    cfg: float = _option(4.5, "guidance scale of the rollout and of the objective", low=0.0)
     # ------------------------------------------------------------------------------------------------ grpo
-    rewards: str = _option("", f"NAME=WEIGHT,... of {', '.join(REWARDS)} (task: the prompt's own); empty: the task's")
-    advantage_std: str = _option("batch", "what advantages are divided by", choices=("group", "batch", "none"))
+    rewards: str = _option("", f"NAME=WEIGHT,...: {', '.join(REAL_REWARDS)}; in the tiny world also "
+                           f"{', '.join(TINY_REWARDS)} (task: the prompt's own, used if empty)")  # fmt: skip
+    advantage_std: str = _option("group", "what advantages are divided by", choices=("group", "batch", "none"))
     advantage_clip: float = _option(5.0, "largest absolute advantage", low=0.0)
     clip: float = _option(1e-4, "clip range [epsilon] of the policy ratio", low=0.0)
     log_prob: str = _option("mean", "log-prob over the D latent dimensions: mean as released, sum is exact",
                             choices=("mean", "sum"))  # fmt: skip
     guard: bool = _option(False, "GRPO-Guard's ratio normalisation")
-    beta: float = _option(0.0, "weight of the KL to the base policy", low=0.0)
-    updates: int = _option(1, "grpo: optimizer updates per rollout, each on its share of the prompts", low=1)
-    train_steps: str = _option("first", "which transitions are trained", choices=("all", "first", "random"))
+    beta: float = _option(0.04, "weight of the KL to the base policy", low=0.0)
+    updates: int = _option(2, "grpo: optimizer updates per rollout, each on its share of the prompts", low=1)
+    train_steps: str = _option("all", "which transitions are trained", choices=("all", "first", "random"))
     train_count: int = _option(4, "how many of them (first: highest noise; random: favours high noise)", low=1)
     # ------------------------------------------------------------------------------------------ opd, merge, sft
     estimator: str = _option("analytic", "gradient estimator of the on-policy distillation",
@@ -102,25 +126,35 @@ class Settings:
     merge_method: str = _option("svd", "cold start by merging", choices=("cat", "svd", "ties", "factor"))
     sft_images: int = _option(960, "sft: images sampled from the routed teachers", low=1)
     # ------------------------------------------------------------------------------------- evaluation, output
-    train_prompts: int = _option(2048, "prompts the tiny world generates for training, per task", low=1)
-    eval_prompts: int = _option(192, "test prompts per task in an evaluation", low=1)
-    eval_steps: int = _option(10, "ODE sampling steps in an evaluation", low=1)
-    save_every: int = _option(25, "steps between checkpoints", low=1)
+    train_prompts: int = _option(20000, "prompts generated for training, per task without --prompts", low=1)
+    eval_prompts: int = _option(8, "test prompts per task in an evaluation; 0: none, and no picture is ever decoded",
+                                low=0)  # fmt: skip
+    eval_steps: int = _option(40, "ODE sampling steps in an evaluation", low=1)
+    save_every: int = _option(50, "steps between checkpoints", low=1)
     keep: int = _option(2, "checkpoints kept, newest first", low=1)
     threads: int = _option(0, "CPU threads per process; 0: all cores, shared among the processes", low=0)
 
 
-# What each stage of a preset changes. Learning rates and sizes were found on two CPU cores; see the README.
+# What a preset changes for all its stages ("") and for each of them. Learning rates and sizes of the tiny world were
+# found on two CPU cores; see the README. flow-opd: F App. A and, where F is silent, Flow-GRPO's recipe. On 8 ranks it
+# has 48 groups an epoch and two updates of 24 groups; in OPD every step is one such update, hence 3 groups a rank.
 PRESETS: dict[str, dict[str, dict]] = {
+    "flow-opd": {
+        "": {},
+        "sft": dict(lr=1e-4, steps=300),
+        "merge": dict(steps=0),
+        "opd": dict(lr=1e-4, steps=300, prompts_per_step=3),
+    },
     "tiny": {
+        "": dict(
+            model=f"{ASSETS}/base", teachers={t: f"{ASSETS}/teacher-{t}" for t in TASKS}, precision="float32",
+            micro_batch=0, gradient_checkpointing=False, resolution=24, rank=16, alpha=32.0, lr=1e-3, warmup=5,
+            ema_every=1, batch_size=128, prompts_per_step=12, group_size=16, num_steps=6, window="0:5", cfg=1.0,
+            advantage_std="batch", beta=0.0, updates=1, train_steps="first", train_prompts=2048, eval_prompts=192,
+            eval_steps=10, save_every=25,
+        ),
         "pretrain": dict(
-            steps=6000,
-            batch_size=64,
-            lr=3e-3,
-            decay=True,
-            warmup=100,
-            weight_decay=0.01,
-            ema_decay=0.999,
+            steps=6000, batch_size=64, lr=3e-3, decay=True, warmup=100, weight_decay=0.01, ema_decay=0.999,
             save_every=500,
         ),
         "grpo": dict(steps=150, lr=7e-4),
@@ -132,7 +166,7 @@ PRESETS: dict[str, dict[str, dict]] = {
             steps=100, lr=3e-3, decay=True, prompts_per_step=24, group_size=4, train_steps="all", log_prob="sum"
         ),
     },
-}
+}  # fmt: skip
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
@@ -221,8 +255,11 @@ def resolve(chosen: dict) -> Settings:
     stage, preset = chosen.get("stage", Settings.stage), chosen.get("preset", Settings.preset)
     if preset not in PRESETS:
         raise SettingsError(f"--preset {preset}: choose from {', '.join(PRESETS)}")
-    settings = Settings(**{**PRESETS[preset].get(stage, {}), **chosen})
+    settings = Settings(**{**PRESETS[preset][""], **PRESETS[preset].get(stage, {}), **chosen})
     check(settings)
+    if stage == "all":  # refuse now what one of its parts would refuse after the others have trained for hours
+        for part in STAGES[:-1] if is_tiny(settings) else ("sft", "merge", "opd"):
+            for_stage(chosen, part)
     if not settings.name:
         parts = [preset, stage, settings.task if stage == "grpo" else ""]
         settings = Settings(**{**asdict(settings), "name": "-".join(p for p in parts if p)})
@@ -231,6 +268,17 @@ def resolve(chosen: dict) -> Settings:
 
 def check(s: Settings) -> None:
     """Refuse what cannot work; every message names the flag and the way out."""
+    _check_values(s)
+    _check_names(s)
+    if s.stage in ("grpo", "opd"):
+        _check_rollout(s)
+    if s.stage in ("opd", "sft", "merge"):
+        _check_teachers(s)
+    _check_parameters(s)
+    _check_rewards(s)
+
+
+def _check_values(s: Settings) -> None:
     for f in fields(Settings):
         value, flag = getattr(s, f.name), "--" + f.name.replace("_", "-")
         if "choices" in f.metadata and value not in f.metadata["choices"]:
@@ -239,6 +287,11 @@ def check(s: Settings) -> None:
             raise SettingsError(f"{flag} {value}: must be at least {f.metadata['low']}")
         if "high" in f.metadata and value > f.metadata["high"]:
             raise SettingsError(f"{flag} {value}: must be at most {f.metadata['high']}")
+    if not is_tiny(s) and s.resolution % 16:
+        raise SettingsError(f"--resolution {s.resolution}: must be a multiple of 16 (VAE 8 x patch 2)")
+
+
+def _check_names(s: Settings) -> None:
     if Path(s.name).name != s.name or s.name in (".", ".."):
         raise SettingsError(f"--name {s.name}: must be a plain folder name")
     for name in s.compare:  # names adapters, files and rows of the table
@@ -249,23 +302,22 @@ def check(s: Settings) -> None:
             raise SettingsError(f"task {key!r}: choose from {', '.join(TASKS)}")
     if not task_list(s):
         raise SettingsError(f"--tasks {s.tasks}: name at least one of {', '.join(TASKS)}")
+    if s.stage == "pretrain" and not is_tiny(s):
+        raise SettingsError("--stage pretrain makes the tiny world's base: add --preset tiny")
+
+
+def _check_rollout(s: Settings) -> None:
     start, stop = window_of(s)
-    if s.stage == "grpo" and (start >= stop or s.noise_level == 0):
+    silent = start >= stop or s.noise_level == 0
+    if s.stage == "grpo" and silent:
         raise SettingsError("--stage grpo needs noise: widen --window and set --noise-level above 0")
+    if s.stage == "grpo" and s.prompts_per_step % s.updates:
+        raise SettingsError(f"--updates {s.updates} must divide --prompts-per-step {s.prompts_per_step}")
     if s.stage == "grpo" and s.group_size < 2:
         raise SettingsError("--group-size 1: a group of one has no advantage; use at least 2")
-    if s.prompts_per_step % s.updates:
-        raise SettingsError(f"--updates {s.updates} must divide --prompts-per-step {s.prompts_per_step}")
-    if s.stage in ("opd", "sft", "merge") and not s.teachers:
-        raise SettingsError(f"--stage {s.stage} needs --teachers TASK=PATH, at least one")
-    missing = [t for t in task_list(s) if t not in s.teachers]
-    if s.stage in ("opd", "sft") and missing:
-        raise SettingsError(
-            f"task {missing[0]!r} has no teacher: give --teachers {missing[0]}=PATH, or leave it out of --tasks"
-        )
     if s.stage == "opd" and s.prompts_per_step < len(task_list(s)):
         raise SettingsError(f"--prompts-per-step {s.prompts_per_step}: {len(task_list(s))} tasks need one prompt each")
-    if s.stage == "opd" and s.estimator != "velocity" and (start >= stop or s.noise_level == 0):
+    if s.stage == "opd" and s.estimator != "velocity" and silent:
         raise SettingsError(f"--estimator {s.estimator} needs noise: widen --window, or use --estimator velocity (ODE)")
     if s.stage == "opd" and s.kernel != "sde":
         raise SettingsError("--stage opd knows the KL of the SDE kernel only (F Eq. 9): use --kernel sde")
@@ -273,28 +325,54 @@ def check(s: Settings) -> None:
         raise SettingsError(f"--kernel cps has no noise in the last step: let --window stop at {stop - 1}")
     if s.kernel == "cps" and s.noise_level > 1:
         raise SettingsError(f"--noise-level {s.noise_level}: must be at most 1 with --kernel cps")
-    if s.beta > 0 and s.kernel != "sde":
+    if s.stage == "grpo" and s.beta > 0 and s.kernel != "sde":
         raise SettingsError("--beta is the SDE kernel's KL (F Eq. 9): use --kernel sde or --beta 0")
-    _check_rewards(s)
+
+
+def _check_teachers(s: Settings) -> None:
+    if not s.teachers:
+        raise SettingsError(f"--stage {s.stage} needs --teachers TASK=PATH, at least one")
+    missing = [t for t in task_list(s) if t not in s.teachers]
+    if s.stage != "merge" and missing:
+        raise SettingsError(
+            f"task {missing[0]!r} has no teacher: give --teachers {missing[0]}=PATH, or leave it out of --tasks"
+        )
+
+
+def _check_parameters(s: Settings) -> None:
+    if s.parallel != "ddp" and s.parameters != "full":
+        raise SettingsError(f"--parallel {s.parallel} shards full parameters: add --parameters full, or use ddp")
+    if s.stage == "merge" and s.parameters == "full":
+        raise SettingsError("--stage merge merges LoRA teachers: use --parameters lora")
+    if s.stage == "pretrain" and s.parallel != "ddp":
+        raise SettingsError("--stage pretrain knows --parallel ddp only: its model is tiny")
 
 
 def _check_rewards(s: Settings) -> None:
+    known = (*TINY_REWARDS, *REAL_REWARDS) if is_tiny(s) else REAL_REWARDS
     for item in filter(None, s.rewards.split(",")):
         name, _, weight = item.partition("=")
-        if name not in REWARDS:
-            raise SettingsError(f"--rewards {item}: no reward {name!r}; choose from {', '.join(REWARDS)}")
+        if name not in known:
+            raise SettingsError(f"--rewards {item}: no reward {name!r}; choose from {', '.join(known)}")
         try:
             finite = math.isfinite(float(weight or "1"))
         except ValueError:
             finite = False
         if not finite:
             raise SettingsError(f"--rewards {item}: {weight!r} is not a number")
+    if s.stage == "grpo" and not is_tiny(s) and not s.rewards:
+        raise SettingsError(f"--stage grpo needs --rewards NAME=WEIGHT,... of {', '.join(known)}")
 
 
 def for_stage(chosen: dict, stage: str, **more) -> Settings:
     """One stage of a larger plan: what the user chose, over that stage's preset, with the plan's own paths."""
     base = {k: v for k, v in chosen.items() if k not in ("stage", "name")}
     return resolve({**base, "stage": stage, **more})
+
+
+def is_tiny(s: Settings) -> bool:
+    """Does the run live in the tiny world, with its own prompts, eyes and text encoder?"""
+    return s.preset == "tiny"
 
 
 def window_of(s: Settings) -> tuple[int, int]:
@@ -321,38 +399,6 @@ def rewards_of(s: Settings, task: str) -> dict[str, float]:
     """
     if s.rewards:
         return {n: float(w or 1) for n, _, w in (i.partition("=") for i in s.rewards.split(",") if i)}
+    if not is_tiny(s):
+        return {}
     return {"quality": 0.4, "preference": 0.6} if task == "quality" else {"task": 1.0}
-
-
-def answer_early(argv: list[str], prog: str) -> None:
-    """Answer --help, --dry-run and a wrong flag at once, before the caller spends seconds on importing torch."""
-    try:
-        s, _ = parse(argv, prog)
-    except SettingsError as fault:
-        print(f"error: {fault}", file=sys.stderr)
-        sys.exit(2)
-    if s.dry_run:
-        print(plan(s))
-        sys.exit(0)
-
-
-def plan(s: Settings) -> str:
-    """What a run would do, for --dry-run: every setting, the arithmetic of a step, and where it is written."""
-    rows = s.prompts_per_step * s.group_size
-    lines = [json.dumps(asdict(s), indent=1)]
-    lines.append(f"run         {Path(s.out) / s.name} ({s.steps} steps, a checkpoint every {s.save_every})")
-    lines.append(f"model       {s.model}" + (f", student from {s.init}" if s.init else ""))
-    if s.stage in ("grpo", "opd"):
-        start, stop = window_of(s)
-        kind = "an ODE" if s.estimator == "velocity" and s.stage == "opd" else f"steps {start}..{stop - 1} stochastic"
-        lines.append(f"rollout     {s.prompts_per_step} prompts x {s.group_size} = {rows} trajectories a process, "
-                     f"{s.num_steps} steps, {kind}, guidance {s.cfg:g}")  # fmt: skip
-    if s.stage == "grpo":
-        task = s.task or "each of " + ", ".join(TASKS)
-        lines.append(f"objective   GRPO on {task}; trains {s.train_steps} {s.train_count} steps, {s.updates} update(s)")
-    if s.stage == "opd":
-        way = "single pass" if s.single_pass else "stored trajectory"
-        lines.append(f"objective   {s.estimator} ({way}), MAR {s.mar:g} towards {s.anchor}")
-    if s.stage in ("opd", "sft", "merge"):
-        lines += [f"teacher     {task}: {path}" for task, path in s.teachers.items()]
-    return "\n".join(lines)

@@ -408,9 +408,7 @@ def score_task(images: torch.Tensor, prompts: Sequence[Prompt]) -> list[float]:
 
 def reward(images: torch.Tensor, prompts: Sequence[Prompt], weights: dict[str, float]) -> np.ndarray:
     """The weighted sum of named scorers ("task" is the prompt's own) -> (B,), checked (`rewards.composite`)."""
-    scorers = {**SCORERS, "task": score_task}
-    scores = {name: scorers[name](images, prompts) for name in weights}
-    return rewards.composite(scores, weights, [p.text for p in prompts])
+    return rewards.judge(images, prompts, weights, {**rewards.SCORERS, **SCORERS, "task": score_task})
 
 
 def check_prompt(prompt: Prompt) -> None:

@@ -1,8 +1,11 @@
-"""What the tests of whole runs share: a base model small enough to train in a blink, and three teachers for it.
+"""What the tests of whole runs share: two bases small enough to train in a blink, and three teachers for each.
 
-Nothing heavy is imported at the top: the tests of the equation files must not pay for diffusers.
+`world` lives in the tiny world; `sd35` is the published pipeline's own classes with random weights, and has a teacher
+in each layout that users bring. Nothing heavy is imported at the top: the tests of the equation files must not pay
+for diffusers.
 """
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -10,11 +13,16 @@ import pytest
 TASKS = ("composition", "text", "quality")
 
 # Three steps of sampling, six images a batch: a training step takes milliseconds and still runs every line.
-SMALL = [
+COMMON = [
     *("--prompts-per-step", "3", "--group-size", "2", "--batch-size", "3", "--sft-images", "6", "--rank", "4"),
-    *("--num-steps", "3", "--window", "0:2", "--train-steps", "first", "--train-count", "2", "--alpha", "8"),
-    *("--train-prompts", "12", "--eval-prompts", "6", "--eval-steps", "2", "--threads", "1"),
+    *("--num-steps", "3", "--window", "0:2", "--alpha", "8", "--train-prompts", "12", "--eval-steps", "2"),
+    *("--threads", "1", "--device", "cpu"),
 ]
+SMALL = ["--preset", "tiny", *COMMON, "--train-steps", "first", "--train-count", "2", "--eval-prompts", "6"]
+SMALL_SD35 = [
+    *COMMON, *("--resolution", "64", "--precision", "float32", "--micro-batch", "3", "--eval-prompts", "1"),
+    *("--ema-every", "1", "--updates", "1", "--text-length", "16"),
+]  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -25,28 +33,79 @@ def world(tmp_path_factory):
     import models
 
     root = tmp_path_factory.mktemp("world")
-    models.save_tiny(models.new_tiny(0, width=32, layers=1), root / "base")
-    teachers = {}
-    for number, task in enumerate(TASKS):
-        teachers[task] = root / f"teacher-{task}"
-        save_random_adapter(root / "base", teachers[task], seed=number)
-    pairs = [f"{task}={path}" for task, path in teachers.items()]
-    flags = ["--model", str(root / "base"), "--teachers", *pairs, *SMALL]
+    model = models.new_tiny(0, width=32, layers=1)
+    model.save_full(root / "base", model.transformer.state_dict())
+    teachers = {task: root / f"teacher-{task}" for task in TASKS}
+    for number, folder in enumerate(teachers.values()):
+        save_random_adapter(root / "base", folder, seed=number)
     torch.set_num_threads(1)
-    return SimpleNamespace(root=root, base=root / "base", teachers=teachers, flags=flags)
+    return SimpleNamespace(root=root, base=root / "base", teachers=teachers, flags=_flags(root, teachers, SMALL))
+
+
+@pytest.fixture(scope="session")
+def sd35(tmp_path_factory):
+    """A random SD3.5 (`base`), its `teachers` in PEFT's layout, in diffusers' and as a full checkpoint, and `flags`.
+
+    `lora` is a fourth one, in PEFT's layout again, for what takes adapters only.
+    """
+    import torch
+    from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+    from sd3 import build_sd35, random_lora
+
+    import adapters
+    import flow
+
+    torch.set_num_threads(1)
+    root = tmp_path_factory.mktemp("sd35")
+    base = build_sd35(root / "base", num_layers=2)
+    teachers = {task: root / f"teacher-{task}" for task in TASKS}
+    transformer = SD3Transformer2DModel.from_pretrained(base / "transformer")
+    for number, folder in enumerate((teachers["composition"], root / "lora")):
+        state, config = random_lora(transformer, 4, 8.0, seed=number)
+        adapters.save_adapter(folder, state, config, str(base), flow.fingerprint(base / "transformer"))
+    state, config = random_lora(transformer, 3, 9.0, seed=2)
+    StableDiffusion3Pipeline.save_lora_weights(
+        teachers["text"], transformer_lora_layers=state, transformer_lora_adapter_metadata=config.to_dict()
+    )
+    with torch.no_grad():
+        rng = torch.Generator().manual_seed(3)
+        for p in transformer.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=rng))
+    transformer.save_pretrained(teachers["quality"] / "transformer")
+    flags = _flags(root, teachers, SMALL_SD35)
+    return SimpleNamespace(root=root, base=base, teachers=teachers, lora=root / "lora", flags=flags)
+
+
+def _flags(root, teachers, small):
+    pairs = [f"{task}={path}" for task, path in teachers.items()]
+    return [*small, "--model", str(root / "base"), "--teachers", *pairs]
 
 
 def save_random_adapter(base, folder, seed, rank=4):
     """An adapter whose B factors are not zero: it draws other pictures than the base and than any other seed's."""
     import torch
 
+    import adapters
+    import flow
     import models
 
-    model, config = models.load_tiny(base), models.lora_config(rank, 2.0 * rank)
-    model.add_adapter(models.STUDENT, config)
+    model, config = models.load_tiny(base), adapters.lora_config(rank, 2.0 * rank)
+    model.add_adapter(flow.STUDENT, config)
     rng = torch.Generator().manual_seed(seed)
     state = {k: 0.2 * torch.randn(v.shape, generator=rng) for k, v in model.adapter_state().items()}
-    models.save_adapter(folder, state, config, model)
+    adapters.save_adapter(folder, state, config, model.source, model.fingerprint)
+
+
+def stored(folder):
+    """All that continuing a run needs, as its newest checkpoint has it: {name: tensor}, "step" and "updates"."""
+    import safetensors.torch
+
+    import adapters
+
+    last, found = adapters.last_checkpoint(folder), {}
+    for shard in sorted((last / "training").iterdir()):
+        found |= safetensors.torch.load_file(shard)
+    return found | json.loads((last / "training.json").read_text())
 
 
 def same(a, b):

@@ -1,74 +1,94 @@
 """Oracles for what a run needs: an optimizer step by hand, checkpoints that survive a fault at every file
-operation, and pictures that can be read. The "model" is two tensors; whole stages are in test_train.py.
+operation, a stop in good order, and a mirror that says the same. The "model" is two tensors; whole stages are in
+test_train.py, pictures and tables in test_report.py.
 """
 
 import json
 import math
+import os
+import pickle
+import re
 import shutil
+import signal
+import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
-from conftest import same
-from PIL import Image, ImageFont
+from conftest import same, stored
 from torch import nn
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 
+import adapters
+import flow
 import models
 import runtime
+import settings
 from runtime import Run
-from settings import Settings, SettingsError
+from settings import SettingsError
 
-START = [[1.0, -2.0], [[3.0, 0.5, -1.0]]]
+START = {"vector": [1.0, -2.0], "matrix": [[3.0, 0.5, -1.0]]}
 GRADS = [  # three steps; the norm of the second is 13 and of the third 0.13: one is clipped at 1, one is not
-    [[0.3, -0.4], [[0.1, 0.2, 0.0]]],
-    [[3.0, 4.0], [[12.0, 0.0, 0.0]]],
-    [[0.03, 0.0], [[0.04, 0.0, 0.12]]],
+    {"vector": [0.3, -0.4], "matrix": [[0.1, 0.2, 0.0]]},
+    {"vector": [3.0, 4.0], "matrix": [[12.0, 0.0, 0.0]]},
+    {"vector": [0.03, 0.0], "matrix": [[0.04, 0.0, 0.12]]},
 ]
 
 
 class Pair:
-    """Stands for a model with a student on it: two trained tensors, of other shapes."""
+    """Stands for a model with a student of its own: two trained tensors, of other shapes."""
 
-    adapters = {models.STUDENT: None}
+    device, pipeline = torch.device("cpu"), ""
 
     def __init__(self):
-        self.tensors = [nn.Parameter(torch.tensor(values)) for values in START]
+        self.transformer = nn.Module()
+        for name, values in START.items():
+            self.transformer.register_parameter(name, nn.Parameter(torch.tensor(values)))
 
     def trainable(self):
-        return self.tensors
+        return dict(self.transformer.named_parameters())
+
+    def save_full(self, folder, state):
+        safetensors.torch.save_file(state, folder / "exported.safetensors")
 
 
 @pytest.fixture
-def toy(tmp_path, monkeypatch):
+def toy(tmp_path):
     """Make a run of the two tensors: toy(steps=..., lr=..., ...)."""
 
-    def save(model, folder):
-        torch.save([p.detach().clone() for p in model.tensors], folder / "exported.pt")
-
     def make(**changes):
-        plain = {"name": "toy", "out": str(tmp_path), "steps": 3, "threads": 1, "save_every": 1, "lr": 0.1}
-        return Run(Settings(**{**plain, **changes}), Pair())
+        plain = {
+            "preset": "tiny", "name": "toy", "out": str(tmp_path), "parameters": "full", "steps": 3, "threads": 1,
+            "save_every": 1, "lr": 0.1, "decay": False,
+        }  # fmt: skip
+        return Run(settings.resolve({**plain, **changes}), Pair())
 
-    monkeypatch.setattr(models, "save_tiny", save)
     return make
 
 
 def set_gradients(run, step):
-    for p, g in zip(run.parameters, GRADS[step], strict=True):
-        p.grad = torch.tensor(g)
+    for name, p in run.parameters.items():
+        p.grad = torch.tensor(GRADS[step][name])
 
 
 def train(run):
     """The three steps, one metric each; the gradient leans on the weights, so a lost state would show."""
     for step in run.steps("loss"):
-        for p, g in zip(run.parameters, GRADS[step % 3], strict=True):
-            p.grad = torch.tensor(g) + 0.1 * p.detach()
+        run.stop_if_asked()
+        set_gradients(run, step % 3)
+        for p in run.parameters.values():
+            p.grad += 0.1 * p.detach()
         run.log({"loss": 0.5 + step, "grad_norm": run.update()})
 
 
 def flat(tensors):
-    return torch.cat([t.detach().flatten() for t in tensors]).double().numpy()
+    """{"vector": ..., "matrix": ...} as one array, the vector first."""
+    return torch.cat([torch.as_tensor(tensors[name]).detach().flatten() for name in START]).double().numpy()
 
 
 def metrics(folder):
@@ -85,7 +105,7 @@ def test_update_is_clipped_adamw_with_warmup_and_cosine_by_hand(toy, decay):
     for step, lr in enumerate([0.05, 0.1 * (0.75 if decay else 1), 0.1 * (0.25 if decay else 1)]):
         run.step = step
         set_gradients(run, step)
-        g = flat([torch.tensor(x) for x in GRADS[step]])
+        g = flat(GRADS[step])
         length = math.sqrt((g**2).sum())
         assert run.update() == pytest.approx(length, rel=1e-5), "the norm returned is the one before clipping"
         g = g / max(1.0, length)
@@ -93,7 +113,7 @@ def test_update_is_clipped_adamw_with_warmup_and_cosine_by_hand(toy, decay):
         w = w * (1 - lr * 0.5)
         w = w - lr * (m / (1 - 0.9 ** (step + 1))) / (np.sqrt(v / (1 - 0.99 ** (step + 1))) + 1e-8)
         assert flat(run.parameters) == pytest.approx(w, abs=2e-6)
-        assert all(p.grad is None for p in run.parameters), "nothing is left for the next step to add to"
+        assert all(p.grad is None for p in run.parameters.values()), "nothing is left for the next step to add to"
 
 
 def test_no_warmup_means_the_full_rate_at_once(toy):
@@ -107,7 +127,7 @@ def test_the_average_follows_its_formula_by_hand(toy):
     # decay(s) = min(ema_decay, (1+s)/(10+s)): 1/10, 2/11, then 0.2 from s = 2 on where (3/12 > 0.2).
     run = toy(ema_decay=0.2)
     mean = flat(run.average)
-    assert mean == pytest.approx(flat(Pair().tensors)), "the average begins as the weights"
+    assert mean == pytest.approx(flat(START)), "the average begins as the weights"
     for step, decay in enumerate([1 / 10, 2 / 11, 0.2]):
         run.step = step
         set_gradients(run, step)
@@ -131,7 +151,7 @@ def test_ema_every_skips_the_steps_between(toy):
 
 def test_a_tensor_without_gradient_is_an_error_and_not_a_silent_no(toy):
     run = toy()
-    run.parameters[0].grad = torch.ones(2)
+    run.parameters["vector"].grad = torch.ones(2)
     with pytest.raises(RuntimeError, match="1 of 2 trained tensors have no gradient"):
         run.update()
 
@@ -140,39 +160,37 @@ def test_a_tensor_without_gradient_is_an_error_and_not_a_silent_no(toy):
 def test_a_gradient_that_is_not_finite_never_reaches_the_weights(toy, poison):
     run = toy()
     set_gradients(run, 0)
-    run.parameters[1].grad[0, 2] = poison
-    with pytest.raises(FloatingPointError, match="step 0: the gradient's norm is nan|inf; lower --lr"):
+    run.parameters["matrix"].grad[0, 2] = poison
+    with pytest.raises(FloatingPointError, match="step 0: the gradient's norm is (nan|inf); lower --lr"):
         run.update()
-    assert same(run.parameters, Pair().tensors) and same(run.average, [p.data for p in Pair().tensors])
+    assert (flat(run.parameters) == flat(START)).all() and (flat(run.average) == flat(START)).all()
 
 
 def test_muon_trains_the_matrices_of_a_new_bases_blocks_and_adamw_all_else():
     model = models.new_tiny(0, width=32, layers=1)
-    adamw, muon = runtime.optimizers(model, Settings(lr=0.1, weight_decay=0.5))
-    names = {id(p): n for n, p in [*model.transformer.named_parameters(), *model.text_encoder.named_parameters()]}
+    s = settings.resolve({"preset": "tiny", "stage": "pretrain", "lr": 0.1, "weight_decay": 0.5})
+    adamw, muon = runtime.optimizers(model, s)
+    names = {id(p): n for n, p in model.trainable().items()}
     assert isinstance(adamw, torch.optim.AdamW) and isinstance(muon, torch.optim.Muon)
     first, second = ({names[id(p)] for g in o.param_groups for p in g["params"]} for o in (adamw, muon))
     assert not first & second and len(first | second) == len(names), "each tensor in one of the two"
-    assert "transformer_blocks.0.attn.to_q.weight" in second and "transformer_blocks.0.attn.to_q.bias" in first
-    assert {"word.weight", "proj_out.weight", "context_embedder.weight"} <= first, "embeddings and the way out"
+    block = "transformer.transformer_blocks.0.attn.to_q"
+    assert f"{block}.weight" in second and f"{block}.bias" in first
+    ends = {"text_encoder.word.weight", "transformer.proj_out.weight", "transformer.context_embedder.weight"}
+    assert ends <= first, "embeddings and the way out"
     for group in (*adamw.param_groups, *muon.param_groups):
         assert (group["lr"], group["weight_decay"]) == (0.1, 0.5)
-    model.add_adapter(models.STUDENT, models.lora_config(4, 8.0))
-    (adamw,) = runtime.optimizers(model, Settings())
+    model.add_adapter(flow.STUDENT, adapters.lora_config(4, 8.0))
+    (adamw,) = runtime.optimizers(model, settings.resolve({"preset": "tiny"}))
     assert isinstance(adamw, torch.optim.AdamW), "an adapter is AdamW's alone, as in the papers"
-    assert len(adamw.param_groups[0]["params"]) == len(model.trainable())
+    assert len(adamw.param_groups[0]["params"]) == len(model.trainable()) > 0
+    model = models.new_tiny(0, width=32, layers=1)
+    model.train_fully()
+    (adamw,) = runtime.optimizers(model, settings.resolve({"preset": "tiny", "parameters": "full"}))
+    assert isinstance(adamw, torch.optim.AdamW), "and so is a whole student outside pretraining"
 
 
-def test_one_process_averages_with_nobody(toy):
-    tensors = [torch.tensor([1.0, 2.0]), torch.tensor([[3.0]])]
-    runtime.average(tensors)
-    runtime.average([])
-    assert same(tensors, [torch.tensor([1.0, 2.0]), torch.tensor([[3.0]])])
-    assert runtime.average_numbers({"a": 0.1, "b": 3.0}) == {"a": 0.1, "b": 3.0}, "float64: 0.1 stays 0.1"
-    assert runtime.start(1) == (0, 1)
-
-
-def test_every_generator_has_its_own_purpose_and_repeats(toy):
+def test_every_generator_has_its_own_purpose_and_repeats_on_every_rank(toy):
     def draw(run, *what):
         return tuple(torch.rand(2, generator=run.generator(*what)).tolist())
 
@@ -180,13 +198,13 @@ def test_every_generator_has_its_own_purpose_and_repeats(toy):
     seen = [draw(run, "noise"), draw(run, "rollout"), draw(run, "rollout", 1)]
     run.step = 1
     seen.append(draw(run, "noise"))
-    run.step, run.rank = 0, 1
-    seen.append(draw(run, "noise"))
     for other in ({"seed": 1}, {"stage": "sft"}, {"stage": "grpo", "task": "text"}):
         seen.append(draw(toy(**other, resume=False), "noise"))
-    assert len(set(seen)) == len(seen), "seed, stage, task, step, rank and purpose each give other numbers"
+    assert len(set(seen)) == len(seen), "seed, stage, task, step and purpose each give other numbers"
+    run.step, run.rank = 0, 1
+    assert draw(run, "noise") == seen[0], "a rank differs only where the purpose names it"
     state = torch.get_rng_state()
-    assert draw(toy(resume=False), "noise") == seen[0], "and the same six give the same"
+    assert draw(toy(resume=False), "noise") == seen[0], "and the same five give the same"
     assert torch.equal(state, torch.get_rng_state()), "PyTorch's own generator is left alone"
 
 
@@ -196,7 +214,7 @@ def test_checkpoints_come_at_multiples_of_save_every_and_at_the_end_and_old_ones
     train(run)
     names = sorted(p.name for p in (tmp_path / "toy/checkpoints").iterdir())
     assert names == ["step-000003", "step-000006", "step-000007"]
-    assert run.checkpoint == tmp_path / "toy/checkpoints/step-000007" == runtime.last_checkpoint(run.folder)
+    assert run.checkpoint == tmp_path / "toy/checkpoints/step-000007" == adapters.last_checkpoint(run.folder)
     train(toy(steps=9, save_every=1, keep=2))
     names = sorted(p.name for p in (tmp_path / "toy/checkpoints").iterdir())
     assert names == ["step-000008", "step-000009"], "the two newest are kept"
@@ -205,21 +223,55 @@ def test_checkpoints_come_at_multiples_of_save_every_and_at_the_end_and_old_ones
 def test_a_checkpoint_exports_the_average_and_keeps_the_weights(toy):
     run = toy()
     train(run)
-    state = torch.load(run.checkpoint / "training.pt", weights_only=True)
-    assert state["step"] == 3
-    assert same(state["weights"], [p.data for p in run.parameters]) and same(state["average"], run.average)
-    assert same(torch.load(run.checkpoint / "exported.pt"), run.average)
-    assert not same(state["weights"], state["average"])
+    state = stored(run.folder)
+    expected = {f"weights.{n}": p.detach() for n, p in run.parameters.items()}
+    expected |= {f"average.{n}": a for n, a in run.average.items()}
+    moments = {f"{kind}.{n}" for kind in ("exp_avg", "exp_avg_sq") for n in START}
+    assert state.keys() == {*expected, *moments, "step", "updates"}
+    assert same({name: state[name] for name in expected}, expected) and state["step"] == 3
+    assert same(safetensors.torch.load_file(run.checkpoint / "exported.safetensors"), run.average)
+    assert (flat(run.parameters) != flat(run.average)).all()
+    assert "3 steps" in (run.checkpoint / "README.md").read_text(), "with a card"
+
+
+def test_optimizers_go_on_from_the_updates_that_they_have_made(toy):
+    train(toy(steps=2))
+    run = toy()
+    (optimizer,) = run.optimizers
+    assert [optimizer.state[p]["step"].item() for p in run.parameters.values()] == [2.0, 2.0]
+    assert run.step == 2 and all(p.grad is None for p in run.parameters.values())
+    assert all(optimizer.state[p]["exp_avg_sq"].min() > 0 for p in run.parameters.values())
+
+
+def test_a_checkpoint_is_safetensors_json_and_a_card_and_no_pickle(toy, monkeypatch):
+    def forbidden(*_, **__):
+        raise AssertionError("a pickle")
+
+    for owner, names in ((torch, ("save", "load")), (pickle, ("dump", "dumps", "load", "loads"))):
+        for name in names:
+            monkeypatch.setattr(owner, name, forbidden)
+    run = toy()
+    train(run)
+    assert toy().step == 3, "nor is one read"
+    files = sorted(p for p in run.checkpoint.rglob("*") if p.is_file())
+    inside = {p.parent.name for p in files if p.suffix == ".safetensors"}
+    assert {p.suffix for p in files} == {".safetensors", ".json", ".md"} and "training" in inside
+    for file in files:
+        if file.suffix == ".safetensors":
+            content = file.read_bytes()
+            json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        else:
+            assert file.read_text().isprintable() or file.read_text().replace("\n", "").isprintable()
 
 
 def test_the_own_weights_come_back_from_the_exported_ones_whatever_happens(toy):
     run = toy()
     train(run)
-    own = [p.detach().clone() for p in run.parameters]
+    own = {n: p.detach().clone() for n, p in run.parameters.items()}
     with pytest.raises(ZeroDivisionError), run.exported():
-        assert same([p.data for p in run.parameters], run.average)
+        assert same({n: p.data for n, p in run.parameters.items()}, run.average)
         raise ZeroDivisionError
-    assert same([p.data for p in run.parameters], own)
+    assert same({n: p.data for n, p in run.parameters.items()}, own)
 
 
 def test_metrics_have_one_line_a_step_that_starts_at_one(toy, tmp_path):
@@ -234,50 +286,79 @@ class Killed(BaseException):
 
 
 # Every operation on a file that a save performs, as (owner, function).
-OPERATIONS = [(torch, "save"), (shutil, "rmtree")]
-OPERATIONS += [(Path, name) for name in ("mkdir", "rename", "replace", "write_text")]
+OPERATIONS = [(dcp, "save"), (safetensors.torch, "save_file"), (shutil, "rmtree"), (os, "fsync")]
+OPERATIONS += [(Path, name) for name in ("mkdir", "open", "rename", "replace", "write_text")]
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("owner, name", OPERATIONS, ids=[name for _, name in OPERATIONS])
-def test_a_fault_at_any_file_operation_loses_at_most_the_step_in_hand(toy, tmp_path, monkeypatch, owner, name, when):
-    """Stop the run at the k-th call of one operation, for every k until it gets through, and resume each time."""
+@pytest.fixture
+def struck(monkeypatch):
+    """struck(owner, name, when, work): run `work` until the k-th call of one operation ends it, for k = 1, 2, ...
+
+    Yields after each end; it is over when `work` gets through.
+    """
+
+    def struck(owner, name, when, work):
+        real = getattr(owner, name)
+        for allowed in range(60):
+            calls = iter(range(allowed))
+
+            def faulty(*args, calls=calls, **kwargs):
+                alive = next(calls, None) is not None
+                if not alive and when == "before":
+                    raise Killed
+                result = real(*args, **kwargs)
+                if not alive:
+                    raise Killed
+                return result
+
+            try:
+                with monkeypatch.context() as patch:
+                    patch.setattr(owner, name, faulty)
+                    work()
+                return
+            except (Killed, CheckpointException):  # DCP wraps whatever is raised inside it
+                yield
+
+    return struck
+
+
+at_every_operation = [
+    pytest.mark.parametrize("when", ["before", "after"]),
+    pytest.mark.parametrize("owner, name", OPERATIONS, ids=[f"{o.__name__}.{name}" for o, name in OPERATIONS]),
+]
+
+
+@at_every_operation[0]
+@at_every_operation[1]
+def test_a_fault_at_any_file_operation_loses_at_most_the_step_in_hand(toy, tmp_path, struck, owner, name, when):
     train(toy(name="whole", steps=6))
-    whole = torch.load(tmp_path / "whole/checkpoints/step-000006/training.pt")
     train(toy(steps=2))  # so that every attempt below resumes something
-    real, stops = getattr(owner, name), 0
-    for allowed in range(60):
-        calls = iter(range(allowed))
-
-        def faulty(*args, calls=calls, **kwargs):
-            alive = next(calls, None) is not None
-            if not alive and when == "before":
-                raise Killed
-            result = real(*args, **kwargs)
-            if not alive:
-                raise Killed
-            return result
-
-        monkeypatch.setattr(owner, name, faulty)
-        try:
-            train(toy(steps=6))
-            break
-        except Killed:
-            stops += 1
-        finally:
-            monkeypatch.setattr(owner, name, real)
+    stops = sum(1 for _ in struck(owner, name, when, lambda: train(toy(steps=6))))
     train(toy(steps=6))
     assert stops >= 2, "the fault hardly struck: the test would prove nothing"
-    assert same(torch.load(tmp_path / "toy/checkpoints/step-000006/training.pt"), whole)
+    assert same(stored(tmp_path / "toy"), stored(tmp_path / "whole"))
     assert metrics(tmp_path / "toy") == metrics(tmp_path / "whole")
     assert not [p for p in (tmp_path / "toy/checkpoints").iterdir() if p.name.startswith(".")]
+
+
+@at_every_operation[0]
+@at_every_operation[1]
+def test_a_checkpoint_written_over_an_existing_one_is_never_lost(toy, tmp_path, struck, owner, name, when):
+    """It happens to a run that is stopped right after it was continued; there is no other to go back to."""
+    train(toy(steps=3, keep=1))
+    state, stops = stored(tmp_path / "toy"), 0
+    for _ in struck(owner, name, when, toy(steps=3, keep=1).save):
+        assert toy(steps=3, keep=1).step == 3 and same(stored(tmp_path / "toy"), state)
+        stops += 1
+    assert stops >= 1
+    assert [p.name for p in (tmp_path / "toy/checkpoints").iterdir()] == ["step-000003"]
 
 
 def test_a_half_written_checkpoint_is_neither_loaded_nor_kept(toy, tmp_path):
     train(toy(steps=2))
     half = tmp_path / "toy/checkpoints/.step-000003"
     half.mkdir()
-    (half / "training.pt").write_bytes(b"half")
+    (half / "training.json").write_text("half")
     run = toy()
     assert run.step == 2 and not half.exists()
 
@@ -297,35 +378,90 @@ def test_metrics_of_a_run_that_never_saved_are_dropped(toy, tmp_path):
     assert [line["loss"] for line in metrics(tmp_path / "toy")] == [0.5]
 
 
-def test_an_unreadable_checkpoint_says_what_to_do(toy):
+def shard(checkpoint):
+    (file,) = (checkpoint / "training").iterdir()
+    return file
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:200])
+
+
+def without(file, name):
+    tensors = safetensors.torch.load_file(file)
+    del tensors[name]
+    safetensors.torch.save_file(tensors, file)
+
+
+def halved(checkpoint, keep=(1, 2)):
+    """The shard as two ranks would have written it: each the half of every tensor; only those in `keep`."""
+    file = shard(checkpoint)
+    tensors = safetensors.torch.load_file(file)
+    file.unlink()
+    halves = {n: [part.contiguous() for part in t.chunk(2, -1)] for n, t in tensors.items()}
+    for rank in keep:
+        offsets = {
+            n: {"saved_offsets": [0] * (t.ndim - 1) + [(rank - 1) * halves[n][0].shape[-1]]} for n, t in tensors.items()
+        }
+        mine = {n: parts[rank - 1] for n, parts in halves.items()}
+        path = file.with_name(f"shard-0000{rank}-model-00001-of-00001.safetensors")
+        safetensors.torch.save_file(mine, path, metadata={"DCP_SHARDING_INFO": json.dumps(offsets)})
+
+
+DAMAGES = {
+    "a cut shard": (lambda c: cut(shard(c)), "Error|header|deserializ"),
+    "a lost shard": (lambda c: shard(c).unlink(), "Missing key.*(vector|matrix)"),
+    "the first of two shards lost": (lambda c: halved(c, keep=[2]), "a part of .*(vector|matrix) is missing"),
+    "the second of two shards lost": (lambda c: halved(c, keep=[1]), "Size mismatch.*(vector|matrix)"),
+    "no shards": (lambda c: shutil.rmtree(c / "training"), "training"),
+    "a lost tensor": (lambda c: without(shard(c), "exp_avg.matrix"), "exp_avg.matrix"),
+    "a cut JSON": (lambda c: (c / "training.json").write_text('{"step": 3, "upd'), "Unterminated string"),
+    "a lost JSON": (lambda c: (c / "training.json").unlink(), "No such file.*training.json"),
+    "a JSON without the updates": (lambda c: (c / "training.json").write_text('{"step": 3}'), "updates"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_one_line_that_names_it_and_says_what_to_do(toy, damage):
     run = toy(keep=5)
     train(run)
-    file = run.checkpoint / "training.pt"
-    file.write_bytes(file.read_bytes()[:200])
-    with pytest.raises(models.ModelError, match=r"step-000003/training.pt: cannot resume.*remove .*step-000003") as e:
+    strike, why = DAMAGES[damage]
+    strike(run.checkpoint)
+    with pytest.raises(adapters.ModelError, match=r"step-000003/training: cannot resume.*remove .*step-000003") as e:
         toy()
-    assert "\n" not in str(e.value)
+    assert "\n" not in str(e.value) and re.search(rf"\(.*{why}.*\)", str(e.value)), str(e.value)
     shutil.rmtree(run.checkpoint)
     assert toy().step == 2, "and the advice works"
     assert toy(resume=False).step == 0
+
+
+def test_shards_of_several_ranks_are_read_by_one(toy):
+    run = toy()
+    train(run)
+    state = {n: p.detach().clone() for n, p in run.parameters.items()}
+    halved(run.checkpoint)
+    assert len(list((run.checkpoint / "training").iterdir())) == 2
+    run = toy()
+    assert same({n: p.detach() for n, p in run.parameters.items()}, state) and run.step == 3
 
 
 def test_a_name_belongs_to_one_set_of_settings(toy):
     train(toy(steps=1))
     with pytest.raises(SettingsError, match="made with --lr 0.1, not 0.2: give another --name, or --no-resume"):
         toy(lr=0.2)
-    assert toy(steps=5, save_every=2, keep=1, eval_prompts=3, eval_steps=3).step == 1, "these may change"
+    free = {
+        "steps": 5,
+        "save_every": 2,
+        "keep": 1,
+        "eval_prompts": 3,
+        "eval_steps": 3,
+        "micro_batch": 2,
+        "timeout": 1.0,
+    }
+    assert toy(**free, prompts_per_step=6, device="cpu", gradient_checkpointing=True).step == 1, "these may change"
     fresh = toy(lr=0.2, resume=False)
     assert fresh.step == 0 and not list(fresh.folder.glob("checkpoints/*"))
     assert json.loads((fresh.folder / "config.json").read_text())["lr"] == 0.2
-
-
-def test_a_run_folder_stands_for_its_last_checkpoint_and_any_other_path_for_itself(toy, tmp_path):
-    run = toy()
-    assert runtime.last_checkpoint(run.folder) is None
-    train(run)
-    assert runtime.adapter_folder(str(run.folder)) == run.checkpoint
-    assert runtime.adapter_folder(str(tmp_path / "elsewhere")) == tmp_path / "elsewhere"
 
 
 def test_write_atomic_leaves_the_old_file_when_writing_fails(tmp_path, monkeypatch):
@@ -345,46 +481,110 @@ def test_write_atomic_leaves_the_old_file_when_writing_fails(tmp_path, monkeypat
     assert file.read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["report.md"]
 
 
-# ------------------------------------------------------------------------------------------------- pictures
-def test_a_grid_has_the_size_and_the_pixels_that_its_images_ask_for(tmp_path):
-    # 5 images of 24 px in rows of 3 at zoom 2: 3 * (48+8) + 8 = 176 wide, 2 * (48 + 4*13 + 10) + 8 = 228 high.
-    images = torch.zeros(5, 3, 24, 24)
-    images[:, 0] = torch.linspace(0, 1, 5)[:, None, None]  # redder and redder
-    images[4, 1, 0, 23] = 1.0  # a mark in the last one's upper right corner
-    file = tmp_path / "samples/grid.png"
-    runtime.save_grid(file, images, ["a caption"] * 5, columns=3, zoom=2)
-    sheet = Image.open(file).convert("RGB")
-    assert sheet.size == (176, 228)
-    for i, red in enumerate([0, 64, 128, 191, 255]):
-        x, y = 8 + i % 3 * 56, 8 + i // 3 * 110
-        assert sheet.getpixel((x + 24, y + 24)) == (red, 0, 0)
-    assert sheet.getpixel((8 + 56 + 47, 8 + 110)) == (255, 255, 0), "neither turned nor mirrored, and zoomed"
-    caption = np.asarray(sheet)[8 + 48 + 2 : 8 + 48 + 15, 8:56]
-    assert (caption < 100).any(), "the caption stands below its picture"
-    runtime.save_grid(file, images[:1], ["default"])
-    assert Image.open(file).size == (8 * 128 + 8, 120 + 52 + 10 + 8), "by default eight a row, five times as large"
-    with pytest.raises(ValueError, match="zip"):
-        runtime.save_grid(file, images, ["one"])
+# ------------------------------------------------------------------------------------- a stop in good order
+def interrupt():
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_wrap_keeps_words_and_line_breaks_and_fits_the_width():
-    font = ImageFont.load_default(size=11)
-    text = "a photo of a red circle and a blue square\n0.75"
-    lines = runtime.wrap(text, 100, font)
-    assert " ".join(lines) == text.replace("\n", " ") and lines[-1] == "0.75" and len(lines) > 2
-    assert all(font.getlength(line) <= 100 for line in lines)
-    width = font.getlength(lines[0])
-    assert runtime.wrap(text, width, font)[0] == lines[0], "a line that just fits stays whole"
-    assert runtime.wrap("extraordinarily wide", 1, font) == ["extraordinarily", "wide"]
-    assert runtime.wrap("", 100, font) == [""]
+@pytest.mark.parametrize("step", [0, 1, 2])
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_sigterm_saves_the_last_whole_step_and_nothing_is_lost(toy, tmp_path, monkeypatch, step, moment):
+    train(toy(name="whole", save_every=10))
+    run, before = toy(save_every=10), signal.getsignal(signal.SIGTERM)
+    real = run.update
+
+    def update():
+        if moment == "before" and run.step == step:
+            interrupt()
+            run.stop_if_asked()
+            pytest.fail("the step must not be finished")
+        norm = real()
+        if run.step == step:
+            interrupt()
+        return norm
+
+    monkeypatch.setattr(run, "update", update)
+    saved = step + (moment == "after")
+    if saved == 3:
+        train(run)  # the last step's end saves anyhow
+    else:
+        with pytest.raises(runtime.Stopped, match=f"toy: stopped by SIGTERM, .*step-00000{saved} saved; repeat"):
+            train(run)
+    assert signal.getsignal(signal.SIGTERM) == before, "outside the steps a process dies as it always did"
+    assert [p.name for p in (tmp_path / "toy/checkpoints").iterdir()] == [f"step-00000{saved}"]
+    again = toy(save_every=10)
+    assert again.step == saved
+    train(again)
+    assert same(stored(tmp_path / "toy"), stored(tmp_path / "whole"))
+    assert metrics(tmp_path / "toy") == metrics(tmp_path / "whole")
 
 
-def test_curves_are_drawn_from_two_steps_on(tmp_path):
-    (tmp_path / "samples").mkdir()
-    assert runtime.plot_metrics(tmp_path) == []
-    lines = [json.dumps({"step": s, "seconds": 1.0, "loss": 1 / s, "reward": s}) + "\n" for s in (1, 2)]
-    (tmp_path / "metrics.jsonl").write_text(lines[0])
-    assert runtime.plot_metrics(tmp_path) == []
-    (tmp_path / "metrics.jsonl").write_text("".join(lines))
-    assert runtime.plot_metrics(tmp_path) == [tmp_path / "samples/curves.png"]
-    assert Image.open(tmp_path / "samples/curves.png").size == (1080, 234)
+def test_every_rank_stops_where_one_was_asked_to(toy, monkeypatch):
+    """Ranks are told at different moments, and would wait for each other for ever."""
+    run, asked = toy(steps=5, save_every=10), []
+
+    def all_reduce(flag, operation):
+        asked.append(flag.item())
+        flag.fill_(
+            operation(flag.item(), float(len(asked) == 4))
+        )  # the other rank has its signal before our third step
+
+    fake = SimpleNamespace(is_initialized=lambda: True, ReduceOp=SimpleNamespace(MAX=max), all_reduce=all_reduce)
+    monkeypatch.setattr(runtime, "dist", fake)
+    with pytest.raises(runtime.Stopped, match="step-000001 saved"):
+        train(run)
+    assert asked == [0.0] * 4 and not run.asked_to_stop, "this rank had none"
+
+
+# ------------------------------------------------------------------------------------------------ Weights & Biases
+@pytest.fixture
+def wandb(monkeypatch):
+    """A module in wandb's place; its runs, each with its `init` arguments and its lines, `finished` or not."""
+    runs = []
+
+    class FakeRun:
+        def __init__(self, **given):
+            assert all(run.finished for run in runs), "the real init would hand out the run before"
+            self.given, self.lines, self.finished = given, [], False
+            runs.append(self)
+
+        def log(self, values, step):
+            self.lines.append((step, values))
+
+        def finish(self):
+            self.finished = True
+
+    module = ModuleType("wandb")
+    module.__spec__, module.init = ModuleSpec("wandb", None), FakeRun
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    return runs
+
+
+def test_wandb_mirrors_every_line_and_a_continued_run_goes_on_there(toy, wandb):
+    runtime.require_extra("wandb", "wandb", "--wandb")
+    train(toy(steps=2, wandb=True))
+    train(toy(steps=3, wandb=True))
+    train(toy(name="other", steps=1, wandb=True))
+    train(toy(name="silent", steps=1))
+    first, second, other = wandb
+    assert [run.given["name"] for run in wandb] == ["toy", "toy", "other"]
+    assert first.given["id"] == second.given["id"] != other.given["id"]
+    assert first.given["resume"] == "allow" and first.given["config"]["lr"] == 0.1
+    lines = metrics(toy(steps=3).folder)
+    assert [step for step, _ in first.lines + second.lines] == [1, 2, 3] == [line["step"] for line in lines]
+    for (_, values), line in zip(first.lines + second.lines, lines, strict=True):
+        assert values == pytest.approx({k: v for k, v in line.items() if k != "step"}, rel=1e-5)
+    assert all(run.finished for run in wandb), "or the next stage's metrics would end up in this one"
+
+
+def test_only_rank_zero_writes(toy, wandb, tmp_path):
+    run = toy(wandb=True)
+    run.rank, run._shown = 1, "loss"
+    run.log({"loss": 1.0})
+    assert not wandb and not (tmp_path / "toy/metrics.jsonl").exists()
+
+
+def test_an_extra_that_is_not_installed_is_one_line(monkeypatch):
+    monkeypatch.setattr(runtime, "find_spec", lambda name: None)
+    with pytest.raises(SettingsError, match=r"^--wandb needs the extra 'wandb': pip install .*\[wandb\]'$"):
+        runtime.require_extra("wandb", "wandb", "--wandb")

@@ -194,6 +194,49 @@ def test_gradient_reaches_the_mean_and_not_the_action(kernel):
     torch.testing.assert_close(v.grad, torch.full(SHAPE, slope))
 
 
+# ------------------------------------------------------------------------------------------- where noise is from
+def test_standard_normal_from_one_source_is_torchs_own():
+    for source, expected in ((seeded(3), draw(SHAPE, 3)), (None, None)):
+        noise = sde.standard_normal(SHAPE, source)
+        assert noise.shape == SHAPE and noise.dtype == torch.float32 and not noise.requires_grad
+        assert expected is None or torch.equal(noise, expected)
+    assert torch.equal(sde.standard_normal(SHAPE, seeded(3), F64), draw(SHAPE, 3, F64)), "in the dtype that is asked"
+    many = sde.standard_normal((50_000,), seeded(0))
+    assert abs(many.mean()) < 4 / 50_000**0.5 and abs(many.var() - 1) < 4 * (2 / 50_000) ** 0.5, "N(0, 1)"
+
+
+def test_with_one_generator_a_row_each_rows_noise_is_its_own():
+    rows = sde.standard_normal(SHAPE, [seeded(seed) for seed in (5, 6, 7)])
+    assert rows.shape == SHAPE and rows.dtype == torch.float32
+    for row, seed in zip(rows, (5, 6, 7), strict=True):
+        assert torch.equal(row, draw(SHAPE[1:], seed)), "whatever the others are, and in whatever batch"
+    assert torch.equal(sde.standard_normal((2, 2, 5), [seeded(7), seeded(5)]), rows[[2, 0]])
+    assert sde.standard_normal(SHAPE, [seeded(5), seeded(5), seeded(6)], F64).dtype == F64
+
+
+@pytest.mark.parametrize("count", [0, 2, 4])
+def test_a_wrong_count_of_generators_is_refused(count):
+    with pytest.raises(ValueError, match=f"^3 rows need as many generators, not {count}$"):
+        sde.standard_normal(SHAPE, [seeded(seed) for seed in range(count)])
+
+
+@pytest.mark.parametrize("kernel", ["sde", "cps"])
+def test_a_trajectory_with_a_generator_of_its_own_is_the_same_in_every_batch(kernel):
+    """In float64, where a batch's shape moves no bit that counts: the rows of one rollout, walked one at a time."""
+
+    def walk(seeds):
+        sources = [seeded(seed) for seed in seeds]
+        x = sde.standard_normal((len(seeds), *SHAPE[1:]), sources, F64)
+        return list(sde.rollout(gaussian_velocity, x, sde.time_grid(4), 0.7, kernel, (0, 3), sources))
+
+    together = walk([11, 12, 13])
+    for row, seed in enumerate([11, 12, 13]):
+        for whole, alone in zip(together, walk([seed]), strict=True):
+            torch.testing.assert_close(whole.x_next[row : row + 1], alone.x_next, rtol=0, atol=1e-12)
+    moved = walk([11, 99, 13])[-1].x_next - together[-1].x_next
+    assert (moved[1] != 0).any() and (moved[[0, 2]] == 0).all(), "another row's seed moves that row alone"
+
+
 # ------------------------------------------------------------------------------------------------- log_prob
 @pytest.mark.parametrize("std", [0.37, torch.tensor([0.2, 0.9, 2.5])], ids=["float", "per sample"])
 def test_log_prob_equals_torch_normal(std):

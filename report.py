@@ -17,6 +17,7 @@ from torch import Tensor
 
 import tiny
 from data import Prompt
+from rewards import to_picture
 from runtime import write_atomic
 
 matplotlib.use("Agg")
@@ -37,8 +38,7 @@ def save_grid(file: Path, images: Tensor, captions: Sequence[str]) -> None:
     pen = ImageDraw.Draw(sheet)
     for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
         x, y = 8 + i % columns * (edge + 8), 8 + i // columns * (edge + lines * 13 + 10)
-        pixels = (image * 255).round().byte().permute(1, 2, 0).numpy()
-        sheet.paste(Image.fromarray(pixels).resize((edge, edge), scaling), (x, y))
+        sheet.paste(to_picture(image).resize((edge, edge), scaling), (x, y))
         pen.rectangle((x - 1, y - 1, x + edge, y + edge), outline=(170, 170, 170))
         text = wrap(caption, edge, font)
         if len(text) > lines:  # a long prompt gives way, the score in the last line stays

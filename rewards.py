@@ -11,7 +11,7 @@ on plain data, so the tiny world's template matchers and the real models are sco
     what does a VLM's score token say?           expected_score                     Q Eq. 12, Q §3
     what does a VLM judge's written reply say?   parse_judge -> judge_reward        F App. A, Fig. 6, Table 4
     how plain is the picture (smoke runs)?       score_jpeg                         DDPO
-    several rewards as one                       composite, judge                   F §6.1, App. A, Q §4.1
+    several rewards as one                       composite                          F §6.1, App. A, Q §4.1
     one number for a model                       table2_average                     F Table 2
 
 Notation: B samples, K rewards; boxes are (x0, y0, x1, y1) in pixels with y pointing *down*; a detection is a
@@ -329,6 +329,18 @@ def composite(
     return total_B
 
 
+def to_picture(image: torch.Tensor) -> Image.Image:
+    """An image (3, H, W) in [0, 1] as the 8-bit RGB picture that every eye sees and every file holds.
+
+    RewardError for values that are not finite: a nan becomes 0 when it is made a byte, and a broken decoder would be
+    scored as a black picture.
+    """
+    if not image.isfinite().all():
+        raise RewardError("a picture holds values that are not finite; the model that drew it has diverged")
+    pixels = (image.detach().float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).contiguous()
+    return Image.fromarray(pixels.cpu().numpy())
+
+
 def score_jpeg(images: torch.Tensor, prompts: Sequence) -> list[float]:
     """Compressibility (DDPO's reward, in neither paper): 1 - JPEG bytes / raw bytes, (B,), below 1, higher is plainer.
 
@@ -337,19 +349,10 @@ def score_jpeg(images: torch.Tensor, prompts: Sequence) -> list[float]:
     """
     scores = []
     for image in images:
-        pixels, stream = (image * 255).round().byte().permute(1, 2, 0).numpy(), io.BytesIO()
-        Image.fromarray(pixels).save(stream, "JPEG", quality=95, subsampling=0)
-        scores.append(1 - stream.tell() / pixels.size)
+        stream = io.BytesIO()
+        to_picture(image).save(stream, "JPEG", quality=95, subsampling=0)
+        scores.append(1 - stream.tell() / image.numel())
     return scores
-
-
-SCORERS = {"jpeg": score_jpeg}  # any picture; the tiny world has more (tiny.SCORERS)
-
-
-def judge(images: torch.Tensor, prompts: Sequence, weights: Mapping[str, float], scorers: Mapping = SCORERS):
-    """The weighted sum of named scorers, (images, prompts) -> (B,) each, as `composite` -> float64 (B,)."""
-    scores = {name: scorers[name](images, prompts) for name in weights}
-    return composite(scores, weights, [p.text for p in prompts])
 
 
 def table2_average(geneval: float, ocr: float, deqa: float, pickscore: float) -> float:

@@ -1,11 +1,14 @@
 """Oracles for the scoring rules: hand-made detections and boxes, a recursive edit distance, F Table 2."""
 
+import io
 import math
 import random
 from functools import lru_cache
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 import rewards as R
 
@@ -470,6 +473,60 @@ def test_composite_wants_one_finite_weight_a_scorer():
         R.composite({"a": [0, 0, 0]}, {"b": 1, "a": 1}, PROMPTS)
     with pytest.raises(ValueError, match="the weight of scorer 'a' is nan"):
         R.composite({"a": [0, 0, 0]}, {"a": math.nan}, PROMPTS)
+
+
+# ------------------------------------------------------------------------------------------- what every eye sees
+def test_a_picture_is_the_nearest_bytes_in_rgb_and_no_further_than_black_and_white():
+    image = torch.tensor([[[-0.5, 0.1, 1.5]], [[0.0, 0.5, 1.0]], [[0.25, 0.75, 2 / 255]]])  # (3, 1, 3)
+    found = R.to_picture(image.double().requires_grad_())
+    assert found.mode == "RGB" and found.size == (3, 1)
+    # 0.1, 0.25, 0.5 and 0.75 times 255 are 25.5, 63.75, 127.5 and 191.25; halves go to the even one
+    pixels = np.asarray(found)[0]
+    assert pixels[0].tolist() == [0, 0, 64] and pixels[2].tolist() == [255, 255, 2]
+    assert pixels[1].tolist() == [26, 128, 191]
+    assert np.asarray(R.to_picture(torch.rand(3, 5, 8))).shape == (5, 8, 3)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_picture_with_a_value_that_is_no_number_is_an_error_and_not_black(bad):
+    image = torch.full((3, 4, 5), 0.5)
+    image[2, 3, 4] = bad
+    with pytest.raises(R.RewardError, match="^a picture holds values that are not finite; the model that drew it has"):
+        R.to_picture(image)
+    with pytest.raises(R.RewardError, match="not finite"):
+        R.score_jpeg(torch.stack([torch.zeros_like(image), image]), ["a", "b"])
+
+
+# ------------------------------------------------------------------------------------------------------- JPEG
+def grey_and_noise():
+    """(2, 3, 16, 24): one plain picture, one of noise."""
+    noise = torch.rand(3, 16, 24, generator=torch.Generator().manual_seed(0))
+    return torch.stack([torch.full_like(noise, 0.25), noise])
+
+
+def jpeg_bytes(pixels, **options):
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "JPEG", **options)
+    return len(stream.getvalue())
+
+
+def test_jpeg_is_one_minus_the_bytes_of_the_file_over_those_of_the_pixels():
+    images = grey_and_noise()
+    scores = R.score_jpeg(images, ["a", "b"])
+    # 0.25 is byte 63.75, hence 64; a picture of 16 x 24 x 3 = 1,152 bytes
+    flat = jpeg_bytes(np.full((16, 24, 3), 64, np.uint8), quality=95, subsampling=0)
+    noise = np.moveaxis(np.round(images[1].numpy() * 255).astype(np.uint8), 0, 2)
+    rough = jpeg_bytes(np.ascontiguousarray(noise), quality=95, subsampling=0)
+    assert scores == [1 - flat / 1152, 1 - rough / 1152] and scores[0] > scores[1]
+    assert jpeg_bytes(noise, quality=95) != rough != jpeg_bytes(noise, quality=75, subsampling=0), "its own settings"
+
+
+def test_jpeg_prefers_the_plainer_picture_whatever_the_prompt_and_never_reaches_one():
+    images = torch.nn.functional.interpolate(grey_and_noise(), scale_factor=8)  # room enough for the file's header
+    half = 0.5 * images[0] + 0.5 * images[1]
+    plain, noise = R.score_jpeg(images, ["a", "b"])
+    assert noise < R.score_jpeg(half[None], ["a"])[0] < plain < 1 and plain > 0.95
+    assert R.score_jpeg(images.flip(0), ["b", "b"]) == [noise, plain]
 
 
 # ---------------------------------------------------------------------------------------------------- Table 2

@@ -4,6 +4,8 @@
     python bench.py speed        single-pass against stored-trajectory OPD, as a ratio within one run
     python bench.py step         OPD steps on SD3.5-M's real shapes (random weights, no download; an accelerator):
                                  seconds, memory and model-FLOPs utilisation; flags of train.py may follow
+    python bench.py overlap      what a slow reward costs an iteration, waited for and overlapped, in one run
+    python bench.py judges       a pointwise and a pairwise reward model (Q Fig. 2) as the reward of GRPO, three seeds
     python bench.py learning     OPD, its estimators and GRPO-mix on the tiny world, three seeds, mean and std;
                                  with words after it, only the recipes whose name has one of them
 
@@ -49,7 +51,7 @@ def speed(rounds: int = 5, warmup: int = 2) -> None:
     prompts = evaluation.load_prompts(s, "train", s.train_prompts, settings.task_list(s))
     run = train.student_run(s)
     experts = evaluation.load_teachers(run.model, s)
-    rows = train.rows_of(run, prompts)
+    rows = train.rows_of(run, prompts, 0)
     for _ in range(warmup + rounds):
         for single in times:
             began = time.perf_counter()
@@ -107,6 +109,25 @@ def forward_flops(config: dict, resolution: int, text_length: int) -> int:
     return counter.get_total_flops()
 
 
+def random_run(s, device, config: dict):
+    """(run, experts): a student and a LoRA teacher a task on `random_sd35`, the anchor being one of them."""
+    import adapters
+    import ranks
+    import train
+
+    model, lora = random_sd35(s, device, config), None
+    if s.parameters == "full":
+        model.train_fully(keep_base=True)
+        ranks.shard(model, s)
+    else:
+        lora = adapters.lora_config(s.rank, s.alpha)
+        model.add_adapter("student", lora)
+    run = train.Run(s, model, lora)
+    for task in s.teachers:
+        model.add_adapter(f"teacher:{task}", adapters.lora_config(s.rank, s.alpha))
+    return run, {task: f"teacher:{task}" for task in s.teachers} | {"anchor": f"teacher:{s.anchor}"}
+
+
 def step(*flags: str, config: dict | None = None, rounds: int = 3) -> dict[str, float]:
     """OPD steps on SD3.5-M's real configuration with random weights; one warm-up, then `rounds` that count.
 
@@ -115,7 +136,6 @@ def step(*flags: str, config: dict | None = None, rounds: int = 3) -> dict[str, 
     """
     import torch
 
-    import adapters
     import cost
     import ranks
     import settings
@@ -124,19 +144,9 @@ def step(*flags: str, config: dict | None = None, rounds: int = 3) -> dict[str, 
 
     s, _ = settings.parse(["--stage", "opd", "--no-resume", "--out", tempfile.mkdtemp(), *flags])
     device, config = ranks.start(s), config or cost.SD35_MEDIUM
-    model = random_sd35(s, device, config)
-    if s.parameters == "full":
-        model.train_fully(keep_base=True)
-        ranks.shard(model, s)
-        run = train.Run(s, model)
-    else:
-        lora = adapters.lora_config(s.rank, s.alpha)
-        model.add_adapter("student", lora)
-        run = train.Run(s, model, lora)
-    for task in s.teachers:
-        model.add_adapter(f"teacher:{task}", adapters.lora_config(s.rank, s.alpha))
-    experts = {task: f"teacher:{task}" for task in s.teachers} | {"anchor": f"teacher:{s.anchor}"}
-    rows = train.rows_of(run, {task: [Prompt("a prompt", task, {}, "bench")] for task in settings.task_list(s)})
+    run, experts = random_run(s, device, config)
+    prompts = {task: [Prompt("a prompt", task, {}, "bench")] for task in settings.task_list(s)}
+    rows = train.rows_of(run, prompts, 0)
     seconds, cuda = [], device.type == "cuda"
     for _ in range(1 + rounds):
         began = time.perf_counter()
@@ -157,6 +167,87 @@ def step(*flags: str, config: dict | None = None, rounds: int = 3) -> dict[str, 
           + (f", utilisation {flops / found['seconds'] / peak:.2f} of {peak / 1e12:.0f}" if peak else "")
           + (f", peak memory {found['memory']:.1f} GiB" if cuda else ""))  # fmt: skip
     return found
+
+
+def overlap(steps: int = 8, rounds: int = 3) -> dict[str, float]:
+    """Seconds of a GRPO iteration with an instant reward, and with one as slow as the rollout, awaited or overlapped.
+
+    The three take turns, so that the machine's other load meets them alike; medians over all steps but the first of
+    each run, whose batch nothing was drawn ahead of.
+    """
+    import eval as evaluation
+    import scoring
+    import settings
+    import tiny
+    import train
+
+    flags = ["--preset", "tiny", "--stage", "grpo", "--task", "text", "--out", "runs/bench-overlap", "--no-resume"]
+    flags += ["--steps", str(steps), "--save-every", str(steps), "--eval-prompts", "0"]
+    s, _ = settings.parse(flags)
+    run = train.student_run(s)
+    rows = train.rows_of(run, evaluation.load_prompts(s, "train", s.train_prompts, ("text",)), 0)
+    spent = []
+    for _ in range(5):
+        began = time.perf_counter()
+        train.roll_out(run, rows)
+        spent.append(time.perf_counter() - began)
+    latency = min(spent)  # a rollout's own time; the rest is the machine's other load
+    build, real = scoring.build, tiny.scorer("ocr")
+
+    def slow(images, prompts, sources=None):
+        time.sleep(latency)
+        return real.score(images, prompts, sources)
+
+    times: dict[str, list[float]] = {"instant": [], "slow, awaited": [], "slow, overlapped": []}
+    try:
+        for _ in range(rounds):
+            for name, seconds in times.items():
+                scorer = real if name == "instant" else real._replace(score=slow)
+                scoring.build = lambda *rest, scorer=scorer: scoring.Panel([scorer], {"default": {"ocr": 1.0}})
+                if train.main([*flags, "--name", "run", *(["--overlap"] if "overlapped" in name else [])]):
+                    raise SystemExit(2)
+                lines = Path("runs/bench-overlap/run/metrics.jsonl").read_text().splitlines()
+                seconds += [json.loads(line)["seconds"] for line in lines[1:-1]]
+    finally:
+        scoring.build = build
+    found = {name: statistics.median(seconds) for name, seconds in times.items()}
+    print(f"a rollout, and the slow reward's latency: {latency:.2f} s\n\n| reward | seconds (median) | ratio |")
+    print("|---|---:|---:|")
+    for name, seconds in found.items():
+        print(f"| {name} | {seconds:.2f} | {seconds / found['instant']:.2f} |")
+    return found
+
+
+def judges(*steps: str) -> None:
+    """Q Fig. 2's question: two reward models of one architecture, each as GRPO's reward, judged by the true rule.
+
+    For every seed: train both on graded prints of the tiny world, then a quality teacher from the shipped base on each;
+    the table has what the true rules say of its pictures. Finished runs are not repeated.
+    """
+    import reward_model
+    import train
+
+    more = ["--steps", *steps] if steps else []
+    table: dict[str, list[dict]] = {}
+    for objective in ("pointwise", "pairwise"):
+        for seed in SEEDS:
+            folder, name = f"runs/bench-rm-{objective}-{seed}", f"bench-judged-{objective}-{seed}"
+            if reward_model.main(["--tiny", "--objective", objective, "--seed", str(seed), "--out", folder]):
+                raise SystemExit(2)
+            recipe = Path(folder, "reward.json")
+            scorer = {"kind": "trained", "model": folder}
+            recipe.write_text(json.dumps({"scorers": {"judge": scorer}, "weights": {"default": {"judge": 1.0}}}))
+            flags = ["--preset", "tiny", "--stage", "grpo", "--task", "quality", "--rewards", str(recipe), *more]
+            if train.main([*flags, "--name", name, "--seed", str(seed)]):
+                raise SystemExit(2)
+            scores = json.loads(Path("runs", name, "results.json").read_text())[name]["scores"]
+            rows = [json.loads(line) for line in Path("runs", name, "metrics.jsonl").read_text().splitlines()]
+            ends = [statistics.mean(row["reward/judge"] for row in part) for part in (rows[:5], rows[-5:])]
+            table.setdefault(objective, []).append(scores | dict(zip(("judge at first", "judge at last"), ends)))
+    columns = [*COLUMNS, "judge at first", "judge at last"]
+    print("\n| reward model | " + " | ".join(columns) + " |\n|---|" + "---:|" * len(columns))
+    for objective, rows in table.items():
+        print(f"| {objective} | " + " | ".join(spread([row[c] for row in rows]) for c in columns) + " |")
 
 
 def learning(*words: str) -> None:
@@ -195,7 +286,7 @@ def spread(values: list[float]) -> str:
 
 
 if __name__ == "__main__":
-    jobs = {"estimators": estimators, "speed": speed, "step": step, "learning": learning}
+    jobs = {f.__name__: f for f in (estimators, speed, step, overlap, judges, learning)}
     if len(sys.argv) < 2 or sys.argv[1] not in jobs:
         print(f"usage: python bench.py {{{','.join(jobs)}}}", file=sys.stderr)
         sys.exit(2)

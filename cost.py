@@ -58,6 +58,8 @@ KEPT = {("lora", 4): (48, 8, 16), ("lora", 2): (28, 12, 8), ("full", 4): (84, 16
 # The VAE's last blocks work on 256 float32 maps of full resolution, of which about four are alive at once (measured:
 # 0.97 GiB at 512 px). Pictures are decoded one by one.
 VAE_PIXEL = 4 * 256 * 4
+ROLLOUTS = ("opd", "curate", "grpo")  # stages that walk trajectories with guidance; the first two keep none
+IDLE = ("merge", "eval", "curate")  # stages without an optimizer
 DRAWN = 96  # pictures that are drawn at once where --micro-batch leaves it open
 GIB = 1 << 30
 SPARE = 1.1  # an allocator wastes a little: a verdict asks for a tenth more than the sum
@@ -334,6 +336,8 @@ def forwards(s: Settings) -> list[Work]:
     rows, parts, _ = rows_in_step(s)
     if s.stage in ("pretrain", "sft"):  # flow matching: each image once, without guidance
         return [Work("student", True, parts, rows)]
+    if s.stage == "curate":  # prompt by prompt, without gradient
+        return [Work("student", False, parts * s.num_steps, rows * s.num_steps * guidance(s))]
     if s.stage not in ("grpo", "opd"):
         return []
     # Single pass: the rollout's own forward carries the gradient where a transition trains, and only the others have
@@ -365,7 +369,7 @@ def distinct_prompts(s: Settings) -> int:
         tasks = TASKS if s.task == "mix" else [s.task or TASKS[0]]
     own = {task: _count_lines(Path(path)) for task, path in s.prompts.items()}
     there = own.get("auto", 0) + sum(own.get(task) or s.train_prompts for task in tasks)
-    seen = {"sft": s.sft_images, "merge": 0, "eval": 0}.get(s.stage, s.steps * s.prompts_per_step)
+    seen = {"sft": s.sft_images, "merge": 0, "eval": 0, "curate": there}.get(s.stage, s.steps * s.prompts_per_step)
     return min(there, seen) + tests + (s.cfg != 1 or tests > 0)
 
 
@@ -400,19 +404,19 @@ def activations(base: Base, rows: int, trained: str, b: int, checkpointing: bool
 
 def fully(s: Settings) -> bool:
     """Does the whole transformer train?"""
-    return s.stage == "pretrain" or (s.parameters == "full" and s.stage not in ("merge", "eval"))
+    return s.stage == "pretrain" or (s.parameters == "full" and s.stage not in IDLE)
 
 
 def pictured(s: Settings) -> bool:
     """Is a picture ever decoded?"""
-    return s.stage in ("grpo", "eval") or s.eval_prompts > 0
+    return s.stage in ("curate", "grpo", "eval") or s.eval_prompts > 0
 
 
 def trained_parameters(s: Settings, base: Base, init: Expert | None, experts: dict[str, Expert]) -> int:
     """n: numbers that the optimizer moves, or that a merge makes (`cat` adds the teachers' ranks up)."""
-    if s.stage in ("eval", "merge"):
+    if s.stage in IDLE:
         counts = [e.parameters for e in experts.values()]
-        return 0 if s.stage == "eval" else sum(counts) if s.merge_method == "cat" else max(counts)
+        return 0 if s.stage != "merge" else sum(counts) if s.merge_method == "cat" else max(counts)
     if fully(s):
         return base.parameters + (base.encoders if s.stage == "pretrain" else 0)
     return init.parameters if init and init.kind in LORAS else lora_parameters(base.config, s.rank)
@@ -420,7 +424,7 @@ def trained_parameters(s: Settings, base: Base, init: Expert | None, experts: di
 
 def memory(s: Settings, base: Base, experts: dict[str, Expert], n: int, world: int, local: int) -> Memory:
     """The estimate that the top of this file describes, for n trained numbers; world, local: ranks in all, a node."""
-    b, full, steps = number_bytes(s), fully(s), s.stage not in ("merge", "eval")
+    b, full, steps = number_bytes(s), fully(s), s.stage not in IDLE
     shards = {"ddp": 1, "fsdp": world, "hsdp": local}[s.parallel]
     beside = {} if s.stage == "merge" else experts  # a merge reads its teachers' factors into host memory
     loras = [e.parameters for e in beside.values() if e.kind in LORAS]
@@ -439,8 +443,8 @@ def memory(s: Settings, base: Base, experts: dict[str, Expert], n: int, world: i
     parts["trajectories"] = 4 * base.config["in_channels"] * base.side**2 * stored_latents(s)
     row = b * (base.text * base.config["joint_attention_dim"] + base.config["pooled_projection_dim"])
     rows, _, most = rows_in_step(s)
-    held = rows * steps if s.stage != "opd" else most  # GRPO keeps those of the whole step, flow matching its batch's
-    parts["text conditioning"] = row * held * (guidance(s) if s.stage in ("grpo", "opd") else 1)
+    held = most if s.stage in ROLLOUTS[:2] else rows * steps  # GRPO keeps those of the whole step, SFT its batch's
+    parts["text conditioning"] = row * held * (guidance(s) if s.stage in ROLLOUTS else 1)
     parts["VAE"] = 4 * base.vae * pictured(s)
     host = {"full experts": b * sum(visitors.values()), "prompts": row * distinct_prompts(s) * (not is_tiny(s))}
     return Memory(*({k: v for k, v in d.items() if v} for d in (parts, moments(s, base, n // shards, world), host)))
@@ -474,7 +478,7 @@ def stored_latents(s: Settings) -> int:
 def moments(s: Settings, base: Base, weights: int, world: int) -> dict[str, int]:
     """Bytes of what comes and goes, by name; only the largest counts. weights: this rank's trained numbers."""
     found, trained, b = {"exporting the average": 4 * weights}, "full" if fully(s) else "lora", number_bytes(s)
-    rollout = s.stage in ("grpo", "opd")
+    rollout = s.stage in ROLLOUTS
     most = rows_in_step(s)[2] * (guidance(s) if rollout else 1)
     pictures = -(-s.sft_images // len(task_list(s))) if s.stage == "sft" else s.eval_prompts  # of one task
     drawn = min(s.micro_batch or DRAWN, -(-pictures // world)) * guidance(s)  # ranks share what is drawn
@@ -483,7 +487,7 @@ def moments(s: Settings, base: Base, weights: int, world: int) -> dict[str, int]
     if rollout or drawn:
         rows = max(drawn, most) if rollout else drawn
         found["forward without gradient"] = activations(base, rows, trained, b, gradient=False)
-    if s.stage not in ("merge", "eval"):
+    if s.stage not in IDLE:
         checkpointing = s.gradient_checkpointing and not is_tiny(s)  # the tiny model has no use for it
         found["training step"] = activations(base, most, trained, b, checkpointing)
     if base.vae and pictured(s):

@@ -15,12 +15,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import plan
+import recipe
 import settings
 from settings import Settings, is_tiny, task_list
 
 if __name__ == "__main__":
     plan.answer_early(sys.argv[1:], "eval.py")
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -33,6 +35,7 @@ import prompts as written
 import ranks
 import report
 import rewards
+import scoring
 import sde
 import tiny
 from data import Prompt
@@ -109,13 +112,19 @@ def draw(model: flow.FlowModel, prompts: Sequence[Prompt], s: Settings, seed: in
 
 
 # ---------------------------------------------------------------------------------------------------------- scoring
-def score(images: Tensor, prompts: Sequence[Prompt], task: str, s: Settings) -> tuple[dict, list[float], dict]:
-    """(named scores of the batch, one score per image, GenEval's tags) of images drawn for test prompts of a task."""
-    if not is_tiny(s):
-        weights = settings.rewards_of(s, task)
-        named = {name: rewards.judge(images, prompts, {name: 1.0}) for name in weights}
-        each = rewards.judge(images, prompts, weights) if weights else []
-        return {f"{task} {name}": float(values.mean()) for name, values in named.items()}, list(each), {}
+def score(images: Tensor, prompts: Sequence[Prompt], task: str, panel: scoring.Panel | None, tiny_world: bool):
+    """(named scores of the batch, one score per image, GenEval's tags) of images drawn for test prompts of a task.
+
+    The tiny world is scored by its tasks' own rules; elsewhere every scorer of the panel has a column a task, and a
+    task for which the panel has no weights has none.
+    """
+    if not tiny_world:
+        if panel is None or any(panel.category(p) is None for p in prompts):  # a teacher's rewards: its own task's only
+            return {}, [], {}
+        found = panel.ask(images, prompts, 1)
+        asked = {name: row[~np.isnan(row)] for name, row in zip(found.names, found.values, strict=True)}
+        named = {f"{task} {name}": float(row.mean()) for name, row in asked.items() if len(row)}
+        return named, list(panel.totals(found, prompts)), {}
     if task != "composition":
         each = tiny.SCORERS[tiny.TASK_SCORER[task]](images, prompts)
         return {task: sum(each) / len(each)}, each, {}
@@ -124,7 +133,16 @@ def score(images: Tensor, prompts: Sequence[Prompt], task: str, s: Settings) -> 
     return {task: rewards.geneval_score(verdicts, tags)}, each, rewards.per_tag_accuracy(verdicts, tags)
 
 
-def evaluate(model: flow.FlowModel, prompts: Mapping[str, Sequence[Prompt]], s: Settings) -> dict | None:
+def panel_of(s: Settings, device: torch.device) -> scoring.Panel | None:
+    """The scorers that --rewards names for an evaluation; None in the tiny world and where it names none."""
+    if is_tiny(s) or not s.rewards:
+        return None
+    return scoring.build(recipe.read(s), device, False, False)
+
+
+def evaluate(
+    model: flow.FlowModel, prompts: Mapping[str, Sequence[Prompt]], s: Settings, panel: scoring.Panel | None = None
+) -> dict | None:
     """Scores of the selected expert, on rank 0 (None elsewhere; every rank must call it, since all draw).
 
     {"scores": {column: number}, "tags": {tag: accuracy}, "images": {task: (images, one score each)}}; in the tiny
@@ -132,12 +150,14 @@ def evaluate(model: flow.FlowModel, prompts: Mapping[str, Sequence[Prompt]], s: 
     """
     result: dict = {"scores": {}, "tags": {}, "images": {}}
     model.prepare(["", *(p.text for some in prompts.values() for p in some)])
+    if panel is None and ranks.rank_and_world()[0] == 0:
+        panel = panel_of(s, model.device)
     for task, some in prompts.items():
         latents = draw(model, some, s, data.seed_for("eval", s.seed, task))
         if ranks.rank_and_world()[0] > 0:
             continue
         images = model.decode(latents)
-        numbers, each, tags = score(images, some, task, s)
+        numbers, each, tags = score(images, some, task, panel, is_tiny(s))
         result["images"][task] = (images, each)
         result["scores"] |= numbers
         result["tags"] |= tags
@@ -192,13 +212,13 @@ def compare(s: Settings) -> tuple[dict[str, dict], Path]:
     for name, where in s.compare.items():
         names[name] = f"compare:{name}"
         model.add_expert(names[name], where)
-    rows = {}
+    rows, panel = {}, panel_of(s, device) if ranks.rank_and_world()[0] == 0 else None
     for name, expert in names.items():
         if ranks.rank_and_world()[0] == 0:
             print(f"evaluating {name} ...", file=sys.stderr)
         model.keep([expert] if expert else [])
         with model.adapter(expert):
-            result = evaluate(model, prompts, s)
+            result = evaluate(model, prompts, s, panel)
         if result:
             report.save_samples(folder, name.replace(" ", "-"), result, prompts)
             rows[name] = {key: result[key] for key in ("scores", "tags")}
@@ -214,6 +234,7 @@ def compare(s: Settings) -> tuple[dict[str, dict], Path]:
 def main(argv: Sequence[str] | None = None) -> int:
     try:
         s, _ = settings.parse(list(sys.argv[1:] if argv is None else argv), prog="eval.py")
+        recipe.read(s)
         if s.dry_run:
             print(plan.describe(s, prog="eval.py"))
             return 0

@@ -12,6 +12,7 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import recipe
 import settings
 from cost import (
     GIB,
@@ -34,7 +35,7 @@ from cost import (
     trained_parameters,
     trained_steps,
 )
-from settings import TASKS, Settings, SettingsError, is_tiny, rewards_of, task_list, window_of
+from settings import TASKS, Settings, SettingsError, is_tiny, task_list, window_of
 
 
 def answer_early(argv: list[str], prog: str) -> None:
@@ -49,6 +50,7 @@ def answer_early(argv: list[str], prog: str) -> None:
             stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
         try:
             s, _ = settings.parse(argv, prog)
+            recipe.read(s)
             if s.dry_run:
                 print(describe(s, prog=prog))
                 sys.exit(0)
@@ -149,6 +151,9 @@ def _step_lines(s: Settings, world: int) -> list[tuple[str, str]]:
     micro = f"{parts} micro-batches a rank of at most {most}"
     if s.stage in ("pretrain", "sft"):
         lines.append(("batch", f"ranks {world} x images {s.batch_size} = {total}; {micro}"))
+    if s.stage == "curate":
+        shape = f"{world} ranks, prompts {s.prompts_per_step} x group {s.group_size} at a time, {s.num_steps} steps"
+        lines.append(("batch", f"{shape}, guidance {s.cfg:g}; kept: a range above {s.threshold:g}; {micro}"))
     if s.stage in ("grpo", "opd"):
         shape = f"ranks {world} x prompts {s.prompts_per_step} x group {s.group_size}"
         lines.append(("batch", f"{shape} = trajectories {total}; {micro}"))
@@ -158,8 +163,15 @@ def _step_lines(s: Settings, world: int) -> list[tuple[str, str]]:
         trained = f"{trained_steps(s)} trained ({s.train_steps})"
         lines.append(("rollout", f"{s.num_steps} steps, {walk}, {trained}, guidance {s.cfg:g}"))
     if s.stage == "grpo":
-        paid = " + ".join(f"{weight:g} {name}" for name, weight in rewards_of(s, s.task or TASKS[0]).items())
-        lines.append(("objective", f"GRPO, reward {paid}, {s.updates} updates a step, KL to the base {s.beta:g}"))
+        lines.append(("objective", f"GRPO, {s.updates} updates a step, KL to the base {s.beta:g}"))
+    if s.stage in ("curate", "grpo"):
+        asked = recipe.read(s)
+        for category, row in asked.weights.items():
+            paid = " + ".join(f"{weight:g} {name}" for name, weight in row.items())
+            lines.append(("reward", f"{category}: {paid}" + (f", {s.combine}" if len(row) > 1 else "")))
+        for name, entry in asked.scorers.items():
+            options = ", ".join(f"{key} {value}" for key, value in entry.items())
+            lines.append(("scorer", f"{name}: {options}" + (", only watched" if name in asked.watch else "")))
     if s.stage == "opd":
         way = "single pass" if is_single_pass(s) else "stored trajectories"
         lines.append(("objective", f"{s.estimator}, {way}, MAR {s.mar:g}"))
@@ -201,6 +213,9 @@ def _cost_lines(s: Settings, base: Base | None, world: int, local: int) -> list[
         export = number_bytes(s) * n if fully(s) else 4 * n * (1 if is_tiny(s) else 2)
         each = f", about {_size(export + (8 if s.stage == 'merge' else 16) * n)} each"
     for folder in (Path(s.out) / name for name in runs_of(s)):
+        if s.stage == "curate":
+            lines.append(("writes", f"{folder}: config.json, ranges/*.jsonl, prompts/TASK/, curation.md"))
+            continue
         if s.stage == "eval":
             lines.append(("writes", f"{folder}: report.md, results.json, samples/*.png"))
             continue

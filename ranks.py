@@ -14,6 +14,7 @@ it give up after --timeout minutes.
 import os
 import re
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -120,7 +121,9 @@ def leave(main: Callable[[], int]) -> None:
         dist.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()
-    if dist.is_initialized():  # left by an error: peers may be waiting for us, we do not wait for them
+    # Left by an error, peers may be waiting for us; a scorer's threads may still be asking a judge that takes minutes,
+    # and Python would join them. We wait for neither.
+    if dist.is_initialized() or threading.active_count() > 1:
         os._exit(code)
     sys.exit(code)
 
@@ -146,10 +149,22 @@ def average(tensors: Sequence[Tensor], most: int = 1 << 25) -> None:
 
 
 def average_numbers(values: dict[str, float]) -> dict[str, float]:
-    """Mean over ranks of a dict of numbers that has the same keys everywhere."""
-    packed = torch.tensor(list(values.values()), dtype=torch.float64)
-    average([packed])
-    return dict(zip(values, packed.tolist(), strict=True))
+    """Mean over ranks of a dict of numbers that has the same keys everywhere; a rank's nan does not count.
+
+    What is nan on every rank stays nan.
+    """
+    given = torch.tensor(list(values.values()), dtype=torch.float64)
+    total, count = given.nan_to_num(0.0), (~given.isnan()).double()
+    average([total, count])
+    return dict(zip(values, (total / count).tolist(), strict=True))
+
+
+def any_rank(flag: bool) -> bool:
+    """Is it so on any rank? All come here, and all learn the same."""
+    found = torch.tensor(float(flag))
+    if dist.is_initialized():
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+    return bool(found.item())
 
 
 def wait() -> None:

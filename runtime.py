@@ -23,7 +23,7 @@ import shutil
 import signal
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -31,7 +31,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -42,7 +41,7 @@ from tqdm import tqdm
 import adapters
 import data
 from flow import FlowModel
-from ranks import average, average_numbers, own, rank_and_world, reason, wait
+from ranks import any_rank, average, average_numbers, own, rank_and_world, reason, wait
 from settings import Settings, SettingsError
 
 # Settings that may change when a run is continued: they move no number of a step, or only who computes it.
@@ -154,10 +153,7 @@ class Run:
         the last whole step, and the one under way is done again on resuming. A scheduler's grace period need not
         be longer than a micro-batch and a save.
         """
-        asked = torch.tensor(float(self.asked_to_stop))
-        if dist.is_initialized():
-            dist.all_reduce(asked, dist.ReduceOp.MAX)  # ranks are told at different moments; they stop at one
-        if asked.item():
+        if any_rank(self.asked_to_stop):  # ranks are told at different moments; they stop at one
             self.save()
             raise Stopped(f"{self.s.name}: stopped by SIGTERM, {self.checkpoint} saved; repeat the command to go on")
 
@@ -191,13 +187,22 @@ class Run:
             torch._foreach_lerp_(averages, [own(p.detach()) for p in parameters], 1 - decay)
         return norm
 
-    def log(self, metrics: dict[str, float]) -> None:
-        """One line of metrics.jsonl and TensorBoard (and wandb) for this step, averaged over ranks."""
+    def fail_together(self, fault: Exception | None, kind: type[Exception]) -> None:
+        """Where any rank has met a fault, save the last whole step on all of them, and raise: each its own, if any."""
+        if any_rank(fault is not None):
+            self.save()
+            raise fault or kind("another rank has failed; its message says why")
+
+    def log(self, metrics: dict[str, float], histograms: Mapping[str, np.ndarray] | None = None) -> dict[str, float]:
+        """One line of metrics.jsonl and TensorBoard (and wandb) for this step -> the means over ranks.
+
+        A number that is nan everywhere, such as a reward that was not asked for, is left out. Histograms are rank 0's.
+        """
         if self.model.device.type == "cuda":
             metrics = {**metrics, "memory": torch.cuda.max_memory_allocated() / 2**30}
-        metrics = average_numbers(metrics)
+        metrics = {key: value for key, value in average_numbers(metrics).items() if not np.isnan(value)}
         if self.rank > 0:
-            return
+            return metrics
         self.last = {k: float(f"{v:.6g}") for k, v in metrics.items()}
         with (self.folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"step": self.step + 1, **self.last}) + "\n")
@@ -208,10 +213,19 @@ class Run:
             self._wandb = start_wandb(self.s, self.folder) if self.s.wandb else None
         for key, value in metrics.items():
             self._board.add_scalar(key, value, self.step + 1)
+        for key, values in (histograms or {}).items():
+            self._board.add_histogram(key, values, self.step + 1)
         if self._wandb:
             self._wandb.log(metrics, step=self.step + 1)
         if self._shown in metrics:
             self._bar.set_postfix_str(f"{self._shown} {metrics[self._shown]:.3f}")
+        return metrics
+
+    def history(self, key: str) -> list[float]:
+        """A metric's values of the steps that are done; what was logged before a resume is on disk."""
+        file = self.folder / "metrics.jsonl"
+        rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        return [row[key] for row in rows if key in row and row["step"] <= self.step]
 
     # ------------------------------------------------------------------------------------------------ checkpoints
     @property

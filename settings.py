@@ -11,14 +11,12 @@ A refusal is a `SettingsError`: one line that names the flag and what to do; `tr
 import argparse
 import difflib
 import json
-import math
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 
-STAGES = ("pretrain", "grpo", "sft", "merge", "opd", "all")
+STAGES = ("pretrain", "curate", "grpo", "sft", "merge", "opd", "all")
 TASKS = ("composition", "text", "quality")
 TINY_REWARDS = ("geneval", "ocr", "quality", "preference", "task")  # what the tiny world's eyes can judge
-REAL_REWARDS = ("jpeg",)  # what any picture can be judged by
 ASSETS = "assets/tiny"
 
 
@@ -103,8 +101,15 @@ class Settings:
     window: str = _option("0:9", "START:STOP of the transitions that are stochastic; the others are ODE steps")
     cfg: float = _option(4.5, "guidance scale of the rollout and of the objective", low=0.0)
     # ------------------------------------------------------------------------------------------------ grpo
-    rewards: str = _option("", f"NAME=WEIGHT,...: {', '.join(REAL_REWARDS)}; in the tiny world also "
-                           f"{', '.join(TINY_REWARDS)} (task: the prompt's own, used if empty)")  # fmt: skip
+    rewards: str = _option("", "NAME=WEIGHT,... of the scorers' kinds (recipe.py), or a .json file that says more: "
+                           "options, far scorers, weights for each category; empty: the task's own")  # fmt: skip
+    combine: str = _option("sum", "several rewards: their weighted sum, or each normalised in its group first (Q Eq. "
+                           "13)", choices=("sum", "normalised"))  # fmt: skip
+    overlap: bool = _option(False, "score a batch while the next one is drawn (Q 4.1), from a policy one update older")
+    on_reward_failure: str = _option("stop", "a score that cannot be had: stop the run, or drop its prompt's group",
+                                     choices=("stop", "drop"))  # fmt: skip
+    threshold: float = _option(0.05, "curate: the least range of the reward within a group that is kept (Q 4.2)",
+                               low=0.0)  # fmt: skip
     advantage_std: str = _option("group", "what advantages are divided by", choices=("group", "batch", "none"))
     advantage_clip: float = _option(5.0, "largest absolute advantage", low=0.0)
     clip: float = _option(1e-4, "clip range [epsilon] of the policy ratio", low=0.0)
@@ -141,6 +146,7 @@ class Settings:
 PRESETS: dict[str, dict[str, dict]] = {
     "flow-opd": {
         "": {},
+        "curate": dict(train_prompts=2000, eval_prompts=0),
         "sft": dict(lr=1e-4, steps=300),
         "merge": dict(steps=0),
         "opd": dict(lr=1e-4, steps=300, prompts_per_step=3),
@@ -157,6 +163,7 @@ PRESETS: dict[str, dict[str, dict]] = {
             steps=6000, batch_size=64, lr=3e-3, decay=True, warmup=100, weight_decay=0.01, ema_decay=0.999,
             save_every=500,
         ),
+        "curate": dict(train_prompts=240, eval_prompts=0),
         "grpo": dict(steps=150, lr=7e-4),
         "sft": dict(steps=100, batch_size=96, lr=1e-3),
         "merge": dict(steps=0),
@@ -270,12 +277,11 @@ def check(s: Settings) -> None:
     """Refuse what cannot work; every message names the flag and the way out."""
     _check_values(s)
     _check_names(s)
-    if s.stage in ("grpo", "opd"):
+    if s.stage in ("curate", "grpo", "opd"):
         _check_rollout(s)
     if s.stage in ("opd", "sft", "merge"):
         _check_teachers(s)
     _check_parameters(s)
-    _check_rewards(s)
 
 
 def _check_values(s: Settings) -> None:
@@ -313,8 +319,8 @@ def _check_rollout(s: Settings) -> None:
         raise SettingsError("--stage grpo needs noise: widen --window and set --noise-level above 0")
     if s.stage == "grpo" and s.prompts_per_step % s.updates:
         raise SettingsError(f"--updates {s.updates} must divide --prompts-per-step {s.prompts_per_step}")
-    if s.stage == "grpo" and s.group_size < 2:
-        raise SettingsError("--group-size 1: a group of one has no advantage; use at least 2")
+    if s.stage in ("curate", "grpo") and s.group_size < 2:
+        raise SettingsError("--group-size 1: a group of one has no advantage and no range; use at least 2")
     if s.stage == "opd" and s.prompts_per_step < len(task_list(s)):
         raise SettingsError(f"--prompts-per-step {s.prompts_per_step}: {len(task_list(s))} tasks need one prompt each")
     if s.stage == "opd" and s.estimator != "velocity" and silent:
@@ -348,22 +354,6 @@ def _check_parameters(s: Settings) -> None:
         raise SettingsError("--stage pretrain knows --parallel ddp only: its model is tiny")
 
 
-def _check_rewards(s: Settings) -> None:
-    known = (*TINY_REWARDS, *REAL_REWARDS) if is_tiny(s) else REAL_REWARDS
-    for item in filter(None, s.rewards.split(",")):
-        name, _, weight = item.partition("=")
-        if name not in known:
-            raise SettingsError(f"--rewards {item}: no reward {name!r}; choose from {', '.join(known)}")
-        try:
-            finite = math.isfinite(float(weight or "1"))
-        except ValueError:
-            finite = False
-        if not finite:
-            raise SettingsError(f"--rewards {item}: {weight!r} is not a number")
-    if s.stage == "grpo" and not is_tiny(s) and not s.rewards:
-        raise SettingsError(f"--stage grpo needs --rewards NAME=WEIGHT,... of {', '.join(known)}")
-
-
 def for_stage(chosen: dict, stage: str, **more) -> Settings:
     """One stage of a larger plan: what the user chose, over that stage's preset, with the plan's own paths."""
     base = {k: v for k, v in chosen.items() if k not in ("stage", "name")}
@@ -388,17 +378,3 @@ def window_of(s: Settings) -> tuple[int, int]:
 
 def task_list(s: Settings) -> list[str]:
     return [t for t in s.tasks.split(",") if t]
-
-
-def rewards_of(s: Settings, task: str) -> dict[str, float]:
-    """--rewards -> {name: weight}; by default the task's own reward, for the quality teacher F 6.1's blend.
-
-    F blends DeQA with a preference reward 4:6 for its quality teacher, because quality alone is hacked: here it
-    learns to paint everything black, as F Fig. 2's teachers lose what they are not paid for. `preference` asks
-    whether the picture shows what the prompt says. ERRATUM: App. A gives 1:1 and other rewards.
-    """
-    if s.rewards:
-        return {n: float(w or 1) for n, _, w in (i.partition("=") for i in s.rewards.split(",") if i)}
-    if not is_tiny(s):
-        return {}
-    return {"quality": 0.4, "preference": 0.6} if task == "quality" else {"task": 1.0}

@@ -406,9 +406,10 @@ def score_task(images: torch.Tensor, prompts: Sequence[Prompt]) -> list[float]:
     return scores
 
 
-def reward(images: torch.Tensor, prompts: Sequence[Prompt], weights: dict[str, float]) -> np.ndarray:
-    """The weighted sum of named scorers ("task" is the prompt's own) -> (B,), checked (`rewards.composite`)."""
-    return rewards.judge(images, prompts, weights, {**rewards.SCORERS, **SCORERS, "task": score_task})
+def scorer(name: str) -> rewards.Scorer:
+    """One of `SCORERS`, or "task", the prompt's own, in the signature of every scorer; all lie in [0, 1]."""
+    function = {**SCORERS, "task": score_task}[name]
+    return rewards.Scorer(name, lambda images, prompts, sources=None: torch.tensor(function(images, prompts)), 0.0, 1.0)
 
 
 def check_prompt(prompt: Prompt) -> None:

@@ -1,6 +1,7 @@
 """The pipeline of both papers, one short loop a stage:
 
     pretrain   flow matching on the tiny world's drawings (F Eq. 1, Q Eq. 2)
+    curate     keep the prompts from which a policy can learn (Q 4.2)
     grpo       one teacher per task by GRPO (F 4.1, Q Eq. 4-6); --task mix is the GRPO-mix baseline (F App. A)
     sft        cold start: flow matching on images of the routed teachers (F 5.1)
     merge      cold start: one adapter out of the teachers' (F 5.1)
@@ -15,14 +16,18 @@ besides in runtime. A step's trajectories go through the model in micro-batches;
 (`Row.seed`), so that neither the micro-batch nor the number of ranks changes it.
 """
 
+import concurrent.futures
+import json
 import random
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
 import plan
+import recipe
 import settings
 from settings import TASKS, Settings, is_tiny, task_list
 
@@ -32,8 +37,10 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 import adapters
+import curation
 import data
 import eval as evaluation
 import flow
@@ -46,6 +53,7 @@ import ranks
 import report
 import rewards
 import runtime
+import scoring
 import sde
 import tiny
 from data import Prompt
@@ -89,12 +97,12 @@ def batch(run: Run, prompts: Mapping[str, list[Prompt]], step: int) -> Iterator[
                 yield prompt, task, run.rank * size + j
 
 
-def rows_of(run: Run, prompts: Mapping[str, list[Prompt]]) -> list[Row]:
-    """The P*G trajectories of the present step on this rank, group by group, task by task."""
+def rows_of(run: Run, prompts: Mapping[str, list[Prompt]], step: int) -> list[Row]:
+    """The P*G trajectories of a step on this rank, group by group, task by task."""
     s = run.s
     return [
-        Row(prompt, data.seed_for("row", s.seed, s.stage, s.task, run.step, task, place, g))
-        for prompt, task, place in batch(run, prompts, run.step)
+        Row(prompt, data.seed_for("row", s.seed, s.stage, s.task, step, task, place, g))
+        for prompt, task, place in batch(run, prompts, step)
         for g in range(s.group_size)
     ]
 
@@ -149,36 +157,135 @@ def flow_matching(run: Run, x0: Tensor, t: Tensor, cond: flow.Cond, noise: torch
     return total
 
 
-# ------------------------------------------------------------------------------------------------------------- grpo
+# ----------------------------------------------------------------------------------------------------- curate, grpo
+def curate(s: Settings) -> Path:
+    """Prompt curation (Q 4.2): keep the prompts whose G samples differ in their reward by more than a threshold.
+
+    The student is the base, or --init. A prompt's line is written as soon as it is known, so that a run that was
+    killed goes on; ranks share the prompts.
+    """
+    prompts = evaluation.load_prompts(s, "train", s.train_prompts, task_list(s))
+    panel = panel_of(s, ranks.start(s))  # before the model: a scorer that is not installed is found out at once
+    panel.check(p for some in prompts.values() for p in some)
+    run = student_run(s)
+    # Other rewards, samples or weights give other ranges: what an earlier run found with them does not count.
+    moves_nothing = (*runtime.FREE, "threshold", "train_prompts", "prompts", "rewards")
+    alike, asked = {k: v for k, v in asdict(s).items() if k not in moves_nothing}, recipe.read(s)
+    where = ("device", "endpoints", "key_env", *recipe.LIMITS)  # what a --rewards file says of the way to a scorer
+    alike["scorers"] = {n: {k: v for k, v in e.items() if k not in where} for n, e in asked.scorers.items()}
+    alike["weights"] = asked.weights
+    known = curation.Ranges(run.folder / "ranges", run.rank, data.seed_for(json.dumps(alike, sort_keys=True)))
+    unknown = {(p.task, p.text): p for some in prompts.values() for p in some if not known.has(p)}  # each of them once
+    mine = list(unknown.values())[run.rank :: run.world]
+    ranks.wait()  # nobody writes before everybody has read
+    run.model.prepare(["", *(p.text for p in mine)])
+    for part in tqdm(batches(mine, s.prompts_per_step), s.name, disable=run.rank > 0):
+        rows = [Row(p, data.seed_for("row", s.seed, s.stage, p.text, g)) for p in part for g in range(s.group_size)]
+        _, images = roll_out(run, rows, stoppable=False)
+        scores = panel.ask(images, [row.prompt for row in rows], s.group_size)
+        known.add(part, panel.totals(scores, [row.prompt for row in rows]).reshape(len(part), -1))
+    ranks.wait()
+    if run.rank == 0:
+        print(curation.write(run.folder, prompts, known.all(), s.threshold))
+    ranks.wait()
+    return run.folder
+
+
+def panel_of(s: Settings, device: torch.device) -> scoring.Panel:
+    return scoring.build(recipe.read(s), device, is_tiny(s), s.on_reward_failure == "drop")
+
+
 def train_teacher(s: Settings) -> Path:
-    """GRPO on one reward (F 4.1, Q Eq. 4-6): roll out groups, score, compare within groups, step."""
+    """GRPO on rewards (F 4.1, Q Eq. 4-6, 13): roll out groups, score, compare within groups, step."""
     # DEVIATION: F 6.1 trains the quality teacher on the prompts of all tasks; here it sees its own, as a specialist.
     prompts = evaluation.load_prompts(s, "train", s.train_prompts, TASKS if s.task == "mix" else (s.task,))
+    panel, watch = panel_of(s, ranks.start(s)), recipe.read(s).watch
+    panel.check(p for some in prompts.values() for p in some)
     run = student_run(s)
     prepare(run, prompts)
+    later, ahead = scoring.Later(lambda images, some: panel.ask(images, some, s.group_size)), None
+    logged: dict[str, float] = {}
     for step in run.steps("reward"):
+        stop_if_hacked(run, watch, logged)  # of the step that is done and counted: what is saved is a whole step
         began = time.time()
-        (task,) = pool(s, prompts, step)
-        rows = rows_of(run, prompts)
-        shares = batches(rows, len(rows) // s.updates)  # each optimizer update has its own prompts
-        rollouts = [roll_out(run, share, settings.rewards_of(s, task)) for share in shares]
-        stats = [update_policy(run, *rollout) for rollout in rollouts]
+        shares = ahead or draw_shares(run, prompts, later, step)
+        # Nothing is drawn ahead of a checkpoint: a run that continues from it begins as this one goes on.
+        more = s.overlap and step + 1 < s.steps and (step + 1) % s.save_every
+        ahead = draw_shares(run, prompts, later, step + 1) if more else None
+        scores = collect(run, shares)
+        stats = []
+        for share, found in zip(shares, scores, strict=True):
+            advantages = panel.advantages(found, share["prompts"], s.group_size, s.combine, s.advantage_std)
+            stats.append(update_policy(run, share["parts"], advantages))
         metrics = {key: float(np.mean([stat[key] for stat in stats])) for key in stats[0]}
-        metrics["reward"] = float(np.mean([scores.mean() for _, scores in rollouts]))
-        metrics["group_std"] = float(np.mean([scores.std(1, correction=0).mean() for _, scores in rollouts]))
-        run.log({**metrics, "seconds": time.time() - began})
-    return finish(run)
+        everything = scoring.joined(scores)
+        rows = [p for share in shares for p in share["prompts"]]
+        metrics |= scoring.metrics(panel, everything, rows, s.group_size)
+        metrics |= alarms(run, watch, metrics)
+        logged = run.log({**metrics, "seconds": time.time() - began}, scoring.histograms(everything))
+    later.close()
+    return finish(run, panel)
+
+
+def draw_shares(run: Run, prompts: Mapping[str, list[Prompt]], later: scoring.Later, step: int) -> list[dict]:
+    """Roll out a step's trajectories, a share of the prompts for each optimizer update, and hand each share to the
+    scorers as soon as it is drawn: {"parts", "prompts", "scores": a Future}."""
+    rows, shares = rows_of(run, prompts, step), []
+    for some in batches(rows, len(rows) // run.s.updates):
+        parts, images = roll_out(run, some)
+        asked = [row.prompt for row in some]
+        shares.append({"parts": parts, "prompts": asked, "scores": later.submit(images, asked)})
+    return shares
+
+
+def collect(run: Run, shares: Sequence[dict]) -> list[scoring.Scores]:
+    """Wait for the scorers. One that fails for good ends the run on every rank, after a checkpoint, with its words."""
+    fault, scores = None, []
+    for share in shares:  # not longer than a scheduler's grace: a far judge may take far more
+        while not (run.asked_to_stop or share["scores"].done()):
+            concurrent.futures.wait([share["scores"]], timeout=0.2)
+    run.stop_if_asked()
+    try:
+        scores = [share["scores"].result() for share in shares]
+        if all(found.lost.all() for found in scores):
+            raise rewards.RewardError("every prompt's group of a step was lost; the messages above say why")
+    except rewards.RewardError as error:
+        fault = error
+    run.fail_together(fault, rewards.RewardError)
+    return scores
+
+
+def alarms(run: Run, watch: Mapping[str, dict], metrics: Mapping[str, float]) -> dict[str, float]:
+    """alarm/NAME of every watched scorer: 1 where the trained reward rises while it falls (`scoring.is_hacked`)."""
+    trained = [*run.history("reward"), metrics["reward"]] if watch else []
+    found = {}
+    for name, w in watch.items():
+        held = [*run.history(f"reward/{name}"), metrics[f"reward/{name}"]]
+        found[f"alarm/{name}"] = float(scoring.is_hacked(trained, held, w["window"], w["drop"]))
+    return found
+
+
+def stop_if_hacked(run: Run, watch: Mapping[str, dict], logged: Mapping[str, float]) -> None:
+    """Say the alarms of the last step, and end the run where one is asked to."""
+    for name, w in watch.items():
+        if logged.get(f"alarm/{name}", 0) > 0:
+            message = f"step {run.step}: the reward rises while {name} has fallen by more than {w['drop']:g}"
+            if w["stop"]:
+                run.fail_together(rewards.RewardError(f"{message}: reward hacking"), rewards.RewardError)
+            elif run.rank == 0:
+                print(f"alarm: {message}", file=sys.stderr)
 
 
 @torch.no_grad()
-def roll_out(run: Run, rows: Sequence[Row], weights: Mapping[str, float]) -> tuple[list[dict], Tensor]:
-    """Sample a trajectory a row from the current policy (F Eq. 5-6) and score the images.
+def roll_out(run: Run, rows: Sequence[Row], stoppable: bool = True) -> tuple[list[dict], Tensor]:
+    """Sample a trajectory a row from the current policy (F Eq. 5-6).
 
-    Returns the micro-batches, {"path": transitions, "velocity": v(x, t)} each, and the rewards (P, G).
+    Returns the micro-batches, {"path": transitions, "velocity": v(x, t)} each, and the images (B, 3, H, W).
     """
     s, model, parts, images = run.s, run.model, [], []
     for part in batches(rows, s.micro_batch):
-        run.stop_if_asked()
+        if stoppable:
+            run.stop_if_asked()
         sources = [row.source() for row in part]
         x = sde.standard_normal((len(part), *model.latent_shape), sources).to(model.device)
         velocity = guided(model, part, s.cfg)
@@ -186,9 +293,7 @@ def roll_out(run: Run, rows: Sequence[Row], weights: Mapping[str, float]) -> tup
         path = list(sde.rollout(velocity, x, ts, s.noise_level, s.kernel, window, sources))
         images.append(model.decode(path[-1].x_next))
         parts.append({"path": path, "velocity": velocity})
-    judge = tiny.reward if is_tiny(s) else rewards.judge
-    scores_B = judge(torch.cat(images), [row.prompt for row in rows], weights)
-    return parts, torch.from_numpy(scores_B).reshape(-1, s.group_size)
+    return parts, torch.cat(images)
 
 
 def guided(model: flow.FlowModel, rows: Sequence[Row], cfg: float) -> Callable[[Tensor, float], Tensor]:
@@ -214,10 +319,9 @@ def deterministic(s: Settings) -> bool:
     return s.stage == "opd" and s.estimator in opd.NEEDS_ODE
 
 
-def update_policy(run: Run, parts: Sequence[dict], rewards_PG: Tensor) -> dict[str, float]:
+def update_policy(run: Run, parts: Sequence[dict], advantage_PG: Tensor) -> dict[str, float]:
     """One optimizer update on the clipped objective (Q Eq. 6), averaged over rows and trained steps."""
-    s, steps, totals = run.s, trained_steps(run), {}
-    advantage_B = grpo.group_advantages(rewards_PG, s.advantage_std).flatten().float()
+    steps, totals, advantage_B = trained_steps(run), {}, advantage_PG.flatten()
     weight = 1 / (len(steps) * len(advantage_B))
     sizes = [len(part["path"][0].x) for part in parts]
     for part, advantage in zip(parts, advantage_B.to(run.model.device).split(sizes), strict=True):
@@ -302,9 +406,9 @@ def distil(s: Settings) -> Path:
     prepare(run, prompts)
     # The path estimators credit an action with what comes after it: they need the whole trajectory first.
     single_pass = s.single_pass and s.estimator in opd.SINGLE_PASS
-    for _ in run.steps("gap"):
+    for step in run.steps("gap"):
         began = time.time()
-        metrics = distil_step(run, rows_of(run, prompts), experts, single_pass)
+        metrics = distil_step(run, rows_of(run, prompts, step), experts, single_pass)
         run.log({**metrics, "grad_norm": run.update(), "seconds": time.time() - began})
     return finish(run)
 
@@ -436,14 +540,17 @@ def needs_base(s: Settings) -> bool:
     return any(adapters.kind(adapters.locate(where)) != "full" for where in (*s.teachers.values(), *anchor))
 
 
-def finish(run: Run) -> Path:
-    """Evaluate the exported weights, write the report, say where everything is -> the last checkpoint."""
+def finish(run: Run, panel: scoring.Panel | None = None) -> Path:
+    """Evaluate the exported weights, write the report, say where everything is -> the last checkpoint.
+
+    panel: the scorers that are at hand anyway; else those that --rewards names are loaded, if it names any.
+    """
     s, rows = run.s, {}
     run.model.keep([])
     if s.eval_prompts:
         prompts = evaluation.load_prompts(s, "test", s.eval_prompts, task_list(s))
         with run.exported():
-            result = evaluation.evaluate(run.model, prompts, s)
+            result = evaluation.evaluate(run.model, prompts, s, panel)
         if result:
             report.save_samples(run.folder, "final", result, prompts)
             rows = {s.name: {key: result[key] for key in ("scores", "tags")}}
@@ -492,13 +599,15 @@ def run_stage(s: Settings, chosen: dict) -> None:
         for task in TASKS:
             train_teacher(settings.for_stage(chosen, "grpo", task=task, name=f"{s.name}-{task}"))
     else:
-        {"pretrain": pretrain, "grpo": train_teacher, "sft": sft, "merge": merge_teachers, "opd": distil}[s.stage](s)
+        stages = {"pretrain": pretrain, "curate": curate, "grpo": train_teacher, "sft": sft, "merge": merge_teachers}
+        {**stages, "opd": distil}[s.stage](s)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0: done or stopped in good order; 2: the user's to mend; 1: anything else, with its traceback; 130: Ctrl-C."""
     try:
         s, chosen = settings.parse(list(sys.argv[1:] if argv is None else argv))
+        recipe.read(s)
         if s.dry_run:
             print(plan.describe(s))
             return 0

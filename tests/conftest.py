@@ -96,6 +96,82 @@ def save_random_adapter(base, folder, seed, rank=4):
     adapters.save_adapter(folder, state, config, model.source, model.fingerprint)
 
 
+# ------------------------------------------------------------------------------------------------ runs
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Grids and curves take longer than such small runs do; test_train.py draws them."""
+    import report
+
+    monkeypatch.setattr(report, "plot_metrics", lambda folder: [])
+    monkeypatch.setattr(report, "save_samples", lambda *args: None)
+
+
+@pytest.fixture
+def go(world, tmp_path, no_pictures):
+    """go(NAME, flags...): one call of train.py on the small world, one step, unevaluated -> the run's folder."""
+    import train
+
+    def go(name, *flags, code=0):
+        short = ["--out", str(tmp_path), "--name", name, "--steps", "1", "--eval-prompts", "0"]
+        assert train.main([*world.flags, *short, *flags]) == code
+        return tmp_path / name
+
+    return go
+
+
+@pytest.fixture
+def spy(monkeypatch):
+    """spy(owner, name): the calls of a function from now on, each with `args` and `result`."""
+
+    def spy(owner, name):
+        calls, real = [], getattr(owner, name)
+
+        def wrapped(*args, **kwargs):
+            result = real(*args, **kwargs)
+            calls.append(SimpleNamespace(args=args, kwargs=kwargs, result=result))
+            return result
+
+        monkeypatch.setattr(owner, name, wrapped)
+        return calls
+
+    return spy
+
+
+@pytest.fixture
+def updates(monkeypatch):
+    """What every optimizer update found: the weights before it, and their gradients."""
+    from runtime import Run
+
+    found, real = [], Run.update
+
+    def update(run):
+        weights = [p.detach().clone() for p in run.parameters.values()]
+        grads = [p.grad.clone() for p in run.parameters.values()]
+        found.append(SimpleNamespace(weights=weights, grads=grads))
+        return real(run)
+
+    monkeypatch.setattr(Run, "update", update)
+    return found
+
+
+@pytest.fixture
+def real(sd35, tmp_path, no_pictures):
+    """real(NAME, flags...): one call of train.py on a small SD3.5, a teacher of each kind -> the run's folder."""
+    import train
+
+    def real(name, *flags, code=0):
+        assert train.main([*sd35.flags, "--out", str(tmp_path), "--name", name, "--steps", "1", *flags]) == code
+        return tmp_path / name
+
+    return real
+
+
+# ------------------------------------------------------------------------------------ what a run leaves behind
+def metrics(folder, drop=("seconds",)):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in drop} for line in lines]
+
+
 def stored(folder):
     """All that continuing a run needs, as its newest checkpoint has it: {name: tensor}, "step" and "updates"."""
     import safetensors.torch

@@ -14,13 +14,26 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-# Runs jobs [{"argv": [...], "env": {...}, "code": expected}] one after another in this rank.
+# Runs jobs [{"argv": [...], "env": {...}, "code": expected, "broken": a rank whose scorer gives out in the second
+# step}] one after another in this rank.
 WORKER = """
-import json, os, sys
+import json, os, sys, types
 sys.path.insert(0, {root!r})
-import train
+import ranks, rewards, train
+score, calls, broken = rewards.score_jpeg, [], None
+
+def score_jpeg(images, prompts):
+    calls.append(prompts)
+    if len(calls) == 3 and str(broken) == os.environ["RANK"]:  # the first one is the self-test
+        raise ValueError("the planted fault")
+    return score(images, prompts)
+
+rewards.score_jpeg = score_jpeg
+ranks.time = types.SimpleNamespace(sleep=lambda seconds: None)  # rank 1 would let rank 0 speak first
 for job in json.load(open({jobs!r})):
     os.environ.update(job.get("env", {{}}))
+    calls.clear()
+    broken = job.get("broken")
     code = train.main(job["argv"])
     if code != job.get("code", 0):
         sys.exit(f"job {{job['argv']}} ended with {{code}}")
@@ -101,6 +114,7 @@ def lines(run, *keys):
 
 
 WHOLE = "transformer/diffusion_pytorch_model.safetensors"
+CURATE = "--stage curate --tasks text --threshold 0.0045 --prompts-per-step 2".split()
 
 
 # ------------------------------------------------------------------------------------------ two ranks equal one rank
@@ -122,10 +136,13 @@ def pair(sd, tmp_path_factory):
         ["--stage", "merge", "--name", "merge-2"],
     ]
     jobs = [{"argv": [*flags, *job]} for job in jobs]
+    torn = [*flags, *grpo, "--name", "torn", "--prompts-per-step", "1", "--steps", "3"]
+    jobs += [{"argv": torn, "code": 2, "broken": 1}, {"argv": torn}]
+    jobs.append({"argv": [*flags, *CURATE, "--name", "curate-2"]})
     # two nodes of one rank each: parameters whole on each, gradients averaged between them
     hsdp = [*flags, *full, "--name", "full-hsdp", "--parallel", "hsdp"]
     jobs.append({"argv": hsdp, "env": {"LOCAL_WORLD_SIZE": "1"}})
-    work(out, jobs)
+    (out / "output.txt").write_text(work(out, jobs))
     return out
 
 
@@ -177,6 +194,28 @@ def test_a_sharded_run_goes_on_unsharded_with_one_rank(sd, pair):
 def test_the_cold_starts_run_on_two_ranks(pair):
     assert len(lines(pair / "sft-2", "loss")) == 2
     assert tensors(pair / "merge-2")
+
+
+def test_a_scorer_that_fails_on_one_rank_ends_both_after_a_checkpoint_that_goes_on_to_the_same_weights(pair):
+    output = (pair / "output.txt").read_text()
+    assert "error: another rank has failed; its message says why" in output
+    assert "error (rank 1): scorer 'jpeg': the planted fault, for the prompt " in output
+    assert "torn: continues from" in output and "torn/checkpoints/step-000001" in output, "a whole step had been saved"
+    assert furthest(tensors(pair / "torn"), tensors(pair / "grpo-2")) == 0.0
+    assert lines(pair / "torn", "step", "reward") == lines(pair / "grpo-2", "step", "reward")
+
+
+def test_two_ranks_keep_the_prompts_that_one_rank_keeps(sd, pair):
+    alone(*sd, "--out", pair, *CURATE, "--name", "curate-1")
+    one, two = (
+        [(file.relative_to(folder), file.read_text()) for file in sorted((folder / "prompts").rglob("*.*"))]
+        for folder in (pair / "curate-1", pair / "curate-2")
+    )
+    assert one == two and len(one) == 1
+    assert (pair / "curate-1/curation.md").read_text() == (pair / "curate-2/curation.md").read_text()
+    assert 0 < one[0][1].count("\n") < 12, "some are dropped"
+    shares = [(pair / f"curate-2/ranges/rank-{rank}.jsonl").read_text() for rank in (0, 1)]
+    assert [share.count('"scores"') for share in shares] == [6, 6], "each rank looked at its half"
 
 
 # --------------------------------------------------------------------------------------------------- the command line

@@ -15,8 +15,10 @@ import eval as evaluation
 import flow
 import models
 import prompts as written
+import recipe
 import report
 import rewards
+import scoring
 import settings
 import tiny
 
@@ -55,12 +57,16 @@ def drawing(prompt):
 
 
 # --------------------------------------------------------------------------------------------------- the scores
+def tiny_score(images, prompts, task):
+    return evaluation.score(images, prompts, task, None, True)
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_perfect_drawings_score_one_and_blank_pages_nothing(task):
     prompts = tiny.make_prompts(task, "test", 12)
-    named, each, _ = evaluation.score(torch.stack([drawing(p) for p in prompts]), prompts, task, SMALL)
+    named, each, _ = tiny_score(torch.stack([drawing(p) for p in prompts]), prompts, task)
     assert named == {task: pytest.approx(1, abs=1e-5)} and each == pytest.approx([1.0] * 12, abs=1e-5)
-    named, each, _ = evaluation.score(torch.ones(12, 3, 24, 24), prompts, task, SMALL)
+    named, each, _ = tiny_score(torch.ones(12, 3, 24, 24), prompts, task)
     assert named == {task: 0} and each == [0.0] * 12
 
 
@@ -69,7 +75,7 @@ def test_composition_is_the_mean_over_tags_and_not_over_prompts():
     prompts = tiny.make_prompts("composition", "test", 8)
     images = torch.stack([drawing(p) for p in prompts])
     images[6] = 1.0
-    named, each, tags = evaluation.score(images, prompts, "composition", SMALL)
+    named, each, tags = tiny_score(images, prompts, "composition")
     assert each == [1, 1, 1, 1, 1, 1, 0, 1]
     assert named["composition"] == pytest.approx((0.5 + 5) / 6) and named["composition"] != pytest.approx(7 / 8)
     assert tags == {tag: (0.5 if tag == "single_object" else 1.0) for tag in tiny.TEST_TAGS}
@@ -79,29 +85,60 @@ def test_text_and_quality_are_plain_means_of_their_own_scorer():
     prompts = tiny.make_prompts("text", "test", 4)
     images = torch.stack([drawing(p) for p in prompts])
     images[0] = 1.0
-    assert evaluation.score(images, prompts, "text", SMALL)[:2] == ({"text": 0.75}, [0.0, 1.0, 1.0, 1.0])
+    assert tiny_score(images, prompts, "text")[:2] == ({"text": 0.75}, [0.0, 1.0, 1.0, 1.0])
     grey = images * 0.5 + 0.2
-    named, each, details = evaluation.score(grey, prompts, "quality", SMALL)
+    named, each, details = tiny_score(grey, prompts, "quality")
     assert each == pytest.approx(tiny.quality(grey).tolist()) and details == {}
     assert named == {"quality": pytest.approx(np.mean(each))}
-    assert named["quality"] != pytest.approx(evaluation.score(grey, prompts, "text", SMALL)[0]["text"])
+    assert named["quality"] != pytest.approx(tiny_score(grey, prompts, "text")[0]["text"])
 
 
-def test_real_pictures_are_scored_by_what_rewards_names_and_by_nothing_else(monkeypatch):
-    prompts = written.make_prompts("text", "test", 3)
-    images = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    images[2] = 0.5  # a plain one: nothing compresses better
-    assert evaluation.score(images, prompts, "text", settings.resolve({})) == ({}, [], {})
-    named, each, tags = evaluation.score(images, prompts, "text", settings.resolve({"rewards": "jpeg=0.5"}))
+def real_pictures(count):
+    """(prompts, images): noise, the last one plain, which nothing compresses better than."""
+    images = torch.rand(count, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    images[-1] = 0.5
+    return written.make_prompts("text", "test", count), images
+
+
+def test_real_pictures_are_scored_by_what_rewards_names_and_by_nothing_else():
+    prompts, images = real_pictures(3)
     alone = rewards.score_jpeg(images, prompts)
+    jpeg = scoring.build(recipe.read(settings.resolve({"rewards": "jpeg=0.5"})), "cpu", False, False)
+    named, each, tags = evaluation.score(images, prompts, "text", jpeg, False)
     assert named == {"text jpeg": pytest.approx(np.mean(alone))}, "a column shows a reward as it is, without a weight"
     assert each == pytest.approx([0.5 * value for value in alone]) and tags == {} and np.argmax(each) == 2
-    monkeypatch.setitem(rewards.SCORERS, "other", lambda images, prompts: [1.0, 2.0, 6.0])
-    monkeypatch.setattr(settings, "REAL_REWARDS", ("jpeg", "other"))
-    both = settings.resolve({"rewards": "jpeg=0.5,other=2"})
-    named, each, _ = evaluation.score(images, prompts, "quality", both)
-    assert list(named) == ["quality jpeg", "quality other"] and named["quality other"] == pytest.approx(3)
+    assert evaluation.score(images, prompts, "text", None, False) == ({}, [], {})
+
+
+def test_every_scorer_has_a_column_where_it_is_asked_and_none_where_it_is_not():
+    prompts, images = real_pictures(3)
+    alone = rewards.score_jpeg(images, prompts)
+    other = rewards.Scorer("other", lambda images, prompts, sources: torch.tensor([1.0, 2.0, 6.0]), 0.0, 9.0)
+    far = rewards.Scorer("far", lambda *_: pytest.fail("it counts for other prompts"), 0.0, 1.0)
+    weights = {"default": {"jpeg": 0.5, "other": 2.0}, "quality": {"far": 1.0}}
+    jpeg = rewards.Scorer("jpeg", lambda images, prompts, sources: rewards.score_jpeg(images, prompts), -9.0, 1.0)
+    panel = scoring.Panel([jpeg, other, far], weights)
+    named, each, _ = evaluation.score(images, prompts, "text", panel, False)
+    assert list(named) == ["text jpeg", "text other"] and named["text other"] == pytest.approx(3)
     assert each == pytest.approx([0.5 * value + 2 * other for value, other in zip(alone, (1, 2, 6), strict=True)])
+
+
+def test_a_task_that_a_teachers_rewards_say_nothing_about_is_drawn_unscored():
+    prompts, images = real_pictures(3)
+    panel = scoring.build(recipe.Recipe({"jpeg": {"kind": "jpeg"}}, {"text": {"jpeg": 1.0}}, {}), "cpu", False, False)
+    assert list(evaluation.score(images, prompts, "text", panel, False)[0]) == ["text jpeg"]
+    others = written.make_prompts("quality", "test", 3)
+    assert evaluation.score(images, others, "quality", panel, False) == ({}, [], {})
+
+
+def test_a_panel_is_built_where_rewards_name_one_and_the_tiny_world_needs_none(monkeypatch):
+    built = []
+    monkeypatch.setattr(scoring, "build", lambda *args: built.append(args) or "a panel")
+    assert evaluation.panel_of(small(rewards="task=1"), "cpu") is None
+    assert evaluation.panel_of(settings.resolve({}), "cpu") is None and built == []
+    s = settings.resolve({"rewards": "jpeg=2", "on_reward_failure": "drop"})
+    assert evaluation.panel_of(s, "cpu") == "a panel"
+    assert built == [(recipe.read(s), "cpu", False, False)], "an evaluation drops nothing: a table has no holes"
 
 
 # -------------------------------------------------------------------------------------------------- the pictures
@@ -178,7 +215,7 @@ def test_evaluation_repeats_exactly_and_scores_the_adapter_that_is_selected(mode
     for task in TASKS:
         images, each = first["images"][task]
         assert torch.equal(images, second["images"][task][0]) and 0 <= images.min() < images.max() <= 1
-        named, again, _ = evaluation.score(images, prompts[task], task, SMALL)
+        named, again, _ = tiny_score(images, prompts[task], task)
         assert scores[task] == named[task] and each == again
     assert scores["average"] == pytest.approx(sum(scores[task] for task in TASKS) / 3)
     assert set(first["tags"]) == set(tiny.TEST_TAGS[:5]), "five prompts, five tags"
@@ -256,7 +293,7 @@ def test_a_prompt_of_a_task_that_the_model_does_not_know_is_refused(tmp_path):
 def test_more_prompts_than_there_are_is_an_error_that_names_the_flag():
     s = settings.resolve({})
     assert len(evaluation.load_prompts(s, "test", 390, ["composition"])["composition"]) == 390
-    with pytest.raises(data.DataError, match="^--eval-prompts 391: .*composition has 390 distinct ones") as e:
+    with pytest.raises(data.DataError, match="^--eval-prompts 391: .*391 composition.*; ask for 0 to 390,") as e:
         evaluation.load_prompts(s, "test", 391, ["composition"])
     assert "\n" not in str(e.value)
 
@@ -290,10 +327,11 @@ def test_eval_py_scores_base_teachers_and_whatever_is_compared(world, tmp_path, 
 
 
 def test_eval_py_draws_and_scores_sd35_with_teachers_of_every_kind(sd35, tmp_path, no_pictures, monkeypatch):
-    drawn, real = {}, evaluation.evaluate
+    drawn, panels, real = {}, [], evaluation.evaluate
 
-    def evaluate(model, prompts, s):
-        result = real(model, prompts, s)
+    def evaluate(model, prompts, s, panel):
+        result = real(model, prompts, s, panel)
+        panels.append(panel)
         drawn[len(drawn)] = torch.cat([images for images, _ in result["images"].values()])
         return result
 
@@ -307,7 +345,9 @@ def test_eval_py_draws_and_scores_sd35_with_teachers_of_every_kind(sd35, tmp_pat
     for a in range(5):
         for b in range(a):
             assert not torch.allclose(drawn[a], drawn[b], atol=1e-3), "every model draws its own pictures"
+    assert len({id(panel) for panel in panels}) == 1 and list(panels[0].scorers) == ["jpeg"], "loaded once for all"
     assert evaluation.main([*flags, "--name", "unscored"]) == 0
+    assert panels[5:] == [None] * 5
     assert all(torch.equal(drawn[i], drawn[i + 5]) for i in range(5)), "and the same ones again"
     rows = json.loads((tmp_path / "unscored/results.json").read_text())
     assert rows == dict.fromkeys(rows, {"scores": {}, "tags": {}}) and len(rows) == 5

@@ -536,7 +536,12 @@ MOVES = [
     (FLOW, "--init owner/start", "student"),
     (GRPO, "--beta 0", "objective forwards"),
     (GRPO, "--updates 3", "objective"),
-    (GRPO, "--rewards jpeg=2", "objective"),
+    (GRPO, "--rewards jpeg=2", "reward"),
+    (GRPO, "--rewards ocr", "reward scorer"),
+    (GRPO, "--combine normalised", ""),  # of a single reward
+    (f"{GRPO} --rewards jpeg,ocr=2", "--combine normalised", "reward"),
+    (GRPO, "--overlap", ""),
+    (GRPO, "--on-reward-failure drop", ""),
     (GRPO, "--kernel cps --beta 0", "objective forwards rollout"),
     (GRPO, "--task mix", "groups writes checkpoints"),
     (f"{FLOW} --stage sft", "--batch-size 12", "batch forwards memory"),
@@ -641,6 +646,30 @@ def test_a_plan_of_several_runs_names_each():
     assert flow == [name(f"none/a-{p}") for p in parts[4:]] + [name("none/a")]
 
 
+def test_what_is_paid_and_by_whom_is_told_with_every_option(tmp_path):
+    file = tmp_path / "r.json"
+    judge = {"kind": "judge", "rubric": "alignment", "model": "vlm", "endpoints": ["http://a:1", "http://b:2"]}
+    weights = {"counting": {"geneval": 0.8, "far": -0.2}, "default": {"far": 1}}
+    file.write_text(json.dumps({"scorers": {"far": judge}, "weights": weights, "watch": {"jpeg": {"drop": 1}}}))
+    found = lines(f"--stage grpo --task mix --model {HUB} --rewards {file} --combine normalised")
+    assert found["reward"] == ["counting: 0.8 geneval + -0.2 far, normalised", "default: 1 far"]
+    assert found["scorer"] == [
+        "far: kind judge, rubric alignment, model vlm, endpoints ['http://a:1', 'http://b:2']",
+        "geneval: kind geneval",
+        "jpeg: kind jpeg, only watched",
+    ]
+    assert lines(f"--stage curate --model {HUB} --rewards {file}")["scorer"] == found["scorer"]
+    assert not {"reward", "scorer"} & set(lines(f"{FLOW} --rewards {file}")), "opd asks nobody"
+
+
+def test_without_rewards_the_plan_shows_those_of_the_tasks_that_are_drawn():
+    assert lines(f"{TINY} --stage grpo --task quality")["reward"] == ["quality: 0.4 quality + 0.6 preference, sum"]
+    mix = lines(f"--stage grpo --task mix --model {HUB}")
+    assert mix["reward"] == ["composition: 1 geneval", "text: 1 ocr", "quality: 1 pickscore"]
+    assert mix["scorer"] == ["geneval: kind geneval", "ocr: kind ocr", "pickscore: kind pickscore"]
+    assert lines(f"--stage curate --tasks text --model {HUB}")["reward"] == ["text: 1 ocr"]
+
+
 def test_an_evaluation_draws_with_every_model_and_trains_none():
     s = parse(f"{TINY} --compare one=assets/tiny/teacher-text", prog="eval.py")
     shown = P.describe(s, prog="eval.py")
@@ -707,6 +736,8 @@ def test_an_early_answer_prints_the_plan_the_mistake_or_nothing(capsys):
     assert (code, err) == (0, "") and out == P.describe(parse(f"{TINY} --dry-run")) + "\n"
     assert answer(TINY, capsys) == (None, "", ""), "there is work to do"
     assert answer("--stepz 3", capsys) == (2, "", "error: unknown flag --stepz; did you mean --steps?\n")
+    said = "error: --rewards orc=1: no reward 'orc'; did you mean 'ocr'?\n"
+    assert answer(f"{TINY} --rewards orc=1", capsys) == (2, "", said), "before anything is loaded"
     code, out, err = answer("--help", capsys)
     assert code == 0 and "--prompts-per-step" in out
     code, out, err = answer(f"{TINY} --dry-run", capsys, "eval.py")
@@ -731,7 +762,7 @@ def test_a_plan_needs_nothing_but_the_standard_library():
     code = (
         "import sys; before = set(sys.modules); import plan, settings; "
         "[plan.describe(settings.parse(a)[0]) for a in (['--preset', 'tiny'], [])]; "
-        "new = {m.split('.')[0] for m in set(sys.modules) - before} - {'cost', 'plan', 'settings'}; "
+        "new = {m.split('.')[0] for m in set(sys.modules) - before} - {'cost', 'plan', 'recipe', 'settings'}; "
         "print(sorted(new - set(sys.stdlib_module_names)))"
     )
     done = subprocess.run([sys.executable, "-S", "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)

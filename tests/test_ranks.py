@@ -82,10 +82,31 @@ def test_the_average_is_the_mean_whatever_the_size_of_a_message(peers, most, len
 
 
 def test_numbers_are_averaged_by_name_in_float64(peers):
-    peers([torch.tensor([1.1, -1.0], dtype=torch.float64)])
+    peers([torch.tensor([1.1, -1.0, 1.0, 1.0], dtype=torch.float64)])  # the numbers, then how many each stands for
     found = ranks.average_numbers({"a": 0.1, "b": 3.0})
     assert found == {"a": pytest.approx(0.6, abs=1e-15), "b": 1.0}
     assert abs(found["a"] - 0.6) < 1e-9 < abs((torch.tensor(0.1) + torch.tensor(1.1)).item() / 2 - 0.6)
+
+
+def test_ranks_that_have_a_number_share_its_mean_and_nan_stays_where_nobody_has_it(peers):
+    # Two others: the first has b and c, the second b and d; this rank has a, b and d. (Sums, then counts.)
+    first = torch.tensor([0.0, 2.0, 7.0, 0.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0], dtype=torch.float64)
+    second = torch.tensor([0.0, 6.0, 0.0, -3.0, 0.0, 0.0, 1.0, 0.0, 1.0, 0.0], dtype=torch.float64)
+    peers([first], [second])
+    found = ranks.average_numbers({"a": 4.0, "b": 1.0, "c": math.nan, "d": 0.0, "e": math.nan})
+    assert found == pytest.approx({"a": 4.0, "b": 3.0, "c": 7.0, "d": -1.5, "e": math.nan}, nan_ok=True)
+
+
+@pytest.mark.parametrize("mine, theirs", [(False, False), (False, True), (True, False), (True, True)])
+def test_what_is_so_on_any_rank_is_known_to_all(monkeypatch, mine, theirs):
+    assert ranks.any_rank(mine) is mine, "one process asks itself"
+
+    def all_reduce(flag, operation):
+        flag.fill_(operation(flag.item(), float(theirs)))
+
+    fake = SimpleNamespace(is_initialized=lambda: True, ReduceOp=SimpleNamespace(MAX=max), all_reduce=all_reduce)
+    monkeypatch.setattr(ranks, "dist", fake)
+    assert ranks.any_rank(mine) is (mine or theirs)
 
 
 def test_one_process_averages_with_nobody():
@@ -215,6 +236,7 @@ def leave(monkeypatch):
         raise Exited(code)
 
     monkeypatch.setattr(ranks.os, "_exit", hard)
+    monkeypatch.setattr(ranks.threading, "active_count", lambda: 1)  # whatever other tests have left behind
 
     def leave(main):
         try:
@@ -265,6 +287,13 @@ def test_after_an_error_the_group_is_left_without_waiting_and_after_success_it_i
     monkeypatch.setattr(ranks, "dist", fake)
     assert leave(lambda: 2) == ("os", 2) and group.alive, "its destructor would wait for the others"
     assert leave(lambda: 0) == ("sys", 0) and not group.alive
+
+
+@pytest.mark.parametrize("code", [0, 2])
+def test_a_thread_that_still_asks_a_far_judge_is_not_waited_for(leave, monkeypatch, code):
+    """Python joins a pool's threads before it ends; a judge has minutes to answer."""
+    monkeypatch.setattr(ranks.threading, "active_count", lambda: 2)
+    assert leave(lambda: code) == ("os", code)
 
 
 def test_reason_is_the_innermost_first_line():

@@ -12,14 +12,16 @@ import shutil
 import signal
 import sys
 from importlib.machinery import ModuleSpec
+from itertools import count
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
 from conftest import same, stored
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
@@ -281,6 +283,41 @@ def test_metrics_have_one_line_a_step_that_starts_at_one(toy, tmp_path):
     assert list((tmp_path / "toy").glob("events.out.tfevents*")), "and TensorBoard has them too"
 
 
+def test_log_returns_the_means_over_ranks_and_leaves_out_what_is_nan(toy, monkeypatch):
+    others = {"loss": 3.0, "mine": math.nan, "theirs": 0.25, "nobodys": math.nan}  # the other rank's
+
+    def average_numbers(values):
+        pairs = {key: [v for v in (value, others[key]) if v == v] for key, value in values.items()}
+        return {key: sum(pair) / len(pair) if pair else math.nan for key, pair in pairs.items()}
+
+    monkeypatch.setattr(runtime, "average_numbers", average_numbers)
+    run, values = toy(), np.array([0.5, 0.5, 0.75])
+    found = []
+    for _ in run.steps("loss"):
+        mine = {"loss": 1.0 + run.step, "mine": 2.0, "theirs": math.nan, "nobodys": math.nan}
+        found.append(run.log(mine, {"rewards/a": values + run.step}))
+    assert found[0] == {"loss": 2.0, "mine": 2.0, "theirs": 0.25} and found[2]["loss"] == 3.0
+    assert metrics(run.folder) == [{"step": step, **line} for step, line in enumerate(found, 1)]
+    events = EventAccumulator(str(run.folder), {"histograms": 0}).Reload()  # 0: all of them
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 2.0), (2, 2.5), (3, 3.0)]
+    assert set(events.Tags()["scalars"]) == {"loss", "mine", "theirs"}
+    third = [e.histogram_value for e in events.Histograms("rewards/a")][2]
+    assert (third.num, third.min, third.max, third.sum) == (3, 2.5, 2.75, 7.75)
+
+
+def test_the_history_of_a_metric_goes_back_beyond_a_resume_and_not_ahead_of_the_step(toy):
+    run = toy(save_every=2)
+    assert run.history("loss") == [], "nothing is written yet"
+    train(run)
+    assert run.history("loss") == [0.5, 1.5, 2.5] and run.history("no such") == []
+    (run.checkpoint.parent / "step-000003").rename(run.checkpoint.parent / "gone")
+    shutil.rmtree(run.checkpoint.parent / "gone")
+    again = toy(save_every=2)
+    assert again.step == 2 and again.history("loss") == [0.5, 1.5]
+    again.step = 1
+    assert again.history("loss") == [0.5], "of the steps that are done"
+
+
 class Killed(BaseException):
     """Not an Exception: nothing may catch it, as nothing catches a kill."""
 
@@ -523,17 +560,33 @@ def test_every_rank_stops_where_one_was_asked_to(toy, monkeypatch):
     """Ranks are told at different moments, and would wait for each other for ever."""
     run, asked = toy(steps=5, save_every=10), []
 
-    def all_reduce(flag, operation):
-        asked.append(flag.item())
-        flag.fill_(
-            operation(flag.item(), float(len(asked) == 4))
-        )  # the other rank has its signal before our third step
+    def any_rank(flag):
+        asked.append(flag)
+        return flag or len(asked) == 4  # the other rank has its signal before our third step
 
-    fake = SimpleNamespace(is_initialized=lambda: True, ReduceOp=SimpleNamespace(MAX=max), all_reduce=all_reduce)
-    monkeypatch.setattr(runtime, "dist", fake)
+    monkeypatch.setattr(runtime, "any_rank", any_rank)
     with pytest.raises(runtime.Stopped, match="step-000001 saved"):
         train(run)
-    assert asked == [0.0] * 4 and not run.asked_to_stop, "this rank had none"
+    assert asked == [False] * 4 and not run.asked_to_stop, "this rank had none"
+
+
+def test_a_fault_of_any_rank_saves_the_last_whole_step_and_ends_each_with_its_own_message(toy, tmp_path, monkeypatch):
+    def fail_at_two(run, fault):
+        for step in run.steps("loss"):
+            run.fail_together(fault if step == 2 else None, LookupError)
+            set_gradients(run, step)
+            run.log({"loss": 0.5, "grad_norm": run.update()})
+
+    own = KeyError("mine")
+    with pytest.raises(KeyError) as caught:
+        fail_at_two(toy(steps=4, save_every=10), own)
+    assert caught.value is own, "not a copy, and not another's"
+    assert [p.name for p in (tmp_path / "toy/checkpoints").iterdir()] == ["step-000002"]
+    asked = count(1)  # two questions a step: has anybody been stopped, has anybody failed?
+    monkeypatch.setattr(runtime, "any_rank", lambda flag: flag or next(asked) == 6)
+    with pytest.raises(LookupError, match="^another rank has failed; its message says why$"):
+        fail_at_two(toy(name="other", steps=4, save_every=10), None)
+    assert same(stored(tmp_path / "other"), stored(tmp_path / "toy")), "after as many steps"
 
 
 # ------------------------------------------------------------------------------------------------ Weights & Biases

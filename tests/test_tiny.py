@@ -547,23 +547,25 @@ def test_each_prompt_is_scored_by_its_own_tasks_scorer():
     assert tiny.score_task(images[1:2], prompts[1:2]) == pytest.approx(scores[1:2])
 
 
-def test_the_reward_is_the_weighted_sum_of_its_scorers():
+@pytest.mark.parametrize("name", [*tiny.SCORERS, "task"])
+def test_every_scorer_of_the_tiny_world_is_a_scorer_like_any_other(name):
     images, prompts = mixed()
-    total = tiny.reward(images, prompts, {"task": 0.5, "quality": 3.0})
-    parts = 0.5 * np.array(tiny.score_task(images, prompts)) + 3 * np.array(
-        tiny.score_quality(images, prompts)
-    )
-    assert total.shape == (6,) and total.dtype == np.float64
-    np.testing.assert_allclose(total, parts)
-    signs = [p for p in prompts if p.task == "text"]
-    rows = images[[p.task == "text" for p in prompts]]
-    np.testing.assert_allclose(tiny.reward(rows, signs, {"ocr": 1.0}), tiny.score_ocr(rows, signs))
+    needs = {"ocr": lambda p: p.task == "text", "geneval": lambda p: "include" in p.metadata}.get(name, bool)
+    rows = [i for i, p in enumerate(prompts) if needs(p)]
+    images, prompts = images[rows], [prompts[i] for i in rows]
+    scorer = tiny.scorer(name)
+    found = scorer.score(images, prompts, None)
+    assert isinstance(scorer, rewards.Scorer) and (scorer.name, scorer.low, scorer.high) == (name, 0.0, 1.0)
+    assert found.shape == (len(rows),) and found.dtype == torch.float32 and found.device.type == "cpu"
+    own = tiny.score_task if name == "task" else getattr(tiny, f"score_{name}")
+    assert found.tolist() == pytest.approx(own(images, prompts)) and len(set(found.tolist())) > 1
+    assert torch.equal(scorer.score(images, prompts), found), "sources may be left out"
+    assert torch.equal(scorer.score(images, prompts, list(images.flip(0))), found), "and are not looked at"
+
+
+def test_there_is_no_scorer_of_another_name_and_none_for_a_prompt_without_a_target():
+    images, prompts = mixed()
+    with pytest.raises(KeyError, match="jpeg"):
+        tiny.scorer("jpeg")
     with pytest.raises(ValueError, match="no target text"):
-        tiny.reward(images, prompts, {"ocr": 1.0})
-
-
-def test_a_score_that_is_no_number_ends_the_step_and_names_scorer_and_prompt(monkeypatch):
-    images, prompts = mixed()
-    monkeypatch.setitem(tiny.SCORERS, "quality", lambda images, prompts: [0.5, float("nan"), *[0.5] * 4])
-    with pytest.raises(rewards.RewardError, match=f"^scorer 'quality': nan .*{re.escape(prompts[1].text)}"):
-        tiny.reward(images, prompts, {"quality": 0.5})
+        tiny.scorer("ocr").score(images, prompts)

@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import pytest
 import safetensors.torch
 import torch
-from conftest import SMALL, TASKS, same, save_random_adapter, stored
+from conftest import SMALL, TASKS, metrics, same, save_random_adapter, stored
 
 import adapters
 import data
@@ -31,6 +31,7 @@ import opd
 import report
 import rewards
 import runtime
+import scoring
 import settings
 import tiny
 import train
@@ -48,58 +49,6 @@ EVERY_STAGE = {
 
 
 @pytest.fixture
-def no_pictures(monkeypatch):
-    """Grids and curves take longer than such small runs do; test_the_whole_pipeline draws them."""
-    monkeypatch.setattr(report, "plot_metrics", lambda folder: [])
-    monkeypatch.setattr(report, "save_samples", lambda *args: None)
-
-
-@pytest.fixture
-def go(world, tmp_path, no_pictures):
-    """go(NAME, flags...): one call of train.py on the small world, one step, unevaluated -> the run's folder."""
-
-    def go(name, *flags, code=0):
-        short = ["--out", str(tmp_path), "--name", name, "--steps", "1", "--eval-prompts", "0"]
-        assert train.main([*world.flags, *short, *flags]) == code
-        return tmp_path / name
-
-    return go
-
-
-@pytest.fixture
-def spy(monkeypatch):
-    """spy(owner, name): the calls of a function from now on, each with `args` and `result`."""
-
-    def spy(owner, name):
-        calls, real = [], getattr(owner, name)
-
-        def wrapped(*args, **kwargs):
-            result = real(*args, **kwargs)
-            calls.append(SimpleNamespace(args=args, kwargs=kwargs, result=result))
-            return result
-
-        monkeypatch.setattr(owner, name, wrapped)
-        return calls
-
-    return spy
-
-
-@pytest.fixture
-def updates(monkeypatch):
-    """What every optimizer update found: the weights before it, and their gradients."""
-    found, real = [], Run.update
-
-    def update(run):
-        weights = [p.detach().clone() for p in run.parameters.values()]
-        grads = [p.grad.clone() for p in run.parameters.values()]
-        found.append(SimpleNamespace(weights=weights, grads=grads))
-        return real(run)
-
-    monkeypatch.setattr(Run, "update", update)
-    return found
-
-
-@pytest.fixture
 def small_pretraining(monkeypatch):
     real = models.new_tiny
     monkeypatch.setattr(models, "new_tiny", lambda seed, device: real(seed, width=32, layers=1, device=device))
@@ -111,11 +60,6 @@ def flat(tensors):
 
 def weights(folder, kind="weights"):
     return flat([value for key, value in sorted(stored(folder).items()) if key.startswith(f"{kind}.")])
-
-
-def metrics(folder, drop=("seconds",)):
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in drop} for line in lines]
 
 
 def with_adapter(world, folder):
@@ -138,8 +82,8 @@ def test_an_interrupted_run_ends_with_the_bits_of_an_uninterrupted_one(
     flags = [*EVERY_STAGE[stage], "--steps", "4", "--save-every", "2"]
     whole, real = go("whole", *flags), Run.log
 
-    def interrupted(run, found):
-        real(run, found)
+    def interrupted(run, *found):
+        real(run, *found)
         if run.step == 2:  # the third step is done and logged, but not saved
             raise KeyboardInterrupt
 
@@ -191,7 +135,7 @@ def test_sigterm_within_a_step_ends_in_good_order_and_with_the_same_bits(
 
 # Imports once, then forks: real processes, which a real SIGKILL ends, or which make up a real group of two ranks.
 FORKS = """
-import json, os, random, signal, socket, sys, time, traceback
+import json, math, os, random, signal, socket, sys, time, traceback
 from pathlib import Path
 sys.path.insert(0, {root!r})
 import torch
@@ -228,9 +172,9 @@ def rank_of_two(rank, port):
         seen["prompts"].append([p.text for p in batch])
         return batch
 
-    def spied_log(run, metrics):
+    def spied_log(run, metrics, *histograms):
         seen["metrics"].append(dict(metrics))
-        log(run, metrics)
+        return log(run, metrics, *histograms)
 
     def spied_save(run):
         save(run)
@@ -242,7 +186,9 @@ def rank_of_two(rank, port):
     tensors = [torch.full((2, 3), 4.0 * rank), torch.tensor([5.0 + rank]), torch.ones(4)]
     ranks.average(tensors, most=7)
     seen["mean"] = [t.tolist() for t in tensors]
-    seen["numbers"] = ranks.average_numbers({{"a": 0.1 + rank, "b": -rank}})
+    lone, nobodys = [math.nan, 3.0][rank], math.nan
+    seen["numbers"] = ranks.average_numbers({{"a": 0.1 + rank, "b": -rank, "c": lone, "d": nobodys}})
+    seen["any"] = [ranks.any_rank(rank == other) for other in (0, 1, 2)]
     for flags in given["ranks"]:
         assert train.main([*flags, "--out", str(out)]) == 0
     (out / f"rank{{rank}}.json").write_text(json.dumps(seen))
@@ -316,7 +262,9 @@ def test_a_run_killed_at_random_instants_ends_with_the_bits_of_one_that_was_left
 def test_two_ranks_train_one_model_on_their_own_data_and_resume_exactly(forked):
     zero, one = (json.loads((forked.out / f"rank{r}.json").read_text()) for r in (0, 1))
     assert zero["mean"] == one["mean"] == [[[2.0] * 3] * 2, [5.5], [1.0] * 4]
-    assert zero["numbers"] == one["numbers"] == pytest.approx({"a": 0.6, "b": -0.5})
+    expected = {"a": 0.6, "b": -0.5, "c": 3.0, "d": math.nan}
+    assert zero["numbers"] == pytest.approx(expected, nan_ok=True) == one["numbers"]
+    assert zero["any"] == one["any"] == [True, True, False]
     assert len(zero["prompts"]) > 20
     for a, b in zip(zero["prompts"], one["prompts"], strict=True):
         assert not set(a) & set(b), "two ranks never share a prompt of one step"
@@ -475,7 +423,7 @@ def test_distillation_never_asks_for_a_reward(go, monkeypatch):
         raise AssertionError("a reward was computed")
 
     real = evaluation.evaluate
-    monkeypatch.setattr(tiny, "reward", forbidden)
+    monkeypatch.setattr(scoring, "build", forbidden)
     # The scorers belong to the evaluation at the end alone.
     scorers = dict(tiny.SCORERS)
     monkeypatch.setattr(tiny, "SCORERS", {name: forbidden for name in scorers})
@@ -494,9 +442,9 @@ def test_the_gradient_of_grpo_is_the_policy_gradient_by_autograd(go, spy, update
     """At ratio 1 the clip is silent: -mean_b A_b grad log pi, with F Eq. 5-6 and Q Eq. 4 written out here."""
     rollouts, rows, start = spy(train, "roll_out"), spy(train, "rows_of"), world.teachers["text"]
     go("run", *GRPO, "--init", str(start))
-    ((part,), scores), student = rollouts[0].result, with_adapter(world, start)
-    trained = list(student.trainable().values())
-    assert scores.shape == (3, 2) and scores.std() > 1e-4, "or the gradient below is zero on both sides"
+    ((part,), images), student = rollouts[0].result, with_adapter(world, start)
+    trained, scores = list(student.trainable().values()), tiny.quality(images).double().reshape(3, 2)
+    assert scores.std() > 1e-4, "or the gradient below is zero on both sides"
     advantage_B = ((scores - scores.mean(1, keepdim=True)) / scores.std(correction=0)).flatten().float()
     cond = student.encode([row.prompt.text for row in rows[0].result])
     loss, dt = 0.0, 1 / 3
@@ -544,13 +492,16 @@ def test_guard_and_kl_and_kernel_each_change_what_is_learnt(go, updates):
 
 
 def test_grpo_mix_visits_its_tasks_three_to_one_to_one(go, spy):
-    rows, scored = spy(train, "rows_of"), spy(tiny, "reward")
-    go("run", "--stage", "grpo", "--task", "mix", "--steps", "6")
+    rows = spy(train, "rows_of")
+    lines = metrics(go("run", "--stage", "grpo", "--task", "mix", "--steps", "6"))
     tasks = [{row.prompt.task for row in call.result} for call in rows]
     assert tasks == [{"composition"}, {"composition"}, {"composition"}, {"text"}, {"quality"}, {"composition"}]
     # Each task with the reward of its own teacher (F App. A).
-    own, blend = {"task": 1.0}, {"quality": 0.4, "preference": 0.6}
-    assert [call.args[2] for call in scored] == [own, own, own, own, blend, own]
+    asked = [{key.removeprefix("reward/") for key in line if key.startswith("reward/")} for line in lines]
+    assert asked == [{"task"}] * 4 + [{"quality", "preference"}, {"task"}], "what is not asked has no number"
+    blend = lines[4]
+    assert blend["reward"] == pytest.approx(0.4 * blend["reward/quality"] + 0.6 * blend["reward/preference"], rel=1e-4)
+    assert all(line["reward"] == line["reward/task"] for line in lines[:4])
 
 
 def test_each_teacher_trains_on_the_prompts_of_its_task(go, spy):
@@ -580,8 +531,8 @@ def share(rank=0, world=1, step=0, **changes):
     """The rows of one rank's step, as train.rows_of draws them from twelve prompts a task."""
     s = settings.resolve({"preset": "tiny", "prompts_per_step": 3, "group_size": 2, **changes})
     prompts = {task: tiny.make_prompts(task, "train", 12) for task in TASKS}
-    run = SimpleNamespace(s=s, rank=rank, world=world, step=step)
-    return train.rows_of(run, prompts if s.stage != "grpo" or s.task == "mix" else {s.task: prompts[s.task]})
+    run = SimpleNamespace(s=s, rank=rank, world=world)
+    return train.rows_of(run, prompts if s.stage != "grpo" or s.task == "mix" else {s.task: prompts[s.task]}, step)
 
 
 def test_a_batch_is_shared_evenly_and_the_first_tasks_take_the_rest():
@@ -739,17 +690,6 @@ def test_a_dry_run_prints_its_settings_and_touches_nothing(go, tmp_path, capsys)
 
 # ------------------------------------------------------------------- every stage on Stable Diffusion 3.5's classes
 @pytest.fixture
-def real(sd35, tmp_path, no_pictures):
-    """real(NAME, flags...): one call of train.py on a small SD3.5, a teacher of each kind -> the run's folder."""
-
-    def real(name, *flags, code=0):
-        assert train.main([*sd35.flags, "--out", str(tmp_path), "--name", name, "--steps", "1", *flags]) == code
-        return tmp_path / name
-
-    return real
-
-
-@pytest.fixture
 def stock(sd35):
     """The stock pipeline of the base, as a user loads it."""
     from diffusers import StableDiffusion3Pipeline
@@ -855,11 +795,14 @@ def test_sd35_is_distilled_without_a_vae_and_without_a_reward(real, monkeypatch,
 
         monkeypatch.setattr(owner, name, call)
 
-    for owner, name in ((models.SD35Model, "decode"), (models.AutoencoderKL, "from_pretrained"), (rewards, "judge")):
+    for owner, name in ((models.SD35Model, "decode"), (models.AutoencoderKL, "from_pretrained")):
+        watched(owner, name)
+    for owner, name in ((scoring, "build"), (rewards, "score_jpeg")):
         watched(owner, name)
     real("scored", "--steps", "2", "--rewards", "jpeg=1")
     names = [name for name, _ in events]
-    assert names.count("decode") == 3 and names.count("from_pretrained") == 1 and names.count("judge") >= 3
+    assert names.count("decode") == 3 and names.count("from_pretrained") == names.count("build") == 1
+    assert names.count("score_jpeg") == 1 + 3, "the self-test, and a test prompt a task"
     assert {steps for _, steps in events} == {2}, "the evaluation's: after the last step"
     events.clear()
     real("unscored", "--steps", "2", "--eval-prompts", "0")
@@ -901,8 +844,8 @@ def test_each_prompt_is_encoded_once_and_a_continued_run_encodes_what_is_left(re
     assert texts > trained | {""} and len(trained) == 9 and len(texts) == 9 + 1 + 3, "and a test prompt a task"
     log = Run.log
 
-    def interrupted(run, found):
-        log(run, found)
+    def interrupted(run, *found):
+        log(run, *found)
         if run.step == 1:
             raise KeyboardInterrupt
 
@@ -1056,6 +999,18 @@ MISTAKES = {
         r"b/transformer: not a readable transformer \(",
     ),
     "no cold start": (lambda w, d: ["--init", str(d / "no")], r"/no: no such file or folder; give a path or a Hub id"),
+    "rewards for other prompts": (
+        lambda w, d: [*GRPO[:4], "--rewards", write(d / "r.json", '{"weights": {"quality": {"quality": 1}}}')],
+        r"tiny train text:1: no weights for the category 'text', and no 'default' ones",
+    ),
+    "no such reward": (
+        lambda w, d: [*GRPO[:4], "--rewards", "geneval=0.8,pikscore=0.2"],
+        r"--rewards pikscore=0\.2: no reward 'pikscore'; did you mean 'pickscore'\?",
+    ),
+    "a reward that needs a server": (
+        lambda w, d: [*GRPO[:4], "--rewards", "judge"],
+        r"--rewards judge: judge needs rubric, model, endpoints: write them to a \.json file",
+    ),
     "cps without noise": (
         lambda w, d: ["--stage", "grpo", "--task", "text", "--kernel", "cps", "--window", "0:3"],
         r"--kernel cps has no noise in the last step: let --window stop at 2",

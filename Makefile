@@ -1,5 +1,5 @@
 # make demo        merge + OPD from the shipped teachers, then the table and the pictures (about 3 minutes on 2 idle cores)
-# make test        the proofs (about a minute on 2 idle cores)
+# make test        the proofs, in two processes (about TESTTIME minutes on 2 idle cores)
 # make reproduce   the README's learning results, three seeds each (hours)
 # make bench       the README's speed figures and the estimator table
 # Each builds .venv on first use.
@@ -20,7 +20,7 @@ demo: .venv/installed
 
 test: .venv/installed
 	.venv/bin/ruff check
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 
 reproduce: .venv/installed
 	$(PY) bench.py learning

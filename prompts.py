@@ -269,8 +269,8 @@ def make_prompts(task: str, split: str, count: int, seed: int = 0) -> list[Promp
     room = {kind: len(s.keys) * math.prod(map(len, s.parts)) for kind, s in spaces.items()}
     most = min(room[kind] // share for kind, share in mix.items()) * sum(mix.values())
     if count < 0 or (split == "test" and count > most):
-        allowed = "0 or more" if split == "train" else f"0 to {most}, the distinct ones"
-        raise ValueError(f"no list of {count} {task} prompts for {split}; ask for {allowed}")
+        room = "0 or more" if split == "train" else f"0 to {most}, the distinct ones"
+        raise ValueError(f"no list of {count} {task} prompts to {split} on; ask for {room}")
     rng = random.Random(seed_for("generated", task, split, seed))
     prompts: list[Prompt] = []
     seen: dict[object, set[str]] = {kind: set() for kind in mix}

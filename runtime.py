@@ -44,7 +44,8 @@ from flow import FlowModel
 from ranks import any_rank, average, average_numbers, own, rank_and_world, reason, wait
 from settings import Settings, SettingsError
 
-# Settings that may change when a run is continued: they move no number of a step, or only who computes it.
+# Settings that may change when a run is continued: they move no number of a step, or only who computes it. (With
+# --overlap, `steps` and `save_every` decide before which steps nothing is drawn ahead.)
 FREE = (
     "steps", "save_every", "keep", "eval_prompts", "eval_steps", "device", "parallel", "micro_batch",
     "prompts_per_step", "gradient_checkpointing", "timeout", "wandb",

@@ -350,8 +350,8 @@ def _check_parameters(s: Settings) -> None:
         raise SettingsError(f"--parallel {s.parallel} shards full parameters: add --parameters full, or use ddp")
     if s.stage == "merge" and s.parameters == "full":
         raise SettingsError("--stage merge merges LoRA teachers: use --parameters lora")
-    if s.stage == "pretrain" and s.parallel != "ddp":
-        raise SettingsError("--stage pretrain knows --parallel ddp only: its model is tiny")
+    if s.stage in ("pretrain", "curate") and s.parallel != "ddp":
+        raise SettingsError(f"--stage {s.stage} knows --parallel ddp only: nothing there is too large for a rank")
 
 
 def for_stage(chosen: dict, stage: str, **more) -> Settings:

@@ -204,9 +204,8 @@ def train_teacher(s: Settings) -> Path:
     run = student_run(s)
     prepare(run, prompts)
     later, ahead = scoring.Later(lambda images, some: panel.ask(images, some, s.group_size)), None
-    logged: dict[str, float] = {}
     for step in run.steps("reward"):
-        stop_if_hacked(run, watch, logged)  # of the step that is done and counted: what is saved is a whole step
+        stop_if_hacked(run, watch)  # before anything is drawn: what is saved is a whole step
         began = time.time()
         shares = ahead or draw_shares(run, prompts, later, step)
         # Nothing is drawn ahead of a checkpoint: a run that continues from it begins as this one goes on.
@@ -222,7 +221,7 @@ def train_teacher(s: Settings) -> Path:
         rows = [p for share in shares for p in share["prompts"]]
         metrics |= scoring.metrics(panel, everything, rows, s.group_size)
         metrics |= alarms(run, watch, metrics)
-        logged = run.log({**metrics, "seconds": time.time() - began}, scoring.histograms(everything))
+        run.log({**metrics, "seconds": time.time() - began}, scoring.histograms(everything))
     later.close()
     return finish(run, panel)
 
@@ -255,20 +254,27 @@ def collect(run: Run, shares: Sequence[dict]) -> list[scoring.Scores]:
     return scores
 
 
-def alarms(run: Run, watch: Mapping[str, dict], metrics: Mapping[str, float]) -> dict[str, float]:
-    """alarm/NAME of every watched scorer: 1 where the trained reward rises while it falls (`scoring.is_hacked`)."""
-    trained = [*run.history("reward"), metrics["reward"]] if watch else []
+def alarms(run: Run, watch: Mapping[str, dict], metrics: Mapping[str, float] | None = None) -> dict[str, float]:
+    """alarm/NAME of every watched scorer: 1 where the trained reward rises while it falls (`scoring.is_hacked`).
+
+    Over the steps that are logged and, if given, the one whose metrics are about to be.
+    """
+
+    def curve(key: str) -> list[float]:
+        return run.history(key) + ([metrics[key]] if metrics else [])
+
     found = {}
     for name, w in watch.items():
-        held = [*run.history(f"reward/{name}"), metrics[f"reward/{name}"]]
-        found[f"alarm/{name}"] = float(scoring.is_hacked(trained, held, w["window"], w["drop"]))
+        hacked = scoring.is_hacked(curve("reward"), curve(f"reward/{name}"), w["window"], w["drop"])
+        found[f"alarm/{name}"] = float(hacked)
     return found
 
 
-def stop_if_hacked(run: Run, watch: Mapping[str, dict], logged: Mapping[str, float]) -> None:
-    """Say the alarms of the last step, and end the run where one is asked to."""
+def stop_if_hacked(run: Run, watch: Mapping[str, dict]) -> None:
+    """Say the alarms of the steps that are done, and end the run where one is asked to: again, if it is repeated."""
+    standing = alarms(run, watch)
     for name, w in watch.items():
-        if logged.get(f"alarm/{name}", 0) > 0:
+        if ranks.any_rank(standing[f"alarm/{name}"] > 0):  # rank 0 has the log; others may not see its folder
             message = f"step {run.step}: the reward rises while {name} has fallen by more than {w['drop']:g}"
             if w["stop"]:
                 run.fail_together(rewards.RewardError(f"{message}: reward hacking"), rewards.RewardError)

@@ -1,5 +1,5 @@
 # make demo        merge + OPD from the shipped teachers, then the table and the pictures (about 3 minutes on 2 idle cores)
-# make test        the proofs, in two processes (about TESTTIME minutes on 2 idle cores)
+# make test        the proofs, in two processes (about four and a half minutes on 2 idle cores)
 # make reproduce   the README's learning results, three seeds each (hours)
 # make bench       the README's speed figures and the estimator table
 # Each builds .venv on first use.
@@ -24,10 +24,12 @@ test: .venv/installed
 
 reproduce: .venv/installed
 	$(PY) bench.py learning
+	$(PY) bench.py judges
 
 bench: .venv/installed
 	$(PY) bench.py estimators
 	$(PY) bench.py speed
+	$(PY) bench.py overlap
 
 # The shipped checkpoints, from nothing: what `assets/tiny` holds came out of this.
 assets: .venv/installed
@@ -37,7 +39,7 @@ assets: .venv/installed
 	cp -r "$$(ls -d runs/assets-base/checkpoints/step-* | tail -1)" assets/tiny/base
 	for task in composition text quality; do \
 	  cp -r "$$(ls -d runs/assets-$$task/checkpoints/step-* | tail -1)" assets/tiny/teacher-$$task; done
-	find assets -name training.pt -delete
+	find assets \( -name training -o -name training.json -o -name README.md \) -exec rm -rf {} +
 
 clean:
 	rm -rf runs .venv

@@ -25,20 +25,27 @@ test: .venv/installed
 reproduce: .venv/installed
 	$(PY) bench.py learning
 	$(PY) bench.py judges
+	for job in merging guidance timesteps curation student nft; do $(PY) bench_qwen.py $$job; done
 
 bench: .venv/installed
 	$(PY) bench.py estimators
 	$(PY) bench.py speed
 	$(PY) bench.py overlap
+	$(PY) bench_qwen.py w2
 
-# The shipped checkpoints, from nothing: what `assets/tiny` holds came out of this.
+# The shipped checkpoints, from nothing: what `assets` holds came out of this.
 assets: .venv/installed
 	$(PY) train.py --preset tiny --stage pretrain --name assets-base
 	$(PY) train.py --preset tiny --stage grpo --name assets --model runs/assets-base
-	rm -rf assets/tiny && mkdir -p assets/tiny
+	$(PY) train.py --preset tiny-qwen --stage pretrain --name assets-qwen-base
+	$(PY) train.py --preset tiny-qwen --stage grpo --name assets-qwen --model runs/assets-qwen-base
+	rm -rf assets && mkdir -p assets/tiny assets/tiny-qwen
 	cp -r "$$(ls -d runs/assets-base/checkpoints/step-* | tail -1)" assets/tiny/base
+	cp -r "$$(ls -d runs/assets-qwen-base/checkpoints/step-* | tail -1)" assets/tiny-qwen/base
 	for task in composition text quality; do \
 	  cp -r "$$(ls -d runs/assets-$$task/checkpoints/step-* | tail -1)" assets/tiny/teacher-$$task; done
+	for task in t2i edit; do \
+	  cp -r "$$(ls -d runs/assets-qwen-$$task/checkpoints/step-* | tail -1)" assets/tiny-qwen/teacher-$$task; done
 	find assets \( -name training -o -name training.json -o -name README.md \) -exec rm -rf {} +
 
 clean:

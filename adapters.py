@@ -402,9 +402,11 @@ def model_card(settings: Mapping, metrics: Mapping, scores: Mapping, step: int, 
     """
     base, stage = str(settings.get("model", "")), str(settings.get("stage", ""))
     front = [f"base_model: {json.dumps(hub_id(base))}"] if hub_id(base) else []
-    front += ["library_name: diffusers", "pipeline_tag: text-to-image", "tags:"]
+    edits = "Edit" in pipeline  # Qwen-Image's editing pipelines, whose models draw too
+    front += ["library_name: diffusers", f"pipeline_tag: {'image' if edits else 'text'}-to-image", "tags:"]
     whole = _is_whole(settings)
-    tags = (*(() if whole else ("lora", "peft")), "text-to-image", "flow-matching", "reinforcement-learning")
+    does = ("image-to-image", "text-to-image") if edits else ("text-to-image",)
+    tags = (*(() if whole else ("lora", "peft")), *does, "flow-matching", "reinforcement-learning")
     front += [f"- {tag}" for tag in tags]
     what = "A whole transformer." if whole else "A LoRA adapter; its update is `alpha / r * B @ A`."
     trained = f"Stage {_cell(stage)}, {int(step)} steps, on {_cell(base)}."
@@ -450,10 +452,31 @@ def _usage(settings: Mapping, pipeline: str) -> list[str]:
         "With diffusers:", "", "```python", "import torch", f"from diffusers import {pipeline}", "",
         f'pipe = {pipeline}.from_pretrained({base}, torch_dtype=torch.bfloat16).to("cuda")',
         f'pipe.load_lora_weights("path/to/this/folder", weight_name="{LORA_FILE}")',
-        f'image = pipe("a photo of two cats", num_inference_steps={settings.get("eval_steps", 40)!r}, '
-        f"guidance_scale={settings.get('cfg', 4.5)!r}).images[0]", "```", "",
+        *_calls(settings, pipeline), "```", "",
         "With PEFT, instead of `load_lora_weights`:", "", "```python", "from peft import PeftModel", "",
         'pipe.transformer = PeftModel.from_pretrained(pipe.transformer, "path/to/this/folder")', "```",
+    ]  # fmt: skip
+
+
+def _calls(settings: Mapping, pipeline: str) -> list[str]:
+    """How a picture is drawn as the run drew its students' pictures: steps, guidance and, of Qwen-Image, size."""
+    steps, side = f"num_inference_steps={settings.get('eval_steps', 40)!r}", settings.get("resolution", 1024)
+    # Distilled from guided teachers (Q 4.3), a student has the guidance in its weights.
+    scale = 1.0 if settings.get("guidance") in ("teacher", "neither") else settings.get("cfg", 4.5)
+    if not pipeline.startswith("QwenImage"):
+        return [f'image = pipe("a photo of two cats", {steps}, guidance_scale={scale!r}).images[0]']
+    guided = f'negative_prompt=" ", true_cfg_scale={scale!r}' if scale != 1 else "true_cfg_scale=1.0"
+    options = f"{guided}, {steps}, height={side!r}, width={side!r}"
+    if "Edit" not in pipeline:
+        return [f'image = pipe("a photo of two cats", {options}).images[0]']
+    return [
+        "from diffusers.utils import load_image", "", 'source = load_image("path/to/a/picture.png")',
+        f'image = pipe(image=source, prompt="make the cat blue", {options}).images[0]', "",
+        "# It draws from a prompt alone too, through the pipeline that needs no source:",
+        "from diffusers import QwenImagePipeline", "",
+        'parts = {name: part for name, part in pipe.components.items() if name != "processor"}',
+        "draw = QwenImagePipeline(**parts)",
+        f'image = draw("a photo of two cats", {options}).images[0]',
     ]  # fmt: skip
 
 

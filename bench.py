@@ -2,8 +2,9 @@
 
     python bench.py estimators   the table of F Eq. 11's estimators on a linear-Gaussian flow
     python bench.py speed        single-pass against stored-trajectory OPD, as a ratio within one run
-    python bench.py step         OPD steps on SD3.5-M's real shapes (random weights, no download; an accelerator):
-                                 seconds, memory and model-FLOPs utilisation; flags of train.py may follow
+    python bench.py step         OPD steps on SD3.5-M's real shapes, or with --preset qwen-rl on Qwen-Image's 20 billion
+                                 parameters (random weights, no download; an accelerator): seconds, memory and
+                                 model-FLOPs utilisation; flags of train.py may follow
     python bench.py overlap      what a slow reward costs an iteration, waited for and overlapped, in one run
     python bench.py judges       a pointwise and a pairwise reward model (Q Fig. 2) as the reward of GRPO, three seeds
     python bench.py learning     OPD, its estimators and GRPO-mix on the tiny world, three seeds, mean and std;
@@ -41,21 +42,22 @@ def estimators() -> None:
 
 def speed(rounds: int = 5, warmup: int = 2) -> None:
     """Seconds of one OPD step, single-pass and stored, in turn: median of each and of the ratio pair by pair."""
-    import eval as evaluation
+    import distil
+    import rollout
     import settings
-    import train
+    import student
 
     flags = ["--preset", "tiny", "--stage", "opd", "--out", "runs/bench-speed", "--no-resume", "--steps", "1000"]
     times: dict[bool, list[float]] = {True: [], False: []}
     s, _ = settings.parse(flags)
-    prompts = evaluation.load_prompts(s, "train", s.train_prompts, settings.task_list(s))
-    run = train.student_run(s)
-    experts = evaluation.load_teachers(run.model, s)
-    rows = train.rows_of(run, prompts, 0)
+    prompts = rollout.load_prompts(s, "train", s.train_prompts, settings.task_list(s))
+    run = student.student_run(s)
+    experts = student.load_teachers(run.model, s)
+    rows = rollout.rows_of(run, prompts, 0)
     for _ in range(warmup + rounds):
         for single in times:
             began = time.perf_counter()
-            train.distil_step(run, rows, experts, single)
+            distil.distil_step(run, rows, experts, single)
             run.update()
             times[single].append(time.perf_counter() - began)
     one, two = times[True][warmup:], times[False][warmup:]
@@ -69,67 +71,101 @@ def speed(rounds: int = 5, warmup: int = 2) -> None:
 PEAKS = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "B200": 2250e12}
 
 
-def random_sd35(s, device, config: dict):
-    """SD3.5 with this transformer and random weights, text conditions included: real shapes without a download."""
+def random_model(s, device, config: dict):
+    """SD3.5 or Qwen-Image-Edit with this transformer, random weights and text: real shapes without a download."""
     import torch
-    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+    from diffusers import FlowMatchEulerDiscreteScheduler
 
     import models
-    from flow import Cond
+    import qwen
+    from flow import TRANSFORMERS, Cond
 
-    dtype = getattr(torch, s.precision)
+    dtype, kind = getattr(torch, s.precision), TRANSFORMERS[config.get("_class_name", "SD3Transformer2DModel")]
     with torch.device(device):
         before = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
-        transformer = SD3Transformer2DModel(**config).requires_grad_(False).eval()
+        transformer = kind(**{key: value for key, value in config.items() if key != "_class_name"})
         torch.set_default_dtype(before)
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    model = models.SD35Model(Path(), transformer, scheduler, device, s.resolution, s.text_length)
+    transformer.requires_grad_(False).eval()
+    if kind is models.SD3Transformer2DModel:
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+        model = models.SD35Model(Path(), transformer, scheduler, device, s.resolution, s.text_length)
+    else:
+        scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+        sides = s.resolution, s.source_resolution or s.resolution
+        name = "QwenImageEditPlusPipeline"
+        model = qwen.QwenModel(Path(), name, transformer, scheduler, device, *sides, s.text_length)
+        model.rescale = s.cfg_rescale
     model.precision = s.precision
     if s.gradient_checkpointing:
         model.transformer.enable_gradient_checkpointing()
-    tokens = torch.randn(1, 77 + s.text_length, config["joint_attention_dim"], dtype=dtype)
-    model.known = dict.fromkeys(["", "a prompt"], Cond(tokens, tokens.new_ones(1, config["pooled_projection_dim"])))
+
+    def encode(prompts, images=None):
+        edits = images is not None
+        tokens = torch.randn(len(prompts), text_tokens(s, config, edits), config["joint_attention_dim"], dtype=dtype)
+        pooled = tokens[:, 0, :1].expand(-1, config.get("pooled_projection_dim", 1))
+        source = torch.randn(len(prompts), config["out_channels"], *2 * (model.source_side // 8,)) if edits else None
+        return Cond(tokens, pooled, None, source).to(device)
+
+    model.encode = encode
     return model
 
 
-def forward_flops(config: dict, resolution: int, text_length: int) -> int:
-    """FLOPs of one row's forward, counted by torch on tensors without memory."""
+def text_tokens(s, config: dict, edits: bool) -> int:
+    """Tokens of a longest prompt; of an edit, the picture's too."""
+    import sizes
+
+    if "pooled_projection_dim" in config:  # SD3: CLIP's stand before T5's
+        return sizes.CLIP_TOKENS + s.text_length
+    return s.text_length + edits * sizes.PICTURE_TOKENS
+
+
+def forward_flops(config: dict, resolution: int, text: int, source: int = 0) -> int:
+    """FLOPs of one row's forward with so many text tokens, counted by torch on tensors without memory.
+
+    source: pixels a side of an edit's source picture; 0: no edit.
+    """
     import torch
-    from diffusers import SD3Transformer2DModel
     from torch.utils.flop_counter import FlopCounterMode
 
+    from flow import TRANSFORMERS, Cond, FlowModel
+    from qwen import QwenFlow
+
+    kind = TRANSFORMERS[config.get("_class_name", "SD3Transformer2DModel")]
     with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
-        transformer = SD3Transformer2DModel(**config)
-        transformer(
-            hidden_states=torch.empty(1, config["in_channels"], resolution // 8, resolution // 8),
-            encoder_hidden_states=torch.empty(1, 77 + text_length, config["joint_attention_dim"]),
-            pooled_projections=torch.empty(1, config["pooled_projection_dim"]), timestep=torch.empty(1),
-        )  # fmt: skip
+        transformer = kind(**{key: value for key, value in config.items() if key != "_class_name"})
+        model = (FlowModel if "pooled_projection_dim" in config else QwenFlow)(transformer, "meta")
+        tokens = torch.empty(1, text, config["joint_attention_dim"])
+        channels = config["out_channels"]
+        before = torch.empty(1, channels, source // 8, source // 8) if source else None
+        cond = Cond(tokens, torch.empty(1, config.get("pooled_projection_dim", 1)), None, before)
+        model._run(torch.empty(1, channels, resolution // 8, resolution // 8), torch.empty(1), cond)
     return counter.get_total_flops()
 
 
 def random_run(s, device, config: dict):
-    """(run, experts): a student and a LoRA teacher a task on `random_sd35`, the anchor being one of them."""
+    """(run, experts): a student and a LoRA teacher a task on `random_model`; MAR's anchor is one of the teachers."""
     import adapters
     import ranks
-    import train
+    from runtime import Run
 
-    model, lora = random_sd35(s, device, config), None
+    model, lora = random_model(s, device, config), None
     if s.parameters == "full":
         model.train_fully(keep_base=True)
         ranks.shard(model, s)
     else:
         lora = adapters.lora_config(s.rank, s.alpha)
         model.add_adapter("student", lora)
-    run = train.Run(s, model, lora)
+    run = Run(s, model, lora)
     for task in s.teachers:
         model.add_adapter(f"teacher:{task}", adapters.lora_config(s.rank, s.alpha))
-    return run, {task: f"teacher:{task}" for task in s.teachers} | {"anchor": f"teacher:{s.anchor}"}
+    anchor = {"anchor": f"teacher:{s.anchor}"} if s.mar > 0 else {}
+    return run, {task: f"teacher:{task}" for task in s.teachers} | anchor
 
 
 def step(*flags: str, config: dict | None = None, rounds: int = 3) -> dict[str, float]:
-    """OPD steps on SD3.5-M's real configuration with random weights; one warm-up, then `rounds` that count.
+    """OPD steps on SD3.5-M's real configuration, or with --preset qwen-rl on Qwen-Image's, with random weights; one
+    warm-up, then `rounds` that count. Of Q's two tasks half of the rows are edits.
 
     Model FLOPs count a forward as 1, a backward as 1 for a LoRA (no gradient of frozen weights) and as 2 for full
     parameters, and nothing for what gradient checkpointing computes again.
@@ -137,26 +173,32 @@ def step(*flags: str, config: dict | None = None, rounds: int = 3) -> dict[str, 
     import torch
 
     import cost
+    import distil
     import ranks
+    import rollout
     import settings
-    import train
+    import sizes
+    import tiny_edit
     from data import Prompt
 
     s, _ = settings.parse(["--stage", "opd", "--no-resume", "--out", tempfile.mkdtemp(), *flags])
-    device, config = ranks.start(s), config or cost.SD35_MEDIUM
+    device, tasks = ranks.start(s), settings.task_list(s)
+    config = config or (sizes.QWEN_IMAGE if "edit" in tasks else sizes.SD35_MEDIUM)
     run, experts = random_run(s, device, config)
-    prompts = {task: [Prompt("a prompt", task, {}, "bench")] for task in settings.task_list(s)}
-    rows = train.rows_of(run, prompts, 0)
+    picture = tiny_edit.make_prompts("edit", "train", 1)[0].metadata["image"]
+    prompts = {t: [Prompt("a prompt", t, {"image": picture} if t == "edit" else {}, "bench")] for t in tasks}
+    rows = rollout.rows_of(run, prompts, 0)
     seconds, cuda = [], device.type == "cuda"
     for _ in range(1 + rounds):
         began = time.perf_counter()
-        train.distil_step(run, rows, experts, s.single_pass)
+        distil.distil_step(run, rows, experts, s.single_pass)
         run.update()
         if cuda:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
-    a_row, backward = forward_flops(config, s.resolution, s.text_length), 2 if s.parameters == "full" else 1
-    flops = sum(w.rows * a_row * (1 + backward * w.gradient) for w in cost.forwards(s))
+    size, backward = s.source_resolution or s.resolution, 2 if s.parameters == "full" else 1
+    of = [forward_flops(config, s.resolution, text_tokens(s, config, t == "edit"), size * (t == "edit")) for t in tasks]
+    flops = sum(w.rows * statistics.mean(of) * (1 + backward * w.gradient) for w in cost.forwards(s))
     found = {"seconds": statistics.median(seconds[1:]), "flops": flops}
     name = torch.cuda.get_device_name(device) if cuda else "processor"
     peak = next((value for part, value in PEAKS.items() if part in name), None)
@@ -175,21 +217,22 @@ def overlap(steps: int = 8, rounds: int = 3) -> dict[str, float]:
     The three take turns, so that the machine's other load meets them alike; medians over all steps but the first of
     each run, whose batch nothing was drawn ahead of.
     """
-    import eval as evaluation
+    import rollout
     import scoring
     import settings
+    import student
     import tiny
     import train
 
     flags = ["--preset", "tiny", "--stage", "grpo", "--task", "text", "--out", "runs/bench-overlap", "--no-resume"]
     flags += ["--steps", str(steps), "--save-every", str(steps), "--eval-prompts", "0"]
     s, _ = settings.parse(flags)
-    run = train.student_run(s)
-    rows = train.rows_of(run, evaluation.load_prompts(s, "train", s.train_prompts, ("text",)), 0)
+    run = student.student_run(s)
+    rows = rollout.rows_of(run, rollout.load_prompts(s, "train", s.train_prompts, ("text",)), 0)
     spent = []
     for _ in range(5):
         began = time.perf_counter()
-        train.roll_out(run, rows)
+        rollout.roll_out(run, rows)
         spent.append(time.perf_counter() - began)
     latency = min(spent)  # a rollout's own time; the rest is the machine's other load
     build, real = scoring.build, tiny.scorer("ocr")

@@ -1,17 +1,19 @@
 """How many parameters, forwards and bytes does a run take?
 
-Counted without loading a model, from the standard library and `settings` alone: of a checkpoint only its config and
-its files' headers of shapes are read. `plan.py` puts it into words.
+Counted without loading a model or importing torch: of a checkpoint only its config and its files' headers of shapes are
+read. `sizes.py` knows the architectures, `plan.py` puts it all into words.
 
-Exact: the parameters of diffusers' `SD3Transformer2DModel` and of a LoRA on it, and the forwards of a step.
+Exact: the parameters of the transformer and of a LoRA on it, and the forwards of a step (of a cold start by SFT, whose
+tasks are drawn at random, their mean).
 An ESTIMATE: the memory of one rank, added up as if everything that stays were there at once. With N numbers in the
 transformer, n trained ones, b bytes a number of --precision (2 or 4), the student spread over S ranks (ddp: 1, fsdp:
 all, hsdp: those of a node) and D numbers in a latent, there stay
 
     frozen backbone    N b               the base, and what carries the LoRAs; absent where everything trains and
-                                         neither a LoRA teacher nor GRPO's KL to the base needs it
-    trained weights    4 n / S           float32, like the next three
+                                         neither a LoRA teacher nor a term to the base (beta) needs it
+    trained weights    4 n / S           float32, like the next four
     averaged weights   4 n / S           the EMA that a checkpoint exports
+    old policy         4 n / S           DiffusionNFT's, which draws and which the loss starts from
     gradients          4 n / S
     Adam moments       8 n / S           two a number (in pretraining Muon keeps one: counted as two)
     bfloat16 copies    2 n               autocast casts float32 weights once a forward ...
@@ -19,11 +21,13 @@ all, hsdp: those of a node) and D numbers in a latent, there stay
     adapters           4 a               float32 factors of all LoRA teachers and of the anchor, a numbers
     full experts       N b each          those of this micro-batch and of the next one, and a full anchor (Q 4.3)
     trajectories       4 D each          latents that wait for their update, see `stored_latents`
-    text conditioning  b (S_t J + P)     a row: S_t text tokens of J channels and the pooled vector of P
-    VAE                4 a number        once a picture was wanted
+    text conditioning  b (S_t J + P)     a row: S_t text tokens of J channels and the pooled vector of P; of an edit
+                                         also 4 D' for its source's latents, and S_t counts the source's tokens too
+    judges             2 or 4 a number   VLM judges on this accelerator, each scorer its own, in its own dtype
+    VAE                4 a number        once a picture was wanted, or a source is read
 
 and the largest of the moments adds to them: the text encoders (b a number), a forward without gradient, a training
-step (`activations`), a picture's way through the VAE (VAE_PIXEL bytes a pixel), and a copy of the trained weights
+step (`sizes.activations`), a picture's way through the VAE (VAE_PIXEL bytes a pixel), and a copy of the trained weights
 while their average is exported. In host memory wait every full expert, N b, and every distinct prompt's conditioning.
 """
 
@@ -31,36 +35,57 @@ import json
 import math
 import re
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
-from settings import ASSETS, TASKS, Settings, SettingsError, is_tiny, task_list, window_of
+import recipe
+from settings import (
+    ASSETS,
+    Settings,
+    SettingsError,
+    is_tiny,
+    student_cfg,
+    task_list,
+    teacher_cfg,
+    test_tasks,
+    trained_cfg,
+    window_of,
+)
+from sizes import (
+    CLIP_TOKENS,
+    PICTURE_TOKENS,
+    QWEN_IMAGE,
+    QWEN_VAE,
+    QWEN_VL_7B,
+    SD35_ENCODERS,
+    SD35_MEDIUM,
+    SD35_VAE,
+    VAE_PIXEL,
+    VAE_READS,
+    activations,
+    architecture,
+    block_parameters,
+    is_qwen,
+    latent_channels,
+    lora_parameters,
+    transformer_parameters,
+    unread_names,
+    unread_parameters,
+)
 
-# The transformer of Stable Diffusion 3.5 Medium as published; assumed where the model is a Hub id.
-SD35_MEDIUM = {
-    "num_layers": 24, "num_attention_heads": 24, "attention_head_dim": 64, "caption_projection_dim": 1536,
-    "joint_attention_dim": 4096, "pooled_projection_dim": 2048, "patch_size": 2, "in_channels": 16, "out_channels": 16,
-    "dual_attention_layers": tuple(range(13)), "qk_norm": "rms_norm", "pos_embed_max_size": 384, "sample_size": 128,
-}  # fmt: skip
-SD35_ENCODERS = 120_000_000 + 690_000_000 + 4_760_000_000  # CLIP-L, CLIP-G and the encoder of T5-XXL
-SD35_VAE = 84_000_000
-CLIP_TOKENS = 77  # stand before T5's in the text sequence
-IMAGE_LAYERS = ("to_q", "to_k", "to_v", "to_out.0")  # projections of an attention, by the stream that they serve
-TEXT_LAYERS = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-# Importing these two of `adapters` would cost seconds; a test holds the copies to the originals.
-TARGETS = tuple(f"attn.{name}" for name in (*IMAGE_LAYERS, *TEXT_LAYERS))
+# Importing this of `adapters` would cost seconds; a test holds the copy to the original.
 FILE_ENDINGS = (".safetensors", ".json", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf", ".zip")
 LORAS = ("peft", "diffusers", "hub")
-# Bytes that autograd keeps in one block for every token and channel, by what trains and by b; measured. First a block
-# with one attention, then what qk_norm adds to each attention, then what a second attention on the image tokens adds.
-# A frozen weight needs no input kept, hence LoRA's smaller numbers; under autocast norms stay float32.
-KEPT = {("lora", 4): (48, 8, 16), ("lora", 2): (28, 12, 8), ("full", 4): (84, 16, 24), ("full", 2): (42, 20, 12)}
-# The VAE's last blocks work on 256 float32 maps of full resolution, of which about four are alive at once (measured:
-# 0.97 GiB at 512 px). Pictures are decoded one by one.
-VAE_PIXEL = 4 * 256 * 4
-ROLLOUTS = ("opd", "curate", "grpo")  # stages that walk trajectories with guidance; the first two keep none
+# Stages that draw groups of pictures for their rewards, and those of them that train on what they drew.
+SCORED, TAUGHT = ("curate", "grpo", "nft"), ("grpo", "nft")
+ROLLOUTS = ("opd", *SCORED)  # stages that walk trajectories with guidance; OPD and curation keep none
 IDLE = ("merge", "eval", "curate")  # stages without an optimizer
+TINY_SIDE = 24  # pixels of a tiny world's pictures
 DRAWN = 96  # pictures that are drawn at once where --micro-batch leaves it open
+# VLM judges: parameters of those that rubrics ask unless told otherwise, and the rubric that asks not the first one.
+JUDGES = {"Qwen/Qwen2.5-VL-7B-Instruct": QWEN_VL_7B, "Qwen/Qwen3-VL-30B-A3B-Instruct": 31_070_000_000}
+ASKED = {"judge": "Qwen/Qwen3-VL-30B-A3B-Instruct"}
 GIB = 1 << 30
 SPARE = 1.1  # an allocator wastes a little: a verdict asks for a tenth more than the sum
 
@@ -72,18 +97,25 @@ class Base(NamedTuple):
     config: dict  # the transformer's
     encoders: int  # parameters of the text encoders
     vae: int  # of the VAE; 0: there is none
-    text: int  # text tokens S_t
+    text: int  # text tokens S_t of a prompt without a source picture
     side: int  # latents are side x side
+    source: int = 0  # an edit's source has latents of source x source
+    picture: int = 0  # and is as many text tokens besides
 
     @property
     def parameters(self) -> int:
         """N: parameters of the transformer."""
         return transformer_parameters(self.config)
 
+    def tokens(self, edit: bool = False) -> tuple[int, int]:
+        """(image tokens, text tokens) of a row; an edit's source counts among both."""
+        image, patch = self.side**2 + edit * self.source**2, self.config["patch_size"]
+        return image // patch**2, self.text + edit * self.picture
+
     @property
-    def image(self) -> int:
-        """Image tokens."""
-        return (self.side // self.config["patch_size"]) ** 2
+    def latent(self) -> int:
+        """D: numbers in a latent."""
+        return latent_channels(self.config) * self.side**2
 
 
 class Expert(NamedTuple):
@@ -93,6 +125,16 @@ class Expert(NamedTuple):
     kind: str  # "peft", "diffusers", "full", "hub" (taken for a LoRA), or "" where there is nothing usable
     parameters: int
     note: str
+    unread: int = 0  # parameters among them that are not trained where the student starts from it
+
+
+class Judge(NamedTuple):
+    """A VLM that scores: which, in which numbers, on the run's accelerator or elsewhere; 0 parameters: not known."""
+
+    model: str
+    dtype: str
+    device: str
+    parameters: int
 
 
 class Work(NamedTuple):
@@ -117,61 +159,6 @@ class Memory(NamedTuple):
         return sum(self.parts.values()) + max(self.moments.values(), default=0)
 
 
-# -------------------------------------------------------------------------------------------------- parameters
-def _linear(inputs: int, outputs: int) -> int:
-    return inputs * outputs + outputs
-
-
-def _width(config: dict) -> int:
-    return config["num_attention_heads"] * config["attention_head_dim"]
-
-
-def _dual(config: dict, layer: int) -> bool:
-    return layer in (config.get("dual_attention_layers") or ())
-
-
-def _block_parameters(config: dict, layer: int) -> int:
-    """One joint block of an image and a text stream; the last block's text stream ends at the attention."""
-    w, last, dual = _width(config), layer == config["num_layers"] - 1, _dual(config, layer)
-    norm = config["attention_head_dim"] if config.get("qk_norm") else 0  # one scale for q, one for k, of each stream
-    total = _linear(w, (9 if dual else 6) * w) + _linear(w, (2 if last else 6) * w)  # adaptive norms: image, text
-    total += (7 if last else 8) * _linear(w, w) + 4 * norm  # q, k, v, out of both streams
-    total += dual * (4 * _linear(w, w) + 2 * norm)  # attn2: the image stream with itself
-    return total + (1 if last else 2) * (_linear(w, 4 * w) + _linear(4 * w, w))  # feed-forward of each stream
-
-
-def transformer_parameters(config: dict) -> int:
-    """Exact number of parameters of diffusers' `SD3Transformer2DModel` with this config.json.
-
-    Position embeddings are a buffer, no parameters. KeyError for a missing entry, ValueError for a `qk_norm` that
-    SD3 does not have.
-    """
-    if config.get("qk_norm") not in (None, "rms_norm"):
-        raise ValueError(f"qk_norm {config['qk_norm']!r}")
-    w, area = _width(config), config["patch_size"] ** 2
-    total = _linear(config["in_channels"] * area, w)  # patches in
-    total += _linear(256, w) + _linear(config["pooled_projection_dim"], w) + 2 * _linear(w, w)  # time and pooled text
-    total += _linear(config["joint_attention_dim"], config["caption_projection_dim"])
-    total += sum(_block_parameters(config, layer) for layer in range(config["num_layers"]))
-    outputs = config.get("out_channels") or config["in_channels"]
-    return total + _linear(w, 2 * w) + _linear(w, area * outputs)  # last norm, patches out
-
-
-def lora_parameters(config: dict, rank: int, targets: Sequence[str] = TARGETS) -> int:
-    """Exact number of parameters of a LoRA of this rank on `targets`, as PEFT injects it.
-
-    Every projection is W -> W, with factors (rank, W) and (W, rank). PEFT matches whole dotted endings: "attn.to_q"
-    leaves attn2 alone, the second attention of SD3.5's first blocks; a bare "to_q" adapts it too. The last block has
-    no to_add_out.
-    """
-    modules, last = 0, config["num_layers"] - 1
-    for layer in range(config["num_layers"]):
-        names = [f"attn.{name}" for name in (*IMAGE_LAYERS, *TEXT_LAYERS[: 3 if layer == last else 4])]
-        names += [f"attn2.{name}" for name in IMAGE_LAYERS if _dual(config, layer)]
-        modules += sum(any(f".{name}".endswith(f".{target}") for target in targets) for name in names)
-    return modules * 2 * rank * _width(config)
-
-
 # -------------------------------------------------------------------------------------------- what the files tell
 def _shapes(file: Path) -> dict[str, list[int]]:
     """{tensor: shape} from a safetensors file's header, 8 bytes of length and then JSON. No weight is read."""
@@ -186,12 +173,14 @@ def _shapes(file: Path) -> dict[str, list[int]]:
         raise SettingsError(f"{file}: not a readable safetensors file ({fault}); fetch or write it anew") from fault
 
 
-def _numbers(files: Sequence[Path]) -> int:
-    return sum(math.prod(shape) for file in files for shape in _shapes(file).values())
+def _numbers(files: Sequence[Path], within: Sequence[str] = ("",)) -> int:
+    """Numbers in all tensors of these files whose name has one of `within` in it."""
+    shapes = ((name, shape) for file in files for name, shape in _shapes(file).items())
+    return sum(math.prod(shape) for name, shape in shapes if any(part in name for part in within))
 
 
 def _transformer_config(folder: Path) -> dict | None:
-    """The config of the SD3 transformer in a folder; None where there is none."""
+    """The config of the transformer in a folder; None where there is none."""
     file = next((f for f in (folder / "transformer" / "config.json", folder / "config.json") if f.is_file()), None)
     if file is None:
         return None
@@ -200,7 +189,8 @@ def _transformer_config(folder: Path) -> dict | None:
         transformer_parameters(config)
         return config
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as fault:
-        raise SettingsError(f"{file}: not the config of an SD3 transformer ({fault!r}); give an SD3.5 model") from fault
+        known = "not the config of an SD3 or Qwen-Image transformer"
+        raise SettingsError(f"{file}: {known} ({fault!r}); give SD3.5, Qwen-Image or Qwen-Image-Edit") from fault
 
 
 def last_step(run: Path) -> int | None:
@@ -230,38 +220,58 @@ def expert(where: str, base: Base | None, rank: int) -> Expert:
     folder = _folder(where)
     if folder is None and hub_id(where):
         count = lora_parameters(base.config, rank) if base else 0
-        return Expert(where, "hub", count, f"Hub, fetched on first use; taken for a LoRA of rank {rank}")
+        note = f"Hub, fetched on first use; taken for a LoRA of rank {rank}"
+        return Expert(where, "hub", count, note, unread_lora(base.config, rank) if base else 0)
     if folder is None:
         return Expert(where, "", 0, "MISSING: no such file or folder, and no Hub id")
+    unread = unread_names(base.config) if base else ()
     peft, diffusers = folder / "adapter_model.safetensors", folder / "pytorch_lora_weights.safetensors"
     if peft.is_file() and (folder / "adapter_config.json").is_file():
-        return Expert(where, "peft", _numbers([peft]), "a LoRA in PEFT's layout")
+        return Expert(where, "peft", _numbers([peft]), "a LoRA in PEFT's layout", _numbers([peft], unread))
     if diffusers.is_file():
-        return Expert(where, "diffusers", _numbers([diffusers]), "a LoRA in diffusers' layout")
+        note = "a LoRA in diffusers' layout"
+        return Expert(where, "diffusers", _numbers([diffusers]), note, _numbers([diffusers], unread))
     config = _transformer_config(folder)
     if config is None:
         return Expert(where, "", 0, "UNUSABLE: neither an adapter nor a checkpoint")
-    return Expert(where, "full", transformer_parameters(config), "a full checkpoint")
+    return Expert(where, "full", transformer_parameters(config), "a full checkpoint", unread_parameters(config))
+
+
+def unread_lora(config: dict, rank: int) -> int:
+    """Parameters of `sizes.lora_parameters` that are not trained: Qwen-Image's last to_add_out."""
+    return lora_parameters(config | {"num_layers": 1}, rank, ("attn.to_add_out",)) if is_qwen(config) else 0
 
 
 def base_of(s: Settings) -> Base | None:
     """What is known of the model; None where there is none to look at."""
     # Pretraining makes a new model, of the shipped one's shape.
-    folder = _folder(str(Path(__file__).parent / ASSETS / "base") if s.stage == "pretrain" else s.model)
-    text, side = CLIP_TOKENS + s.text_length, s.resolution // 8
-    if folder is None and hub_id(s.model) and not is_tiny(s):
-        note = "Hub, fetched on first use; the published configuration of SD3.5-M is assumed"
-        return Base(note, SD35_MEDIUM, SD35_ENCODERS, SD35_VAE, text, side)
+    folder = _folder(str(Path(__file__).parent / ASSETS[s.preset] / "base") if s.stage == "pretrain" else s.model)
+    side, source = s.resolution // 8, (s.source_resolution or s.resolution) // 8
     config = _transformer_config(folder) if folder else None
-    if config is None:
+    if folder is None and hub_id(s.model) and not is_tiny(s):
+        config, name = (QWEN_IMAGE, "Qwen-Image") if "Qwen-Image" in s.model else (SD35_MEDIUM, "SD3.5-M")
+        note = f"Hub, fetched on first use; the published configuration of {name} is assumed"
+    elif config is None:
         return None
+    elif is_tiny(s):
+        return _tiny_base(s, folder, config)
+    else:
+        note = f"{'Qwen-Image' if is_qwen(config) else 'Stable Diffusion 3'} in a folder"
+    encoders, vae = (QWEN_VL_7B, QWEN_VAE) if is_qwen(config) else (SD35_ENCODERS, SD35_VAE)
+    if folder:
+        encoders = _numbers(sorted(folder.glob("text_encoder*/model*.safetensors"))) or encoders
+        vae = _numbers(sorted(folder.glob("vae/*.safetensors"))) or vae
+    if is_qwen(config):
+        return Base(note, config, encoders, vae, s.text_length, side, source, PICTURE_TOKENS)
+    return Base(note, config, encoders, vae, CLIP_TOKENS + s.text_length, side)
+
+
+def _tiny_base(s: Settings, folder: Path, config: dict) -> Base:
     encoders = sorted(folder.glob("text_encoder*/model*.safetensors"))
-    if is_tiny(s):
-        text = next((v[0] for file in encoders for k, v in _shapes(file).items() if k == "place.weight"), 0)
-        note = "new, the tiny world's" if s.stage == "pretrain" else "the tiny world's"
-        return Base(note, config, _numbers(encoders), 0, text, config["sample_size"])
-    vae = _numbers(sorted(folder.glob("vae/*.safetensors"))) or SD35_VAE
-    return Base("Stable Diffusion 3 in a folder", config, _numbers(encoders) or SD35_ENCODERS, vae, text, side)
+    text = next((v[0] for file in encoders for k, v in _shapes(file).items() if k == "place.weight"), 0)
+    note = "new, the tiny world's" if s.stage == "pretrain" else "the tiny world's"
+    side = config.get("sample_size", TINY_SIDE)  # Qwen-Image's config does not say; a source is as large as a picture
+    return Base(note, config, _numbers(encoders), 0, text, side, side if is_qwen(config) else 0)
 
 
 def experts_of(s: Settings, base: Base | None) -> dict[str, Expert]:
@@ -277,9 +287,14 @@ def experts_of(s: Settings, base: Base | None) -> dict[str, Expert]:
 
 
 # ---------------------------------------------------------------------------------------- the arithmetic of a step
-def guidance(s: Settings) -> int:
+def doubled(cfg: float) -> int:
     """Rows of a forward for one trajectory: classifier-free guidance asks with and without the prompt."""
-    return 1 if s.cfg == 1 else 2
+    return 1 if cfg == 1 else 2
+
+
+def is_hybrid(s: Settings) -> bool:
+    """Q 4.1: is the rollout guided, and the objective not? Then it asks for the two branches one after the other."""
+    return s.stage in SCORED and student_cfg(s) != trained_cfg(s)
 
 
 def is_single_pass(s: Settings) -> bool:
@@ -288,8 +303,8 @@ def is_single_pass(s: Settings) -> bool:
 
 
 def is_ode(s: Settings) -> bool:
-    """Does OPD walk the ODE? (Q Eq. 14)"""
-    return s.stage == "opd" and s.estimator == "velocity"
+    """Does the stage walk the ODE? (Q Eq. 8 and 14)"""
+    return s.stage == "nft" or (s.stage == "opd" and s.estimator == "velocity")
 
 
 def trained_steps(s: Settings) -> int:
@@ -298,23 +313,51 @@ def trained_steps(s: Settings) -> int:
     return stop - start if s.train_steps == "all" else min(s.train_count, stop - start)
 
 
-def groups(s: Settings) -> dict[str, int]:
-    """Groups (prompts) of each task in a rank's step: OPD shares P evenly, GRPO has one task at a time."""
-    if s.stage == "grpo":
-        return {{"mix": "the task whose turn it is", "": "the run's task"}.get(s.task, s.task): s.prompts_per_step}
+def trained_tasks(s: Settings) -> list[str]:
+    """The tasks whose prompts train; where each task has a run of its own, that of the longest rows."""
     tasks = task_list(s)
+    if s.stage not in TAUGHT or s.task == "mix":
+        return tasks
+    return [s.task or ("edit" if "edit" in tasks else tasks[0])]
+
+
+def groups(s: Settings) -> dict[str, int]:
+    """Groups (prompts) of each task in a rank's step: OPD and joint Mix-RL share P evenly, others have one task."""
+    tasks = task_list(s)
+    if s.stage == "curate" or (s.stage in TAUGHT and not (s.task == "mix" and s.mix == "joint")):
+        return {{"mix": "the task whose turn it is", "": "the run's task"}.get(s.task, s.task): s.prompts_per_step}
     return {task: len(range(i, s.prompts_per_step, len(tasks))) for i, task in enumerate(tasks)}
 
 
-def rows_in_step(s: Settings) -> tuple[int, int, int]:
-    """(rows of a rank's step, forwards that they take, rows of the largest), guidance not counted.
+def micro_batches(s: Settings) -> list[list[str]]:
+    """The task of each row of a rank's step, micro-batch by micro-batch, guidance not counted.
 
-    GRPO rolls out and updates share by share: a micro-batch never spans two of its `updates`.
+    Rows come task by task. A micro-batch never spans two of GRPO's (or NFT's) `updates`, nor has both edits and prompts
+    without a source picture: their token sequences differ in length. Flow matching has a part of its batch for each.
     """
-    rows = s.batch_size if s.stage in ("pretrain", "sft") else s.prompts_per_step * s.group_size
-    shares = s.updates if s.stage == "grpo" else 1
-    most = min(s.micro_batch or rows, rows // shares)
-    return rows, shares * -(-rows // shares // most), most
+    tasks, edits = task_list(s), s.batch_size // 2 if "edit" in task_list(s) else 0
+    if s.stage == "pretrain":
+        parts = [["drawings"] * (s.batch_size - edits), ["edit"] * edits]
+    elif s.stage == "sft":  # drawn at random: their mean
+        parts = [[task] * len(range(i, s.batch_size, len(tasks))) for i, task in enumerate(tasks)]
+    else:
+        rows = [task for task, count in groups(s).items() for _ in range(count * s.group_size)]
+        share = len(rows) // (s.updates if s.stage in TAUGHT else 1)
+        shares = [rows[i : i + share] for i in range(0, len(rows), share)]
+        parts = [list(kind) for some in shares for _, kind in groupby(some, lambda task: task == "edit")]
+    found = []
+    for part in filter(None, parts):
+        size = s.micro_batch or len(part)
+        found += [part[i : i + size] for i in range(0, len(part), size)]
+    return found
+
+
+def rows_in_step(s: Settings) -> tuple[int, int, int]:
+    """(rows of a rank's step, forwards that they take, rows of the largest), guidance not counted."""
+    sizes = [len(part) for part in micro_batches(s)]
+    # By chance a batch of flow matching may be one task's.
+    most = min(s.micro_batch or s.batch_size, s.batch_size) if s.stage == "sft" else max(sizes)
+    return sum(sizes), len(sizes), most
 
 
 def anchor_of(s: Settings) -> str:
@@ -325,52 +368,77 @@ def anchor_of(s: Settings) -> str:
 
 
 def taught(s: Settings) -> list[list[str]]:
-    """OPD: the teacher of each row (F Eq. 7), micro-batch by micro-batch; rows come task by task."""
-    names = [f"teacher {task}" for task, count in groups(s).items() for _ in range(count * s.group_size)]
-    most = rows_in_step(s)[2]
-    return [names[i : i + most] for i in range(0, len(names), most)]
+    """OPD: the teacher of each row (F Eq. 7), micro-batch by micro-batch."""
+    return [[f"teacher {task}" for task in part] for part in micro_batches(s)]
 
 
 def forwards(s: Settings) -> list[Work]:
     """The transformer forwards of a rank's step, of every kind that there is."""
+    if s.stage not in ("pretrain", "sft", *ROLLOUTS):
+        return []
     rows, parts, _ = rows_in_step(s)
     if s.stage in ("pretrain", "sft"):  # flow matching: each image once, without guidance
         return [Work("student", True, parts, rows)]
-    if s.stage == "curate":  # prompt by prompt, without gradient
-        return [Work("student", False, parts * s.num_steps, rows * s.num_steps * guidance(s))]
-    if s.stage not in ("grpo", "opd"):
-        return []
-    # Single pass: the rollout's own forward carries the gradient where a transition trains, and only the others have
-    # none. Otherwise the rollout walks all T steps without gradient and the trained states are visited again: GRPO
-    # waits for the reward, path credit for the future.
-    trained = trained_steps(s)
-    walked = s.num_steps - trained if is_single_pass(s) else s.num_steps
+    found = _distilled(s) if s.stage == "opd" else _drawn(s)
+    return [w for w in found if w.forwards]
 
-    def work(who: str, gradient: bool, calls: int, steps: int, of: int = rows) -> Work:
-        return Work(who, gradient, calls * steps, of * steps * guidance(s))
 
-    found = [work("student", True, parts, trained), work("student", False, parts, walked)]
+def _drawn(s: Settings) -> list[Work]:
+    """Curation draws; GRPO and NFT draw, wait for the rewards and visit the trained states."""
+    rows, parts, _ = rows_in_step(s)
+    walked, guided = s.num_steps, doubled(student_cfg(s))
+    drawn = parts * walked * (2 if is_hybrid(s) else 1), rows * walked * guided
+    if s.stage == "curate":
+        return [Work("student", False, *drawn)]
+    visited = parts * trained_steps(s), rows * trained_steps(s) * doubled(trained_cfg(s))
+    base = [Work("base", False, *visited)] if s.beta > 0 else []  # the other side of the KL, or of Q Eq. 9's distance
     if s.stage == "grpo":
-        return [*found, work("base", False, parts, trained)] if s.beta > 0 else found  # the KL's other side
+        return [Work("student", True, *visited), Work("student", False, *drawn), *base]
+    # The old policy draws, and says at each trained time where the loss starts from (Q Eq. 7).
+    old = Work("old policy", False, drawn[0] + visited[0], drawn[1] + visited[1])
+    return [Work("student", True, *visited), old, *base]
+
+
+def _distilled(s: Settings) -> list[Work]:
+    """OPD: single pass, the rollout's own forward carries the gradient where a transition trains, and only the others
+    have none; otherwise all T steps are walked without gradient, and the trained states are visited again."""
+    rows, parts, _ = rows_in_step(s)
+    trained, own, theirs = trained_steps(s), doubled(student_cfg(s)), doubled(teacher_cfg(s))
+    walked = s.num_steps - trained if is_single_pass(s) else s.num_steps
     # Each trained state is labelled by its row's teacher, one forward for each teacher in the micro-batch. The anchor
     # sees every row (F Eq. 12) and so has already answered for those that it also teaches.
     anchor, labelled = anchor_of(s), taught(s)
     calls = sum(len({*part} - {anchor}) for part in labelled)
-    found.append(work("teachers", False, calls, trained, sum(name != anchor for part in labelled for name in part)))
-    found.append(work("anchor", False, parts if anchor else 0, trained))
-    return [w for w in found if w.forwards]
+    asked = sum(name != anchor for part in labelled for name in part)
+    return [
+        Work("student", True, parts * trained, rows * trained * own),
+        Work("student", False, parts * walked, rows * walked * own),
+        Work("teachers", False, calls * trained, asked * trained * theirs),
+        Work("anchor", False, parts * trained if anchor else 0, rows * trained * theirs),
+    ]
 
 
-def distinct_prompts(s: Settings) -> int:
-    """Prompts that a rank encodes, at most: those it will train on, the test prompts, and the empty one of guidance."""
-    tasks = task_list(s)
-    tests = s.eval_prompts * len(tasks)
-    if s.stage == "grpo":
-        tasks = TASKS if s.task == "mix" else [s.task or TASKS[0]]
+def asks_empty(s: Settings) -> bool:
+    """Is the empty prompt of guidance ever encoded?"""
+    return (student_cfg(s) if s.stage == "curate" else teacher_cfg(s)) != 1
+
+
+def distinct_prompts(s: Settings, edits: bool = False) -> int:
+    """Prompts without a source picture, or edits, that a rank encodes, at most: those it will train on, the test
+    prompts, and guidance's empty one (edits: not counted, each has one of its own)."""
+
+    def mine(tasks: Sequence[str]) -> list[str]:
+        return [task for task in tasks if (task == "edit") == edits]
+
+    tasks = mine(trained_tasks(s))
     own = {task: _count_lines(Path(path)) for task, path in s.prompts.items()}
-    there = own.get("auto", 0) + sum(own.get(task) or s.train_prompts for task in tasks)
-    seen = {"sft": s.sft_images, "merge": 0, "eval": 0, "curate": there}.get(s.stage, s.steps * s.prompts_per_step)
-    return min(there, seen) + tests + (s.cfg != 1 or tests > 0)
+    there = own.get("auto", 0) + sum(own.get(task) or s.train_prompts for task in tasks) if tasks else 0
+    shares = groups(s)
+    often = sum(shares.get(task, 0) for task in tasks) if set(tasks) & set(shares) else s.prompts_per_step
+    drawn = -(-s.sft_images * len(tasks) // len(trained_tasks(s)))
+    seen = {"sft": drawn, "merge": 0, "eval": 0, "curate": there}.get(s.stage, s.steps * often)
+    found = min(there, seen) + s.eval_prompts * len(mine(test_tasks(s)))
+    return found + (found > 0 and not edits and asks_empty(s))
 
 
 def _count_lines(path: Path) -> int:
@@ -386,22 +454,6 @@ def number_bytes(s: Settings) -> int:
     return 2 if s.precision == "bfloat16" and not is_tiny(s) else 4
 
 
-def activations(base: Base, rows: int, trained: str, b: int, checkpointing: bool = False, gradient: bool = True) -> int:
-    """Bytes that autograd keeps of one forward of `rows`; without gradient, those of one block at work (a bound).
-
-    A block: rows x W x ((N + S) (block + norm) + N (second + norm) where it has a second attention), see KEPT, with
-    N image and S text tokens. Checkpointing keeps the inputs of every block, rows x W x (N + S) numbers of b bytes,
-    and one block's own, which backward recomputes block by block. trained: "lora" or "full".
-    """
-    block, norm, second = KEPT[trained, b]
-    norm = norm if base.config.get("qk_norm") else 0
-    width, tokens, layers = rows * _width(base.config), base.image + base.text, range(base.config["num_layers"])
-    blocks = [width * (tokens * (block + norm) + base.image * (second + norm) * _dual(base.config, n)) for n in layers]
-    if not gradient:
-        return max(blocks)
-    return len(blocks) * width * tokens * b + max(blocks) if checkpointing else sum(blocks)
-
-
 def fully(s: Settings) -> bool:
     """Does the whole transformer train?"""
     return s.stage == "pretrain" or (s.parameters == "full" and s.stage not in IDLE)
@@ -409,7 +461,31 @@ def fully(s: Settings) -> bool:
 
 def pictured(s: Settings) -> bool:
     """Is a picture ever decoded?"""
-    return s.stage in ("curate", "grpo", "eval") or s.eval_prompts > 0
+    return s.stage in (*SCORED, "eval") or s.eval_prompts > 0
+
+
+def edits(s: Settings) -> bool:
+    """Is a source picture ever read?"""
+    return "edit" in trained_tasks(s) or (s.eval_prompts > 0 and "edit" in test_tasks(s))
+
+
+def judges(s: Settings) -> dict[str, Judge]:
+    """The VLM judges of this process by the scorer's name. `scoring.build` loads one for each scorer that asks one."""
+    asked = recipe.read(s).scorers if s.stage in SCORED else {}
+    return {name: judge(entry) for name, entry in asked.items() if entry["kind"] == "vlm"}
+
+
+def judge(entry: dict) -> Judge:
+    """What a scorer of the kind "vlm" loads. SettingsError for a checkpoint that is there and cannot be read."""
+    where = entry.get("model") or ASKED.get(entry["rubric"], next(iter(JUDGES)))
+    folder = _folder(where)
+    count = _numbers(sorted(folder.glob("*.safetensors"))) if folder else JUDGES.get(where, 0)
+    return Judge(where, entry.get("dtype", recipe.DTYPES[0]), entry.get("device", ""), count)
+
+
+def judge_bytes(found: Judge) -> int:
+    """What it takes of the accelerator."""
+    return 0 if found.device == "cpu" else found.parameters * (4 if found.dtype == "float32" else 2)
 
 
 def trained_parameters(s: Settings, base: Base, init: Expert | None, experts: dict[str, Expert]) -> int:
@@ -418,8 +494,10 @@ def trained_parameters(s: Settings, base: Base, init: Expert | None, experts: di
         counts = [e.parameters for e in experts.values()]
         return 0 if s.stage != "merge" else sum(counts) if s.merge_method == "cat" else max(counts)
     if fully(s):
-        return base.parameters + (base.encoders if s.stage == "pretrain" else 0)
-    return init.parameters if init and init.kind in LORAS else lora_parameters(base.config, s.rank)
+        return base.parameters - unread_parameters(base.config) + (base.encoders if s.stage == "pretrain" else 0)
+    if init and init.kind in LORAS:
+        return init.parameters - init.unread
+    return lora_parameters(base.config, s.rank) - unread_lora(base.config, s.rank)
 
 
 def memory(s: Settings, base: Base, experts: dict[str, Expert], n: int, world: int, local: int) -> Memory:
@@ -429,25 +507,38 @@ def memory(s: Settings, base: Base, experts: dict[str, Expert], n: int, world: i
     beside = {} if s.stage == "merge" else experts  # a merge reads its teachers' factors into host memory
     loras = [e.parameters for e in beside.values() if e.kind in LORAS]
     visitors = {name: e.parameters for name, e in beside.items() if e.kind == "full"}
-    frozen = not full or loras or (s.stage == "grpo" and s.beta > 0)
+    frozen = not full or loras or (s.stage in TAUGHT and s.beta > 0)
     parts = {"frozen backbone": (base.parameters + is_tiny(s) * base.encoders) * b if frozen else 0}
     parts["trained weights"] = parts["averaged weights"] = 4 * n // shards
+    parts["old policy"] = 4 * n // shards * (s.stage == "nft")
     parts["gradients"], parts["Adam moments"] = 4 * n // shards * steps, 8 * n // shards * steps
     if shards > 1:
         layers = range(base.config["num_layers"])
-        parts["gathered blocks"] = 2 * b * max(_block_parameters(base.config, layer) for layer in layers)
+        parts["gathered blocks"] = 2 * b * max(block_parameters(base.config, layer) for layer in layers)
     elif b == 2:
         parts["bfloat16 copies"] = 2 * n * steps
     parts["adapters"] = 4 * sum(loras)
     parts["full experts"] = b * present(s, visitors)
-    parts["trajectories"] = 4 * base.config["in_channels"] * base.side**2 * stored_latents(s)
-    row = b * (base.text * base.config["joint_attention_dim"] + base.config["pooled_projection_dim"])
+    parts["trajectories"] = 4 * base.latent * stored_latents(s)
     rows, _, most = rows_in_step(s)
-    held = most if s.stage in ROLLOUTS[:2] else rows * steps  # GRPO keeps those of the whole step, SFT its batch's
-    parts["text conditioning"] = row * held * (guidance(s) if s.stage in ROLLOUTS else 1)
-    parts["VAE"] = 4 * base.vae * pictured(s)
-    host = {"full experts": b * sum(visitors.values()), "prompts": row * distinct_prompts(s) * (not is_tiny(s))}
+    held = most if s.stage in ("opd", "curate") else rows * steps  # RL keeps the whole step's, SFT its batch's
+    guided = 2 if s.stage in ROLLOUTS and asks_empty(s) else 1
+    parts["text conditioning"] = conditioning(base, b, "edit" in trained_tasks(s)) * held * guided
+    parts["judges"] = sum(map(judge_bytes, judges(s).values()))
+    parts["VAE"] = 4 * base.vae * (pictured(s) or edits(s))
+    # Beside an edit waits what guidance sets against it: the same picture, with an empty prompt.
+    prompts = conditioning(base, b) * distinct_prompts(s)
+    empty = conditioning(base._replace(text=0), b, True) * asks_empty(s)
+    prompts += (conditioning(base, b, True) + empty) * distinct_prompts(s, edits=True)
+    host = {"full experts": b * sum(visitors.values()), "prompts": prompts * (not is_tiny(s))}
     return Memory(*({k: v for k, v in d.items() if v} for d in (parts, moments(s, base, n // shards, world), host)))
+
+
+def conditioning(base: Base, b: int, edit: bool = False) -> int:
+    """Bytes of one prompt's conditioning (`flow.Cond`), of an edit with its source's latents."""
+    config, text = base.config, base.tokens(edit)[1]
+    source = 4 * latent_channels(config) * base.source**2 if edit else 0
+    return b * (text * config["joint_attention_dim"] + config.get("pooled_projection_dim", 0)) + source
 
 
 def present(s: Settings, visitors: dict[str, int]) -> int:
@@ -465,31 +556,50 @@ def present(s: Settings, visitors: dict[str, int]) -> int:
 def stored_latents(s: Settings) -> int:
     """Latents that wait until they are trained on: x, v and the mean of every step, and the last x.
 
-    GRPO waits for the rewards of the whole step. OPD without the single pass holds the trained steps of one
-    micro-batch, with the labels beside them. Single-pass OPD and flow matching store nothing.
+    GRPO and NFT wait for the rewards of the whole step, with --overlap while the next one is drawn. OPD without the
+    single pass holds the trained steps of one micro-batch, with the labels beside them. Single-pass OPD and flow
+    matching store nothing.
     """
     rows, _, most = rows_in_step(s)
-    if s.stage == "grpo":
-        return rows * (3 * s.num_steps + 1)
+    if s.stage in TAUGHT:
+        return rows * (3 * s.num_steps + 1) * (2 if s.overlap else 1)
     labels = 2 if anchor_of(s) else 1
     return most * ((3 + labels) * trained_steps(s) + 1) if s.stage == "opd" and not is_single_pass(s) else 0
+
+
+def largest_forwards(s: Settings, world: int) -> tuple[int, int, int]:
+    """Rows of the largest forward, guidance counted: (of a step without gradient, with gradient, of what is drawn
+    outside of steps)."""
+    most, student, objective = rows_in_step(s)[2], doubled(student_cfg(s)), doubled(trained_cfg(s))
+    theirs = doubled(teacher_cfg(s))
+    walked = 1 if is_hybrid(s) else student  # one branch after the other
+    silent = {"opd": max(walked, theirs), "curate": walked, "grpo": max(walked, objective)}
+    silent["nft"] = silent["grpo"]
+    loud = {"opd": student, "grpo": objective, "nft": objective}
+    pictures = -(-s.sft_images // len(task_list(s))) if s.stage == "sft" else s.eval_prompts  # of one task
+    # Teachers draw for SFT and in an evaluation; else it is the student. Ranks share what is drawn.
+    own = max(student, theirs) if s.stage in ("sft", "eval") else student
+    drawn = min(s.micro_batch or DRAWN, -(-pictures // world)) * own
+    return most * silent.get(s.stage, 0), most * loud.get(s.stage, 1), drawn
 
 
 def moments(s: Settings, base: Base, weights: int, world: int) -> dict[str, int]:
     """Bytes of what comes and goes, by name; only the largest counts. weights: this rank's trained numbers."""
     found, trained, b = {"exporting the average": 4 * weights}, "full" if fully(s) else "lora", number_bytes(s)
-    rollout = s.stage in ROLLOUTS
-    most = rows_in_step(s)[2] * (guidance(s) if rollout else 1)
-    pictures = -(-s.sft_images // len(task_list(s))) if s.stage == "sft" else s.eval_prompts  # of one task
-    drawn = min(s.micro_batch or DRAWN, -(-pictures // world)) * guidance(s)  # ranks share what is drawn
-    if not is_tiny(s) and distinct_prompts(s):
-        found["encoding prompts"] = base.encoders * b
-    if rollout or drawn:
-        rows = max(drawn, most) if rollout else drawn
-        found["forward without gradient"] = activations(base, rows, trained, b, gradient=False)
+    silent, loud, drawn = largest_forwards(s, world)
+    own, tests = base.tokens("edit" in trained_tasks(s)), base.tokens("edit" in test_tasks(s))
+    kind = architecture(base.config)
+    if not is_tiny(s) and distinct_prompts(s) + distinct_prompts(s, edits=True):
+        source = 8 * base.source  # pixels a side; the source goes through the VAE beside the encoder
+        found["encoding prompts"] = base.encoders * b + VAE_READS[kind] * source**2 * edits(s)
+    if silent or drawn:
+        walked = activations(base.config, *own, silent, trained, b, gradient=False)
+        shown = activations(base.config, *(own if s.stage == "sft" else tests), drawn, trained, b, gradient=False)
+        # The old policy's weights stand in the student's place, and these wait beside them.
+        found["forward without gradient"] = max(walked, shown) + 4 * weights * (s.stage == "nft")
     if s.stage not in IDLE:
         checkpointing = s.gradient_checkpointing and not is_tiny(s)  # the tiny model has no use for it
-        found["training step"] = activations(base, most, trained, b, checkpointing)
+        found["training step"] = activations(base.config, *own, loud, trained, b, checkpointing)
     if base.vae and pictured(s):
-        found["decoding a picture"] = VAE_PIXEL * s.resolution**2
+        found["decoding a picture"] = VAE_PIXEL[kind] * s.resolution**2
     return found

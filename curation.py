@@ -11,13 +11,14 @@ range grows with G; compare thresholds for one G and one set of rewards only.
     curation.md           what was dropped and why, by category
 """
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from data import Prompt
+from data import Prompt, is_open
 from runtime import write_atomic
 
 REASONS = ("kept", "always good", "always bad", "not scored")
@@ -32,8 +33,8 @@ class Ranges:
         self.folder, self.file, self.run = folder, folder / f"rank-{rank}.jsonl", run
         self.known = self.all()
 
-    def all(self) -> dict[tuple[str, str], dict]:
-        """{(task, text): line}; a line that a kill cut short is not there."""
+    def all(self) -> dict[tuple[str, str, str], dict]:
+        """{`key` of a prompt: its line}; a line that a kill cut short is not there."""
         found = {}
         for file in sorted(self.folder.glob("rank-*.jsonl")):
             for line in file.read_text().splitlines():
@@ -42,20 +43,29 @@ class Ranges:
                 except ValueError:
                     continue
                 if entry["run"] == self.run:
-                    found[entry["task"], entry["text"]] = entry
+                    found[entry["task"], entry["text"], entry.get("image", "")] = entry
         return found
 
     def has(self, prompt: Prompt) -> bool:
-        return (prompt.task, prompt.text) in self.known
+        return key(prompt) in self.known
 
     def add(self, prompts: Sequence[Prompt], scores_PG: np.ndarray) -> None:
         """Write down the groups' scores, (P, G); nan marks a sample that no scorer could judge."""
         with self.file.open("a") as stream:
             stream.write("\n" if self.file.stat().st_size else "")  # ends a line that a kill has cut short
             for prompt, scores in zip(prompts, scores_PG, strict=True):
-                entry = {"run": self.run, "task": prompt.task, "text": prompt.text, "category": category(prompt)}
+                entry = dict(zip(("task", "text", "image"), key(prompt), strict=True), category=category(prompt))
                 values = [None if np.isnan(v) else round(float(v), 6) for v in scores]
-                stream.write(json.dumps({**entry, "scores": values}) + "\n")
+                stream.write(json.dumps({"run": self.run, **entry, "scores": values}) + "\n")
+
+
+def key(prompt: Prompt) -> tuple[str, str, str]:
+    """What makes two prompts one: task, text and, of an edit, its source; "make the sky red" is said of many pictures.
+
+    The source counts by a hash of what its line says, since that may be the whole picture.
+    """
+    image = prompt.metadata.get("image", "")
+    return prompt.task, prompt.text, hashlib.sha256(image.encode()).hexdigest()[:16] if image else ""
 
 
 def category(prompt: Prompt) -> str:
@@ -80,11 +90,11 @@ def write(folder: Path, prompts: Mapping[str, Sequence[Prompt]], lines: Mapping,
     """
     counts: dict[tuple[str, str], dict[str, int]] = {}
     for task, some in prompts.items():
-        found = {p.text: lines[task, p.text]["scores"] for p in some if (task, p.text) in lines}
+        found = {key(p): lines[key(p)]["scores"] for p in some if key(p) in lines}
         every = [value for scores in found.values() for value in scores if value is not None]
         middle, kept = (sum(every) / len(every) if every else 0.0), []
         for prompt in some:
-            said = verdict(found.get(prompt.text, ()), threshold, middle)
+            said = verdict(found.get(key(prompt), ()), threshold, middle)
             row = counts.setdefault((task, category(prompt)), dict.fromkeys(REASONS, 0))
             row[said] += 1
             kept += [prompt] if said == "kept" else []
@@ -93,7 +103,7 @@ def write(folder: Path, prompts: Mapping[str, Sequence[Prompt]], lines: Mapping,
             old.unlink()
         if kept:
             target.mkdir(parents=True, exist_ok=True)
-            described = all("include" in p.metadata for p in kept)
+            described = all("include" in p.metadata or is_open(task, p.metadata) for p in kept)
             entries = ({"tag": task, **p.metadata, "prompt": p.text} for p in kept)  # what `data.py` asks of a line
             text = "".join(line + "\n" for line in (map(json.dumps, entries) if described else (p.text for p in kept)))
             write_atomic(target / ("train_metadata.jsonl" if described else "train.txt"), text)

@@ -1,10 +1,14 @@
 """Data: what does the pipeline train and evaluate on, and who gets which prompt when?
 
-Three questions, three functions:
+Four questions, four functions:
 
     which prompts are there?             read_prompts    F §6.1 ("the Flow-GRPO splits"), Q §4.2
+    which picture is to be edited?       source_image    Q's second task
     which expert does a prompt need?     task_of         k = R(c), F Eq. 7; the task type of Q §4.3
     what does rank r train on at step s? prompt_batch    a function of (seed, s, r) and of nothing else
+
+Tasks are F's three, composition, text and quality, each with an expert of its own, and Q's two, which are wider:
+"t2i" is every picture from a prompt alone (its kinds are categories, Q §4.2), "edit" is a picture from a picture.
 
 The files are those that users of the earlier releases have. A path is a `.txt` (one prompt a line), a
 `.jsonl` (one GenEval object a line) or a folder with `{train,test}_metadata.jsonl` or `{train,test}.txt`:
@@ -12,28 +16,42 @@ The files are those that users of the earlier releases have. A path is a `.txt` 
     {"tag": "position", "prompt": "a photo of a cow right of a laptop", "include": [
      {"class": "laptop", "count": 1}, {"class": "cow", "count": 1, "position": ["right of", 0]}]}
 
-`tag`, `include` and `prompt` are required; an include may have a `color` and a `position` = [relation, index
-of the include it refers to]; `exclude` lists counts that must not be reached; editing adds `image` (the
-source) and `t2i_prompt` (what it shows). Whatever is wrong with a line is found when it is read, not after an
-hour of training, and is said in one line that starts with `path:line:` (line 0 is the file as a whole).
+`tag`, `include` and `prompt` are required, of Q's prompts `prompt` alone; an include may have a `color`
+and a `position` = [relation, index of the include it refers to]; `exclude` lists counts that must not be reached;
+`category` says whose reward weights serve the prompt. Editing adds `t2i_prompt` (what the source shows) and `image`:
+
+    {"prompt": "Change the number of forks to two.", "image": "images/7.jpg", "t2i_prompt": "a photo of three forks"}
+
+a path, relative to the folder that the file is in, or the picture itself as a data URI, `data:image/png;base64,...`.
+Whatever is wrong with a line is found when it is read, not after an hour of training, and is said in one line that
+starts with `path:line:` (line 0 is the file as a whole); `check_source` says the same of a picture.
 
 Randomness: no sampler and no generator is kept between steps. Everything random in a run is drawn from
 `seed_for(...)` of what it is for, so resuming is exact on any number of ranks without saving any state.
 """
 
+import base64
 import codecs
 import hashlib
+import io
 import json
 import random
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+from PIL import Image, ImageOps
+
 from rewards import RELATIONS, ocr_target
 
-TASKS = ("composition", "text", "quality", "edit")
+TASKS = ("composition", "text", "quality", "t2i", "edit")
 SPLITS = ("train", "test")
+OPEN_TASKS, OPEN_FIELDS = ("t2i", "edit"), ("image", "category")  # Q's, see `is_open`
 EDIT_FIELDS = ("image", "t2i_prompt")
+PNG_URI = "data:image/png;base64,"  # how a source picture stands in the line itself
+CACHED_PICTURES = 64  # decoded sources that are kept: 200 MB of 1024 x 1024 pixels
 
 
 class DataError(ValueError):
@@ -41,7 +59,7 @@ class DataError(ValueError):
 
 
 class Prompt(NamedTuple):
-    """One prompt: the text c, its task, its GenEval line ({} where there is none) and its "file:line"."""
+    """One prompt: the text c, its task (of `TASKS`), its line's object ({} where there is none) and its "file:line"."""
 
     text: str
     task: str
@@ -55,8 +73,9 @@ def read_prompts(path: str | Path, task: str, split: str = "train") -> list[Prom
 
     F §6.1, Q §4.2. Blank lines are skipped; `split` matters for folders only, where GenEval metadata is
     preferred to plain text, because only metadata can be scored. A prompt of the task "text" must quote its
-    target; a prompt of the task "edit" needs the fields `image` and `t2i_prompt`. Raises DataError for
-    anything wrong with the files, ValueError for an unknown task or split.
+    target; a prompt of the task "edit" needs the fields `image` and `t2i_prompt`. The path of an image is made
+    absolute, so that a run finds it from wherever it was started. Raises DataError for anything wrong with the
+    files, the pictures aside (`check_source`), ValueError for an unknown task or split.
     """
     for name, value, allowed in (("task", task, TASKS), ("split", split, SPLITS)):
         if value not in allowed:
@@ -64,7 +83,7 @@ def read_prompts(path: str | Path, task: str, split: str = "train") -> list[Prom
     file = _prompt_file(Path(path), split)
     prompts = []
     for source, line in _lines(file):
-        metadata = _parse_metadata(source, line) if file.suffix == ".jsonl" else {}
+        metadata = _parse_metadata(source, line, task) if file.suffix == ".jsonl" else {}
         text = metadata.get("prompt", line)
         if task == "text":
             try:
@@ -75,20 +94,28 @@ def read_prompts(path: str | Path, task: str, split: str = "train") -> list[Prom
             for field in EDIT_FIELDS:
                 if field not in metadata:
                     raise DataError(f"{source}: an edit needs the field {field!r}; add it to this line")
+        if "image" in metadata and not metadata["image"].startswith("data:"):
+            metadata["image"] = str(file.parent.absolute() / metadata["image"])
         prompts.append(Prompt(text, task, metadata, source))
     if not prompts:
         raise DataError(f"{file}:0: the file holds no prompt; write one a line")
     return prompts
 
 
+def holds_split(path: str | Path, split: str) -> bool:
+    """Does a folder hold a file of this split? (A file serves both.) A folder that --stage curate wrote has no test."""
+    path = Path(path)
+    return not path.is_dir() or any((path / name).is_file() for name in (f"{split}_metadata.jsonl", f"{split}.txt"))
+
+
 def _prompt_file(path: Path, split: str) -> Path:
     """The one file to read: `path` itself, or what a folder holds for the split."""
     if path.is_dir():
         names = (f"{split}_metadata.jsonl", f"{split}.txt")
-        files = [path / name for name in names if (path / name).is_file()]
-        if not files:
+        file = next((path / name for name in names if (path / name).is_file()), None)
+        if not file:
             raise DataError(f"{path}:0: no {names[0]} and no {names[1]} in this folder; add one")
-        return files[0]
+        return file
     if path.suffix not in (".txt", ".jsonl"):
         raise DataError(f"{path}:0: neither a .txt, a .jsonl nor a folder; give one of these")
     return path
@@ -116,8 +143,8 @@ def _lines(file: Path) -> list[tuple[str, str]]:
     return lines
 
 
-def _parse_metadata(source: str, line: str) -> dict:
-    """One checked GenEval line; DataError names the first field that is missing or wrong."""
+def _parse_metadata(source: str, line: str, task: str) -> dict:
+    """One checked line; DataError names the first field that is missing or wrong."""
     try:
         metadata = json.loads(line)
     except json.JSONDecodeError as error:
@@ -125,18 +152,20 @@ def _parse_metadata(source: str, line: str) -> dict:
         raise DataError(f"{source}: {fault}; write one object a line") from None
     if not isinstance(metadata, dict):
         raise DataError(f"{source}: not a JSON object; write one with tag, include and prompt")
-    for field in ("tag", "prompt"):
-        _require(source, metadata, field, str, "a non-empty string")
-    for field in EDIT_FIELDS:
-        if field in metadata:
-            _require(source, metadata, field, str, "a non-empty string")
-    _require(source, metadata, "include", list, "a non-empty list of objects")
-    if "exclude" in metadata:
-        _require(source, metadata, "exclude", list, "a non-empty list of objects")
-    for name in ("include", "exclude"):
+    needed = ("prompt",) if is_open(task, metadata) else ("tag", "prompt", "include")
+    lists = dict.fromkeys(("include", "exclude"), (list, "a non-empty list of objects"))
+    for field in ("tag", "prompt", *EDIT_FIELDS, "category", *lists):
+        if field in metadata or field in needed:
+            _require(source, metadata, field, *lists.get(field, (str, "a non-empty string")))
+    for name in lists:
         for index, entry in enumerate(metadata.get(name, [])):
-            _check_entry(f"{source}: {name}[{index}]", entry, index, len(metadata["include"]))
+            _check_entry(f"{source}: {name}[{index}]", entry, index, len(metadata.get("include", [])))
     return metadata
+
+
+def is_open(task: str, metadata: Mapping) -> bool:
+    """Is a line one of Q's prompts, by its task or by a field of theirs, so that it needs no checklist?"""
+    return task in OPEN_TASKS or any(field in metadata for field in OPEN_FIELDS)
 
 
 def _require(where: str, entry: Mapping, field: str, kind: type, meaning: str) -> None:
@@ -173,9 +202,57 @@ def _check_position(where: str, position: list, index: int, includes: int) -> No
         raise DataError(f"{where}: {fault}; it must be the index of another of the {includes} includes")
 
 
+# ------------------------------------------------------------------------------------- the sources of edits
+def source_image(prompt: Prompt) -> np.ndarray | None:
+    """The picture that an edit begins from, (H, W, 3) uint8, upright; None for a prompt that has none. Q's second task.
+
+    The last `CACHED_PICTURES` are kept, and shared: not to be written to. DataError as `check_source`.
+    """
+    return _source(prompt, _decoded)
+
+
+def check_source(prompt: Prompt) -> None:
+    """DataError, `path:line: ...`, for an edit whose picture is not there or is none; cheap: no pixel is decoded."""
+    _source(prompt, _verified)
+
+
+def _source(prompt: Prompt, look):
+    """`look` at the prompt's picture, where it has one; its faults are put as the faults of a line."""
+    where = prompt.metadata.get("image")
+    if where is None:
+        return None
+    try:
+        return look(where)
+    # Pillow says "this is no picture of mine" in as many types as it has formats.
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as fault:
+        shown = "the image in the line" if where.startswith("data:") else f"image {where}"
+        reason = getattr(fault, "strerror", None) or "no picture that can be read"
+        raise DataError(f"{prompt.source}: {shown}: {reason}; give a PNG or JPEG file, or {PNG_URI}...") from None
+
+
+def _opened(where: str) -> Image.Image:
+    if not where.startswith("data:"):
+        return Image.open(where)
+    head, _, body = where.partition(",")
+    if not head.endswith(";base64"):
+        raise ValueError("a data URI that is not base64")
+    return Image.open(io.BytesIO(base64.b64decode(body, validate=True)))
+
+
+def _verified(where: str) -> None:
+    with _opened(where) as picture:
+        picture.verify()
+
+
+@lru_cache(CACHED_PICTURES)
+def _decoded(where: str) -> np.ndarray:
+    with _opened(where) as picture:  # a camera that was held upright says so in EXIF, not in the pixels
+        return np.array(ImageOps.exif_transpose(picture).convert("RGB"))
+
+
 # ------------------------------------------------------------------------------------------------ the routing
 def task_of(text: str, metadata: Mapping) -> str:
-    """k = R(c), F Eq. 7's hard routing: one of `TASKS` from the prompt alone. F §5.1.1; Q §4.3.
+    """k = R(c), F Eq. 7's hard routing: one of F's tasks or "edit", from the prompt alone. F §5.1.1; Q §4.3.
 
     The first that fits, surest sign first:
         "edit"         there is a source image                    (Q's second task)
@@ -183,7 +260,8 @@ def task_of(text: str, metadata: Mapping) -> str:
         "text"         words stand in ASCII double quotes         (before "a photo of": signs in photos)
         "composition"  it opens with "a photo of", GenEval's phrase
         "quality"      everything else: preference and aesthetics
-    An include list without a tag describes a prompt but does not grade it, and does not decide.
+    An include list without a tag describes a prompt but does not grade it, and does not decide. "t2i" is never the
+    answer: it is F's three together, and only the one who asks knows whether they have one expert or three.
 
     DEVIATION: F leaves R(c) undefined; with one data set a task it amounts to where a prompt came from. A
     rule on the prompt itself also serves prompts from elsewhere, and agrees on every line of the GenEval and

@@ -20,14 +20,14 @@ leaves `velocity` is float32 at least, so that guidance, SDE and losses never se
 import copy
 import json
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from diffusers import SD3Transformer2DModel
+from diffusers import QwenImageTransformer2DModel, SD3Transformer2DModel
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
@@ -36,16 +36,48 @@ import sde
 from adapters import ModelError
 
 STUDENT = "student"
+Transformer = SD3Transformer2DModel | QwenImageTransformer2DModel
+TRANSFORMERS = {kind.__name__: kind for kind in (SD3Transformer2DModel, QwenImageTransformer2DModel)}
 
 
 class Cond(NamedTuple):
-    """Text conditioning of B prompts: token embeddings (B, S, C) and one pooled vector (B, C)."""
+    """Conditioning of B prompts: token embeddings (B, S, C), and what some models add to them, else None.
+
+    pooled: one vector a prompt, (B, C') (SD3). mask: (B, S) bool, False where a shorter prompt was padded; None where
+    none was (Qwen-Image). source: latents of the picture to be edited, (B, C, H, W); a batch has one for every row or
+    for none.
+    """
 
     tokens: Tensor
-    pooled: Tensor
+    pooled: Tensor | None = None
+    mask: Tensor | None = None
+    source: Tensor | None = None
 
     def rows(self, index: Tensor | slice) -> "Cond":
-        return Cond(self.tokens[index], self.pooled[index])
+        return Cond(*(part if part is None else part[index] for part in self))
+
+    def to(self, device: torch.device | str) -> "Cond":
+        return Cond(*(part if part is None else part.to(device) for part in self))
+
+
+def joined(conds: Sequence[Cond]) -> Cond:
+    """Several batches' conditioning as one: shorter prompts are padded with zeros, and the mask says where.
+
+    ValueError where only some of them have a source.
+    """
+    if len({cond.source is None for cond in conds}) > 1:
+        raise ValueError("edits and prompts without a source picture do not fit into one batch")
+    longest = max(cond.tokens.shape[1] for cond in conds)
+    padded = any(cond.mask is not None or cond.tokens.shape[1] < longest for cond in conds)
+    tokens, masks = [], []
+    for cond in conds:
+        rows, length = cond.tokens.shape[:2]
+        mask = cond.tokens.new_ones(rows, length, dtype=torch.bool) if cond.mask is None else cond.mask
+        tokens.append(nn.functional.pad(cond.tokens, (0, 0, 0, longest - length)))
+        masks.append(nn.functional.pad(mask, (0, longest - length)))
+    pooled, source = (None if getattr(conds[0], part) is None else torch.cat([getattr(cond, part) for cond in conds])
+                      for part in ("pooled", "source"))  # fmt: skip
+    return Cond(torch.cat(tokens), pooled, torch.cat(masks) if padded else None, source)
 
 
 class Visitor:
@@ -95,10 +127,12 @@ class FlowModel:
     """A flow-matching transformer, the student, with any number of experts beside it."""
 
     pipeline = ""  # the diffusers pipeline that loads our adapters, where there is one
+    empty = ""  # the prompt of guidance's other branch
     train_shift = 0.0  # training times are logit-normal around this: the model's noise schedule
 
-    def __init__(self, transformer: SD3Transformer2DModel, device: torch.device | str = "cpu"):
+    def __init__(self, transformer: Transformer, device: torch.device | str = "cpu"):
         self.device, self.precision = torch.device(device), "float32"
+        self.kind = type(transformer)  # sharding (FSDP2) gives the module a class of its own
         self.transformer = transformer.to(self.device)  # the student's
         self.backbone = self.transformer  # carries the LoRAs; another module only where all parameters train
         self.active: nn.Module = self.transformer  # what `velocity` runs
@@ -109,35 +143,48 @@ class FlowModel:
         self.trains = ""  # "", "lora" or "full": what `trainable` hands to the optimizer
 
     # ------------------------------------------------------------------------------------------ the interface
-    def prepare(self, prompts: Iterable[str]) -> None:
-        """Encode every prompt that a run will need, where encoding is dear."""
+    def prepare(self, prompts: Iterable[str], images: Iterable[Tensor | None] | None = None) -> None:
+        """Encode every prompt (of an edit, with its source picture) that a run will need, where encoding is dear."""
 
     def velocity(self, x: Tensor, t: float | Tensor, cond: Cond, uncond: Cond | None = None, cfg: float = 1.0):
         """v_theta(x_t, t, c) (B, C, H, W), float32, with classifier-free guidance where cfg != 1.
 
-        v = v(uncond) + cfg * (v(cond) - v(uncond)): both branches in one forward of 2B rows. t is one time for
-        all or one a sample (B,). Gradients flow if they are enabled. ValueError if cfg != 1 has no `uncond`.
+        t is one time for all or one a sample (B,). Gradients flow if they are enabled. ValueError if cfg != 1 has no
+        `uncond`.
         """
-        t = torch.as_tensor(t, dtype=torch.float32, device=x.device).expand(len(x))
         if cfg == 1.0:
-            return self._forward(x, t, cond)
+            return self._forward(x, self._times(x, t), cond)
         if uncond is None:
             raise ValueError(f"guidance scale {cfg} needs the conditioning of the empty prompt (uncond)")
-        both = Cond(torch.cat([uncond.tokens, cond.tokens]), torch.cat([uncond.pooled, cond.pooled]))
-        v_uncond, v_cond = self._forward(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
+        return self.guide(*self.branches(x, t, cond, uncond), cfg)
+
+    def branches(self, x: Tensor, t: float | Tensor, cond: Cond, uncond: Cond) -> tuple[Tensor, Tensor]:
+        """v without and with the prompt, (B, C, H, W) each, in one forward of 2B rows."""
+        t = self._times(x, t)
+        v_uncond, v_cond = self._forward(torch.cat([x, x]), torch.cat([t, t]), joined([uncond, cond])).chunk(2)
+        return v_uncond, v_cond
+
+    def guide(self, v_uncond: Tensor, v_cond: Tensor, cfg: float) -> Tensor:
+        """Classifier-free guidance, v = v_uncond + cfg (v_cond - v_uncond): the only place where it is written."""
         return v_uncond + cfg * (v_cond - v_uncond)
+
+    def _times(self, x: Tensor, t: float | Tensor) -> Tensor:
+        return torch.as_tensor(t, dtype=torch.float32, device=x.device).expand(len(x))
 
     def _forward(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         # float32 weights (LoRA, full student) and a bfloat16 backbone meet under autocast.
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
-            v = self.active(
-                hidden_states=x,
-                encoder_hidden_states=cond.tokens,
-                pooled_projections=cond.pooled,
-                timestep=t * 1000,  # SD3 embeds t in [0, 1000]
-                return_dict=False,
-            )[0]
-        return sde.full_precision(v)
+            return sde.full_precision(self._run(x, t, cond))
+
+    def _run(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """One forward of `active`, SD3's way; t (B,)."""
+        return self.active(
+            hidden_states=x,
+            encoder_hidden_states=cond.tokens,
+            pooled_projections=cond.pooled,
+            timestep=t * 1000,  # SD3 embeds t in [0, 1000]
+            return_dict=False,
+        )[0]
 
     # ------------------------------------------------------------------------------------------ student, experts
     def add_adapter(self, name: str, config: LoraConfig, state: dict[str, Tensor] | None = None) -> None:
@@ -262,7 +309,7 @@ class FlowModel:
     def save_full(self, folder: Path, state: dict[str, Tensor]) -> None:
         """Write the student's whole transformer, from its full state dict, as `transformer/` in diffusers' layout."""
         with torch.device("meta"):
-            shell = SD3Transformer2DModel.from_config(self.transformer.config)
+            shell = self.kind.from_config(self.transformer.config)
         shell.load_state_dict({key: value.to(self._dtype()) for key, value in state.items()}, assign=True)
         shell.save_pretrained(folder / "transformer")
 
@@ -270,7 +317,7 @@ class FlowModel:
         return getattr(torch, self.precision)
 
 
-def read_transformer(folder: Path, dtype: torch.dtype, like: dict | None = None) -> SD3Transformer2DModel:
+def read_transformer(folder: Path, dtype: torch.dtype, like: dict | None = None) -> Transformer:
     """`folder/transformer` (or `folder` itself) in diffusers' layout, frozen, on the CPU.
 
     ModelError names the folder if it cannot be read, or the entry in which its config differs from `like`.
@@ -278,11 +325,14 @@ def read_transformer(folder: Path, dtype: torch.dtype, like: dict | None = None)
     folder = folder / "transformer" if (folder / "transformer").is_dir() else folder
     try:
         config = json.loads((folder / "config.json").read_text())
-        wrong = [k for k in like or {} if k[0] != "_" and k != "sample_size" and k in config and config[k] != like[k]]
+        like = json.loads(json.dumps(dict(like or {}), default=str))  # a file's lists are a new model's tuples
+        ours = {k: v for k, v in like.items() if (k[0] != "_" and k != "sample_size") or k == "_class_name"}
+        wrong = [k for k in ours if k in config and config[k] != ours[k]]
         if not wrong:
             # low_cpu_mem_usage stays at its default: weights go straight from the file into place
             options = {"torch_dtype": dtype, "use_safetensors": True, "output_loading_info": True}
-            module, info = SD3Transformer2DModel.from_pretrained(folder, **options)
+            kind = TRANSFORMERS[config.get("_class_name", SD3Transformer2DModel.__name__)]
+            module, info = kind.from_pretrained(folder, **options)
             if amiss := [*info["missing_keys"], *info["unexpected_keys"]]:  # diffusers only warns of these
                 raise ValueError(f"its weights are not those that its config describes: {amiss[0]}")
             return module.requires_grad_(False).eval()
@@ -290,6 +340,33 @@ def read_transformer(folder: Path, dtype: torch.dtype, like: dict | None = None)
         raise ModelError(f"{folder}: not a readable transformer ({first_line(fault)})") from fault
     k = wrong[0]
     raise ModelError(f"{folder / 'config.json'}: another architecture: {k} is {config[k]}, the model's is {like[k]}")
+
+
+def require_parts(folder: Path, parts: Iterable[str]) -> None:
+    """ModelError where a pipeline's folder lacks one of these folders.
+
+    transformers makes up a tokenizer without a word, and a VAE is missed at the first picture, after hours of training.
+    """
+    for part in parts:
+        if not (folder / part).is_dir():
+            raise ModelError(f"{folder / part}: missing; the base must be a pipeline in diffusers' layout")
+
+
+def read_part(kind: type, folder: Path, dtype: torch.dtype | None = None):
+    """`kind.from_pretrained(folder)`, frozen if it has weights (then with a `dtype`), or a ModelError of one line."""
+    require_parts(folder.parent, [folder.name])
+    try:
+        if dtype is None:
+            return kind.from_pretrained(folder)
+        options = {"torch_dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+        loaded, info = kind.from_pretrained(folder, **options)
+        # Tensors that the file lacks come back random or empty, with a warning at most. Embeddings that the T5 encoder
+        # shares between two names may stand in the file under one of them.
+        if lacking := [key for key in info["missing_keys"] if "embed_tokens" not in key]:
+            raise ValueError(f"its weights lack {sorted(lacking)[0]}")
+    except Exception as fault:
+        raise ModelError(f"{folder}: not readable as {kind.__name__} ({first_line(fault)})") from fault
+    return loaded.requires_grad_(False).eval()
 
 
 def fingerprint(folder: Path) -> str:

@@ -28,7 +28,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from sde import Time, flat_reduce, full_precision, per_sample, require_noise, same_shape
+from sde import Time, Transition, flat_reduce, full_precision, per_sample, require_noise, same_shape, transition_mean
 
 STD_MODES = ("group", "batch", "none")
 SUBSET_MODES = ("all", "first", "random")
@@ -212,6 +212,37 @@ def guard_ratio(
     log_ratio = full_precision(log_prob) - full_precision(log_prob_old).detach()
     same_shape(log_ratio=log_ratio, gap_sq=gap_sq)
     return torch.exp(std * (log_ratio + gap_sq / (2 * std**2)))
+
+
+def unguided(step: Transition, v: Tensor, level: float, kernel: str = "sde") -> Transition:
+    """Q §4.1's hybrid CFG: a guided transition as the policy without guidance would have taken it, noise for noise.
+
+    step: from a guided `sde.rollout`; v: v(x_t, t, c), (B, ...), of the same policy without the unconditional branch.
+    With x' = mean + std eps the result has v, its own mean, and the action mean_c + std eps. A step without noise is
+    returned as it is (nothing is trained on it). No gradient.
+
+    Which ratio this optimises. Q leaves the unconditional branch out of the objective and does not say of which action
+    the probability is then asked. Of the guided x' itself, rho = pi(x'|x, c) / pi_old(x'|x, c) would be 1 at first,
+    too, but its gradient A (x' - mean_c) / std^2 dmean_c has the part A (mean - mean_c) / std^2 dmean_c, which looks
+    at the state alone: it is no score, its mean is not zero (`tests/test_grpo.py` shows both), and it pulls the
+    conditional branch towards or away from its guided self, whatever the action was worth. Here the noise is kept and
+    the mean exchanged, so that
+
+        first gradient = A eps / std dmean_c = 1/w (gradient of the guided policy with its other branch held fixed)
+
+    because the guided mean is affine in the velocity and v_guided = (1-w) v_uncond + w v_cond: the exact policy
+    gradient of what was really drawn, in the conditional branch, but for the factor 1/w of guidance scale w (an
+    optimizer such as Adam takes it away). The first ratio is 1 by construction: the old log-probability is of this
+    transition, not of the guided one. After an update it stays a ratio of two unguided policies.
+    DEVIATION: Q does not say this. Norm-rescaled guidance is not affine in v_cond; there 1/w is approximate.
+    Raises ValueError where shapes differ.
+    """
+    same_shape(v=v, v_guided=step.v)
+    if step.std == 0:
+        return step
+    with torch.no_grad():
+        mean = transition_mean(step, v, level, kernel)
+        return step._replace(v=full_precision(v).detach(), mean=mean, x_next=mean + (step.x_next - step.mean))
 
 
 # ----------------------------------------------------------------------------------- which steps, which task

@@ -16,18 +16,24 @@ import recipe
 import settings
 from cost import (
     GIB,
+    SCORED,
     SPARE,
+    TAUGHT,
     Base,
     anchor_of,
     base_of,
+    doubled,
+    edits,
     expert,
     experts_of,
     forwards,
     fully,
     groups,
-    guidance,
+    is_hybrid,
     is_ode,
     is_single_pass,
+    judge_bytes,
+    judges,
     last_step,
     memory,
     number_bytes,
@@ -35,7 +41,18 @@ from cost import (
     trained_parameters,
     trained_steps,
 )
-from settings import TASKS, Settings, SettingsError, is_tiny, task_list, window_of
+from settings import (
+    Settings,
+    SettingsError,
+    is_tiny,
+    parts_of,
+    student_cfg,
+    task_list,
+    teacher_cfg,
+    test_tasks,
+    trained_cfg,
+    window_of,
+)
 
 
 def answer_early(argv: list[str], prog: str) -> None:
@@ -69,7 +86,10 @@ def verdict(s: Settings, total: int) -> str:
         return "fits one 24 GiB accelerator"
     if total * SPARE <= 80 * GIB:
         return "needs more than 24 GiB: one 80 GiB accelerator a rank"
+    near = [judge for judge in judges(s).values() if judge_bytes(judge)]
     ways = {
+        "judges in bfloat16 (--rewards FILE)": any(judge.dtype == "float32" for judge in near),
+        "judges behind endpoints (--rewards FILE)": bool(near),
         "--gradient-checkpointing": not s.gradient_checkpointing, "--micro-batch 1": s.micro_batch != 1,
         "--precision bfloat16": s.precision != "bfloat16", "--parameters lora": fully(s),
         "--parallel fsdp on more ranks": fully(s), "a smaller --resolution": True,
@@ -79,10 +99,12 @@ def verdict(s: Settings, total: int) -> str:
 
 def runs_of(s: Settings) -> list[str]:
     """Names of the runs that the command makes, in their order; the parts of a larger plan have their own."""
+    tasks = task_list(s)
     if s.stage == "all":
-        first = ["pretrain", *(f"grpo-{task}" for task in TASKS)] if is_tiny(s) else []
-        return [*(f"{s.name}-{part}" for part in (*first, "sft", "merge", "opd")), s.name]
-    return [f"{s.name}-{task}" for task in TASKS] if s.stage == "grpo" and not s.task else [s.name]
+        each = {"grpo": [f"grpo-{task}" for task in tasks]}
+        parts = [name for part in parts_of(s) for name in each.get(part, [part])]
+        return [*(f"{s.name}-{part}" for part in parts), s.name]
+    return [f"{s.name}-{task}" for task in tasks] if s.stage in TAUGHT and not s.task else [s.name]
 
 
 def _standing(s: Settings, folder: Path) -> str:
@@ -121,7 +143,11 @@ def _model_lines(s: Settings, base: Base | None) -> list[tuple[str, str]]:
     if base:
         c = base.config
         shape = f"{c['num_layers']} blocks, {c['num_attention_heads']} heads of {c['attention_head_dim']}"
-        tokens = f"{base.image} image and {base.text} text tokens"
+        image, text = base.tokens()
+        tokens = f"{image} image and {text} text tokens"
+        if edits(s):
+            image, text = base.tokens(edit=True)
+            tokens += f"; an edit: {image} and {text}"
         billions = f"{base.parameters / 1e9:.3f} billion parameters ({base.parameters:,})"
         lines = [("model", f"{s.model}: {base.note}"), ("transformer", f"{billions}, {shape}; {tokens}")]
     else:
@@ -153,43 +179,81 @@ def _step_lines(s: Settings, world: int) -> list[tuple[str, str]]:
         lines.append(("batch", f"ranks {world} x images {s.batch_size} = {total}; {micro}"))
     if s.stage == "curate":
         shape = f"{world} ranks, prompts {s.prompts_per_step} x group {s.group_size} at a time, {s.num_steps} steps"
-        lines.append(("batch", f"{shape}, guidance {s.cfg:g}; kept: a range above {s.threshold:g}; {micro}"))
-    if s.stage in ("grpo", "opd"):
+        lines.append(("batch", f"{shape}; kept: a range above {s.threshold:g}; {micro}"))
+    if s.stage in (*TAUGHT, "opd"):
         shape = f"ranks {world} x prompts {s.prompts_per_step} x group {s.group_size}"
         lines.append(("batch", f"{shape} = trajectories {total}; {micro}"))
         lines.append(("groups", "a rank: " + ", ".join(f"{count} of {task}" for task, count in groups(s).items())))
+        if s.task == "mix":
+            order = "in every step (Q 4.3's Mix-RL)" if s.mix == "joint" else "in turns (F's GRPO-mix)"
+            lines.append(("tasks", f"{', '.join(task_list(s))}, {order}"))
         start, stop = window_of(s)
-        walk = "an ODE" if is_ode(s) else f"{start}..{stop - 1} stochastic ({s.kernel}, level {s.noise_level:g})"
+        noisy = f"{start}..{stop - 1} stochastic ({s.kernel}, level {s.noise_level:g})"
         trained = f"{trained_steps(s)} trained ({s.train_steps})"
-        lines.append(("rollout", f"{s.num_steps} steps, {walk}, {trained}, guidance {s.cfg:g}"))
-    if s.stage == "grpo":
-        lines.append(("objective", f"GRPO, {s.updates} updates a step, KL to the base {s.beta:g}"))
-    if s.stage in ("curate", "grpo"):
-        asked = recipe.read(s)
-        for category, row in asked.weights.items():
-            paid = " + ".join(f"{weight:g} {name}" for name, weight in row.items())
-            lines.append(("reward", f"{category}: {paid}" + (f", {s.combine}" if len(row) > 1 else "")))
-        for name, entry in asked.scorers.items():
-            options = ", ".join(f"{key} {value}" for key, value in entry.items())
-            lines.append(("scorer", f"{name}: {options}" + (", only watched" if name in asked.watch else "")))
-    if s.stage == "opd":
-        way = "single pass" if is_single_pass(s) else "stored trajectories"
-        lines.append(("objective", f"{s.estimator}, {way}, MAR {s.mar:g}"))
+        lines.append(("rollout", f"{s.num_steps} steps, {'an ODE' if is_ode(s) else noisy}, {trained}"))
+    lines += _objective_lines(s)
     for w in forwards(s):
         gradient = "with gradient" if w.gradient else "without gradient"
         lines.append(("forwards", f"a step and rank, {w.who}, {gradient}: forwards {w.forwards:,}, rows {w.rows:,}"))
     return lines
 
 
+def _objective_lines(s: Settings) -> list[tuple[str, str]]:
+    """What is guided, what is learnt, and from whom."""
+    lines = [("guidance", guidance(s))] if s.stage in ("opd", *SCORED) else []
+    if s.stage == "grpo":
+        lines.append(("objective", f"GRPO, {s.updates} updates a step, KL to the base {s.beta:g}"))
+    if s.stage == "nft":
+        said = f"DiffusionNFT, strength {s.interpolation:g}, distance to the base {s.beta:g}"
+        lines.append(("objective", f"{said}, {s.updates} updates a step"))
+    if s.stage == "opd":
+        way = "single pass" if is_single_pass(s) else "stored trajectories"
+        lines.append(("objective", f"{s.estimator}, {way}, MAR {s.mar:g}"))
+    if s.stage not in SCORED:
+        return lines
+    asked = recipe.read(s)
+    for category, row in asked.weights.items():
+        paid = " + ".join(f"{weight:g} {name}" for name, weight in row.items())
+        lines.append(("reward", f"{category}: {paid}" + (f", {s.combine}" if len(row) > 1 else "")))
+    for name, entry in asked.scorers.items():
+        options = ", ".join(f"{key} {value}" for key, value in entry.items())
+        lines.append(("scorer", f"{name}: {options}" + (", only watched" if name in asked.watch else "")))
+    for name, judge in judges(s).items():
+        billions = f"{judge.parameters / 1e9:.2f} billion parameters" if judge.parameters else "of unknown size"
+        place = f"on {judge.device}" if judge.device else "on the run's own accelerator"
+        size = f", {_size(judge_bytes(judge))} a rank" if judge_bytes(judge) else ", not counted"
+        lines.append(("judge", f"{name}: {judge.model}, {billions}, {judge.dtype}, {place}{size}"))
+    return lines
+
+
+def guidance(s: Settings) -> str:
+    """The guidance strategy in words: the scale of each part of the stage, or none."""
+    places = {"of the teachers": teacher_cfg(s), "of the student": student_cfg(s)}
+    if s.stage in SCORED:
+        places = {"in the rollout": student_cfg(s), "in the objective": trained_cfg(s)}
+    if s.stage == "curate":
+        places.pop("in the objective")
+    scales = {place: "none" if cfg == 1 else f"{cfg:g}" for place, cfg in places.items()}
+    if len(set(scales.values())) == 1:
+        told = f"{next(iter(scales.values()))} {' and '.join(scales)}"
+    else:
+        told = ", ".join(f"{scale} {place}" for place, scale in scales.items())
+    rescaled = ", rescaled to the norm with the prompt" if s.cfg_rescale and set(scales.values()) != {"none"} else ""
+    return told + rescaled + (", the branches one after the other" if is_hybrid(s) else "")
+
+
 def _drawing_lines(s: Settings) -> list[tuple[str, str]]:
     """What is drawn outside of the steps, shared among the ranks."""
-    lines, each, tests = [], s.eval_steps * guidance(s), s.eval_prompts * len(task_list(s))
+    lines, pictures = [], s.eval_prompts * len(test_tasks(s))
+    own, theirs = s.eval_steps * doubled(student_cfg(s)), s.eval_steps * doubled(teacher_cfg(s))  # rows of a picture
     if s.stage == "sft":
         images = -(-s.sft_images // len(task_list(s))) * len(task_list(s))
-        lines.append(("drawing", f"before the first step: {images} images of the teachers, {images * each:,} rows"))
-    if s.stage == "eval":
-        tests *= 1 + len(s.teachers) + len(s.compare)
-    lines.append(("drawing", f"in the end: {tests} test pictures, {tests * each:,} rows"))
+        lines.append(("drawing", f"before the first step: {images} images of the teachers, {images * theirs:,} rows"))
+    tests, rows = pictures, pictures * own
+    if s.stage == "eval":  # the base, the teachers, and the students to compare
+        tests = pictures * (1 + len(s.teachers) + len(s.compare))
+        rows = pictures * ((1 + len(s.teachers)) * theirs + len(s.compare) * own)
+    lines.append(("drawing", f"in the end: {tests} test pictures, {rows:,} rows"))
     return lines
 
 

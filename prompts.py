@@ -1,18 +1,20 @@
 """Prompts: where do they come from when nobody has written any?
 
-F §6.1 trains on three prompt sets that have to be fetched. Here rules write their like, so that a real model can
-be trained and tested with no download:
+F §6.1 trains on three prompt sets that have to be fetched, and Q §4.2's are not public. Here rules write their like,
+so that a real model can be trained and tested with no download:
 
     composition   "a photo of a cow right of a laptop"             GenEval's own rules, with its checklist
     text          'A film still of a dusty banner ... that reads "Open Market" in bold red letters, at dusk.'
     quality       "a red fox in a birch forest, an oil painting, at sunrise, muted colours"
+    t2i           a mix of Q's categories: composition, typography and general as the three above, and portrait,
+                  "a close-up portrait of an elderly man with grey stubble, wearing a raincoat, at dusk, on a ferry"
 
     python prompts.py FOLDER        writes them as files to look at and to edit; then --prompts text=FOLDER/text
 
 A prompt is a *key* (what it is about) and one choice from each of several lists (how it is put). A hash of the key
 alone decides the split, so train and test share no key, whatever the seed: no pair of classes (in either order, with
-any colours or relation), no counted or coloured class, no core of the quoted words, no subject in its setting. The
-tag `single_object` is only ever tested.
+any colours or relation), no counted or coloured class, no core of the quoted words, no subject in its setting, no
+person with the same looks. The tag `single_object` is only ever tested.
 
 Test prompts never come twice. Train prompts do where a kind is used up: GenEval's rules know only 240 prompts that
 count, 175 of them for training, and at the training mix they are all seen after `TRAIN` lines; then they begin again.
@@ -35,8 +37,9 @@ from typing import NamedTuple
 
 from data import SPLITS, Prompt, seed_for
 from rewards import RELATIONS
-from tiny import NUMBERS, TAG_MIX, TASKS, TEST_TAGS, in_test_split, include
+from tiny import NUMBERS, TAG_MIX, TEST_TAGS, in_test_split, include
 
+TASKS = ("composition", "text", "quality", "t2i")
 TRAIN, TEST = 595, 390  # the longest lists in which no composition prompt comes twice
 
 
@@ -134,8 +137,39 @@ DETAILS = _items("""
     visible brushwork, a calm mood, a sense of mystery, strong contrast, a limited palette, a dreamlike mood
 """)
 
+# -------------------------------------------------------------------------------------------------- portraits
+PEOPLE = _items("""
+    an elderly man, an elderly woman, a middle-aged man, a middle-aged woman, a young man, a young woman,
+    a teenage boy, a teenage girl, a small boy, a small girl, a grandmother, a grandfather, a fisherman, a dancer,
+    a farmer, a nurse, a violinist, a mountain guide, a schoolteacher, a boxer, a potter, a sailor, a cook, a painter
+""")
+FEATURES = _items("""
+    with freckles, with grey stubble, with long black braids, with a gap-toothed smile, with curly red hair,
+    with a weathered face, with silver hair, with a thoughtful look, with deep-set eyes, with a shaved head,
+    with a dimpled chin, with laughing eyes, with wet hair, with a scar on one cheek, with a crooked nose,
+    with bushy eyebrows, with high cheekbones, with short blond hair, with tired eyes, with flushed cheeks
+""")
+CLOTHES = _items("""
+    a raincoat, a thick wool jumper, a linen shirt, a velvet jacket, a straw hat, round glasses, a striped scarf,
+    a denim jacket, a silk blouse, a leather apron, a fur-lined hood, a plain black turtleneck, an embroidered shawl,
+    a yellow oilskin
+""")
+SHOTS = _items("""
+    a close-up portrait, a half-length portrait, a candid photograph, a studio portrait, a portrait in profile,
+    a black-and-white portrait, an oil portrait, a film still
+""")
+PLACES = _items("""
+    on a ferry, in a small kitchen, at a bus stop, before a plain grey wall, in a vineyard, at a window,
+    in a crowded market, on a snowy street, in a workshop, by a campfire, in a train compartment, on a windy beach
+""")
+
 TEXT_MIX = {1: 1, 2: 5, 3: 9, 4: 5}  # prompts by number of quoted words, about as in the OCR set of F §6.1
 QUALITY_MIX = {"short": 1, "listed": 2, "led": 2}
+PORTRAIT_MIX = {"plain": 1, "placed": 2}
+# Q 4.2's categories, each with the list that it is drawn from. DEVIATION: Q names categories and gives no mix of them;
+# this one is ours, and so is the choice of the four.
+CATEGORIES = {"composition": "composition", "typography": "text", "portrait": "portrait", "general": "quality"}
+T2I_MIX = {"composition": 3, "typography": 2, "portrait": 2, "general": 3}
 
 
 class Space(NamedTuple):
@@ -212,7 +246,7 @@ def _composition() -> dict[str, Space]:
     }
 
 
-# ------------------------------------------------------------------------------------------- text and quality
+# ------------------------------------------------------------------------------- text, quality and portraits
 def _text() -> dict[int, Space]:
     """One to four quoted words; the key is their core, ("Fresh", "Bread") or ("", "Bread"), without the ending."""
     cores = list(itertools.product(OPENERS, NOUNS))
@@ -248,38 +282,84 @@ def _quality() -> dict[str, Space]:
     }
 
 
+def _portrait() -> dict[str, Space]:
+    """The key is who, and how this person looks; clothes, light and place are anybody's."""
+    keys = list(itertools.product(PEOPLE, FEATURES))
+
+    def placed(person, feature, shot, clothes, *more):
+        return ", ".join((f"{shot} of {person} {feature}", f"wearing {clothes}", *more)), {}
+
+    return {
+        "plain": Space(keys, (SHOTS, CLOTHES), placed),
+        "placed": Space(keys, (SHOTS, CLOTHES, LIGHTS, PLACES), placed),
+    }
+
+
 # ----------------------------------------------------------------------------------------------------- drawing
 def make_prompts(task: str, split: str, count: int, seed: int = 0) -> list[Prompt]:
-    """`count` prompts of "composition", "text" or "quality" for "train" or "test". F §6.1.
+    """`count` prompts of "composition", "text", "quality" or "t2i" for "train" or "test". F §6.1; Q §4.2.
 
     A function of (task, split, seed): the first k of a longer list are the list of k. Composition has GenEval's
     metadata, in train at its mix (each 17 prompts hold 7 position, 5 counting, 3 color_attr, 1 colors, 1 two_object),
-    in test six tags alike. `source` is "generated TASK:NUMBER".
-    Raises ValueError for an unknown task or split, a negative count, or more test prompts than are distinct.
+    in test six tags alike. T2i has its category in the metadata, in train each 10 prompts at `T2I_MIX`, in test the
+    four in turn. `source` is "generated TASK:NUMBER".
+    Raises ValueError for an unknown task or split, for "edit", whose pictures no rule can draw, for a negative count,
+    or for more test prompts than are distinct.
     """
+    if task == "edit":
+        raise ValueError("edits need pictures: give both with --prompts edit=FILE.jsonl")
     for name, value, allowed in (("task", task, TASKS), ("split", split, SPLITS)):
         if value not in allowed:
             raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(allowed)}")
+    shares = T2I_MIX if split == "train" else dict.fromkeys(T2I_MIX, 1)
+    most = _most(_spaces(task, split)) if task != "t2i" else sum(shares.values()) * min(
+        _most(_spaces(part, split)) // shares[category] for category, part in CATEGORIES.items()
+    )  # fmt: skip
+    if count < 0 or (split == "test" and count > most):
+        room = "0 or more" if split == "train" else f"0 to {most}, the distinct ones"
+        raise ValueError(f"no list of {count} {task} prompts to {split} on; ask for {room}")
+    drawn = itertools.islice((_mixed if task == "t2i" else _endless)(task, split, seed), count)
+    return [Prompt(text, task, meta, f"generated {task}:{n}") for n, (text, meta) in enumerate(drawn, start=1)]
+
+
+def _spaces(part: str, split: str) -> dict[object, tuple[Space, int]]:
+    """{kind: (its prompts of a split, its share)} of one of F's tasks or of the portraits."""
     spaces, mix = {
         "composition": (_composition, TAG_MIX if split == "train" else dict.fromkeys(TEST_TAGS, 1)),
         "text": (_text, TEXT_MIX),
         "quality": (_quality, QUALITY_MIX),
-    }[task]
-    spaces = {kind: _held(space, split, kind) for kind, space in spaces().items() if kind in mix}
-    room = {kind: len(s.keys) * math.prod(map(len, s.parts)) for kind, s in spaces.items()}
-    most = min(room[kind] // share for kind, share in mix.items()) * sum(mix.values())
-    if count < 0 or (split == "test" and count > most):
-        room = "0 or more" if split == "train" else f"0 to {most}, the distinct ones"
-        raise ValueError(f"no list of {count} {task} prompts to {split} on; ask for {room}")
+        "portrait": (_portrait, PORTRAIT_MIX),
+    }[part]
+    return {kind: (_held(space, split, kind), mix[kind]) for kind, space in spaces().items() if kind in mix}
+
+
+def _room(space: Space) -> int:
+    return len(space.keys) * math.prod(map(len, space.parts))
+
+
+def _most(spaces: Mapping[object, tuple[Space, int]]) -> int:
+    """The longest list of these kinds, at these shares, in which nothing comes twice."""
+    return min(_room(space) // share for space, share in spaces.values()) * sum(share for _, share in spaces.values())
+
+
+def _endless(part: str, split: str, seed: int) -> Iterator[tuple[str, dict]]:
+    """Its prompts, for ever; a kind that is used up begins again."""
+    rng, spaces = random.Random(seed_for("generated", part, split, seed)), _spaces(part, split)
+    seen: dict[object, set[str]] = {kind: set() for kind in spaces}
+    for kind in _kinds({kind: share for kind, (_, share) in spaces.items()}, rng):
+        space = spaces[kind][0]
+        if len(seen[kind]) == _room(space):
+            seen[kind].clear()
+        yield _draw(space, seen[kind], rng)
+
+
+def _mixed(task: str, split: str, seed: int) -> Iterator[tuple[str, dict]]:
+    """The prompts of Q's categories, each with its own in the metadata: what a reward's weight goes by."""
     rng = random.Random(seed_for("generated", task, split, seed))
-    prompts: list[Prompt] = []
-    seen: dict[object, set[str]] = {kind: set() for kind in mix}
-    for number, kind in enumerate(itertools.islice(_kinds(mix, rng), count), start=1):
-        if len(seen[kind]) == room[kind]:
-            seen[kind].clear()  # used up: it begins again
-        text, metadata = _draw(spaces[kind], seen[kind], rng)
-        prompts.append(Prompt(text, task, metadata, f"generated {task}:{number}"))
-    return prompts
+    lists = {category: _endless(part, split, seed) for category, part in CATEGORIES.items()}
+    for category in _kinds(T2I_MIX, rng) if split == "train" else itertools.cycle(CATEGORIES):
+        text, metadata = next(lists[category])
+        yield text, {**metadata, "prompt": text, "category": category}
 
 
 def _held(space: Space, split: str, kind: object) -> Space:
@@ -308,11 +388,11 @@ def _draw(space: Space, seen: set[str], rng: random.Random) -> tuple[str, dict]:
 
 # ------------------------------------------------------------------------------------------------------- files
 def write(folder: Path, train: int = TRAIN, test: int = TEST, seed: int = 0) -> dict[str, list[Prompt]]:
-    """Write FOLDER/TASK/{train,test}.txt, composition {train,test}_metadata.jsonl; -> prompts by file name. F §6.1.
+    """Write FOLDER/TASK/{train,test}.txt or, of composition and t2i, {train,test}_metadata.jsonl. F §6.1, Q §4.2.
 
-    All prompts are made before anything is written, and a task's folder appears complete or not at all. Raises
-    ValueError as `make_prompts`, for a count of 0, which would give a file that no run can read, and for a folder
-    that is a file or not empty; OSError where the disk refuses.
+    Returns the prompts by file name. All are made before anything is written, and a task's folder appears complete
+    or not at all. Raises ValueError as `make_prompts`, for a count of 0, which would give a file that no run can
+    read, and for a folder that is a file or not empty; OSError where the disk refuses.
     """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -321,7 +401,7 @@ def write(folder: Path, train: int = TRAIN, test: int = TEST, seed: int = 0) -> 
         raise ValueError(f"--train {train} --test {test}: both must be 1 or more")
     files = {}
     for task, (split, count) in itertools.product(TASKS, (("train", train), ("test", test))):
-        ending = "_metadata.jsonl" if task == "composition" else ".txt"
+        ending = "_metadata.jsonl" if task in ("composition", "t2i") else ".txt"
         files[f"{task}/{split}{ending}"] = make_prompts(task, split, count, seed)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".", dir=folder) as hidden:
@@ -337,7 +417,7 @@ def write(folder: Path, train: int = TRAIN, test: int = TEST, seed: int = 0) -> 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; 0, or 2 after one line that says what is wrong."""
-    parser = argparse.ArgumentParser("prompts.py", description="Write prompts for the three tasks.", allow_abbrev=False)
+    parser = argparse.ArgumentParser("prompts.py", description="Write prompts for four tasks.", allow_abbrev=False)
     parser.add_argument("folder", metavar="FOLDER", help="a new or empty folder", type=Path)
     parser.add_argument("--train", metavar="N", type=int, default=TRAIN, help=f"train prompts a task ({TRAIN})")
     parser.add_argument("--test", metavar="N", type=int, default=TEST, help=f"test prompts a task ({TEST})")
@@ -351,7 +431,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as fault:
         return _fail(str(fault))
     for name, prompts in files.items():
-        tags = Counter(p.metadata["tag"] for p in prompts if p.metadata)
+        tags = Counter(p.metadata.get("category") or p.metadata["tag"] for p in prompts if p.metadata)
         shown = ", ".join(f"{tag} {number}" for tag, number in tags.most_common())
         print(f"{given.folder / name}: {len(prompts)} prompts" + (f" ({shown})" if shown else ""))
     return 0

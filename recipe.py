@@ -13,8 +13,9 @@ The file is one JSON object and says more: scorers with options, near or far, we
      "weights": {"composition": {"geneval": 0.8, "pick": 0.2}, "default": {"judge": 1.0}},
      "watch":   {"aesthetic": {"drop": 0.3, "window": 20, "stop": true}}}
 
-A name under "weights" or "watch" that "scorers" does not define is a kind of its own, with that kind's defaults. Only
-the standard library and `settings` are imported: a mistake is one line, before anything is loaded.
+A name under "weights" or "watch" that "scorers" does not define is one of `NAMED`, Q's own judges, or a kind of its own
+with that kind's defaults; the short form knows both, too. Only the standard library and `settings` are imported: a
+mistake is one line, before anything is loaded.
 """
 
 import difflib
@@ -50,12 +51,34 @@ TYPES = {  # of an option's value; a string where nothing is said
 }  # fmt: skip
 NO_FACE = ("error", "skip")
 WATCH = {"drop": float, "window": int, "stop": bool}
-# What each task is paid by where nothing is said. DEVIATION: F 6.1 pays the quality teacher with DeQA and PickScore,
-# 4:6; DeQA's checkpoint needs code of its own to be run, so that PickScore is alone here unless DeQA is served.
-DEFAULTS = {"composition": {"geneval": 1.0}, "text": {"ocr": 1.0}, "quality": {"pickscore": 1.0}}
+# What each task is paid by where nothing is said: {task: {category: weights}}; no two tasks have a category in common,
+# so that none replaces another's. DEVIATION: F 6.1 pays the quality teacher with DeQA and PickScore, 4:6; DeQA's
+# checkpoint needs code of its own to be run, so that PickScore is alone here unless DeQA is served. DEVIATION: Q 4.2
+# weighs categories and gives no numbers; these are ours, its emphases are Q's.
+DEFAULTS = {
+    "composition": {"composition": {"geneval": 1.0}}, "text": {"text": {"ocr": 1.0}},
+    "quality": {"quality": {"pickscore": 1.0}},
+    "t2i": {
+        "t2i": {"alignment": 0.5, "beauty": 0.5}, "portrait": {"alignment": 0.3, "beauty": 0.2, "portrait": 0.5},
+        "typography": {"alignment": 0.8, "beauty": 0.2},
+    },
+    "edit": {"edit": {"instruction": 0.6, "identity": 0.4}},
+}  # fmt: skip
 # F blends quality with a preference 4:6, because quality alone is hacked: the tiny teacher learns to paint everything
 # black, as F Fig. 2's teachers lose what they are not paid for. ERRATUM: App. A gives 1:1 and other rewards.
-TINY_DEFAULTS = {"composition": {"task": 1.0}, "text": {"task": 1.0}, "quality": {"quality": 0.4, "preference": 0.6}}
+TINY_DEFAULTS = {
+    "composition": {"composition": {"task": 1.0}}, "text": {"text": {"task": 1.0}},
+    "quality": {"quality": {"quality": 0.4, "preference": 0.6}},
+    "t2i": {"t2i": {"preference": 0.6, "quality": 0.4}, "typography": {"preference": 0.8, "quality": 0.2}},
+    "edit": {"edit": {"instruction": 0.6, "identity": 0.4}},
+}  # fmt: skip
+# Scorers that have a name and are no kinds of their own: Q 3.2-3.3's judges, a Qwen-VL on a rubric each, and a face
+# model that has nothing to say about a picture without a face. None has a kind's name ("aesthetic" is LAION's head).
+NAMED = {
+    "alignment": {"kind": "vlm", "rubric": "alignment"}, "beauty": {"kind": "vlm", "rubric": "aesthetic"},
+    "portrait": {"kind": "vlm", "rubric": "portrait"}, "instruction": {"kind": "vlm", "rubric": "editing"},
+    "identity": {"kind": "face", "no_face": "skip"},
+}  # fmt: skip
 
 
 class Recipe(NamedTuple):
@@ -73,12 +96,12 @@ def read(s: Settings) -> Recipe:
     if s.rewards:
         weights = {"default": _short(s)}
     else:
+        # Of a task that is not drawn no scorer is loaded: a teacher has one task.
+        tasks = (s.task,) if s.stage in ("grpo", "nft") and s.task in TASKS else task_list(s)
         defaults = TINY_DEFAULTS if is_tiny(s) else DEFAULTS
-        # Of a task that is not drawn no scorer is loaded: a teacher has one, and so may a curation.
-        tasks = (s.task,) if s.stage == "grpo" and s.task in TASKS else task_list(s) if s.stage == "curate" else TASKS
-        weights = {task: dict(defaults[task]) for task in tasks}
+        weights = {category: dict(row) for task in tasks for category, row in defaults[task].items()}
     names = dict.fromkeys(name for row in weights.values() for name in row)
-    return Recipe({name: {"kind": name} for name in names}, weights, {})
+    return Recipe({name: _entry(s, name) for name in names}, weights, {})
 
 
 def kinds(s: Settings) -> dict[str, tuple[str, ...]]:
@@ -86,8 +109,18 @@ def kinds(s: Settings) -> dict[str, tuple[str, ...]]:
     return {**dict.fromkeys(TINY_REWARDS, ()), **KINDS, **dict.fromkeys(TINY_REWARDS, ())} if is_tiny(s) else KINDS
 
 
+def named(s: Settings) -> dict[str, dict]:
+    """Scorers that a run may name beside the kinds; the tiny world's own eyes judge what these do elsewhere."""
+    return {} if is_tiny(s) else NAMED
+
+
+def _entry(s: Settings, name: str) -> dict:
+    """What a name without an entry means."""
+    return dict(named(s).get(name, {"kind": name}))
+
+
 def _short(s: Settings) -> dict[str, float]:
-    found, known = {}, [kind for kind in kinds(s) if not REQUIRED.get(kind)]
+    found, known = {}, [*(kind for kind in kinds(s) if not REQUIRED.get(kind)), *named(s)]
     for item in filter(None, s.rewards.split(",")):
         name, _, weight = item.partition("=")
         if name in REQUIRED:
@@ -126,7 +159,10 @@ def _file(s: Settings, file: Path) -> Recipe:
     used = dict.fromkeys([*(name for row in weights.values() for name in row), *watch])
     for name in used:
         if name not in scorers:
-            scorers[name] = checked(f"{where}: {name} (not under scorers, hence a kind)", {"kind": name}, kinds(s))
+            known = {**kinds(s), **dict.fromkeys(named(s), ())}
+            if name not in known:
+                raise SettingsError(f"{where}: {name} is not under scorers, and no kind{_hint(name, known)}")
+            scorers[name] = checked(f"{where}: {name} (not under scorers)", _entry(s, name), kinds(s))
     for name in scorers:
         if name not in used:
             raise SettingsError(f"{where}: scorers.{name} has no weight and is not watched; use it or remove it")

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 import tiny
@@ -25,12 +25,13 @@ import matplotlib.pyplot as plt  # noqa: E402  (the backend must be chosen befor
 
 
 # ------------------------------------------------------------------------------------------------------ pictures
-def save_grid(file: Path, images: Tensor, captions: Sequence[str]) -> None:
-    """A grid of images (N, 3, H, W) in [0, 1], each with a caption (prompt and score) below, wrapped to its width.
+def save_grid(file: Path, images: Sequence[Tensor], captions: Sequence[str]) -> None:
+    """A grid of N images (3, H, W) in [0, 1], each with a caption (prompt and score) below, wrapped to its width.
 
-    The tiny world's pixels are enlarged until they can be seen, real pictures shrunk to 256 pixels at most.
+    The tiny world's pixels are enlarged until they can be seen, real pictures shrunk to 256 pixels at most. The last
+    image is as large as the model draws; others, sources of edits, may have another size and shape.
     """
-    font, size = ImageFont.load_default(size=11), images.shape[-1]
+    font, size = ImageFont.load_default(size=11), images[-1].shape[-1]
     edge, columns, lines = (size * 5, 8, 4) if size < 64 else (min(size, 256), 4, 6)
     scaling = Image.Resampling.NEAREST if edge > size else Image.Resampling.LANCZOS
     rows = -(-len(images) // columns)
@@ -38,7 +39,7 @@ def save_grid(file: Path, images: Tensor, captions: Sequence[str]) -> None:
     pen = ImageDraw.Draw(sheet)
     for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
         x, y = 8 + i % columns * (edge + 8), 8 + i // columns * (edge + lines * 13 + 10)
-        sheet.paste(to_picture(image).resize((edge, edge), scaling), (x, y))
+        sheet.paste(ImageOps.contain(to_picture(image), (edge, edge), scaling), (x, y))
         pen.rectangle((x - 1, y - 1, x + edge, y + edge), outline=(170, 170, 170))
         text = wrap(caption, edge, font)
         if len(text) > lines:  # a long prompt gives way, the score in the last line stays
@@ -93,11 +94,18 @@ def plot_metrics(folder: Path) -> list[Path]:
 def save_samples(
     folder: Path, name: str, result: dict, prompts: Mapping[str, Sequence[Prompt]], count: int = 16
 ) -> None:
-    """One grid a task with prompts and, where there are any, scores: samples/NAME-TASK.png."""
+    """One grid a task with prompts and, where there are any, scores: samples/NAME-TASK.png.
+
+    Where result["sources"] has the source pictures of a task, each stands before what was made of it.
+    """
     for task, (images, each) in result["images"].items():
         captions = [p.text for p in prompts[task][:count]]
-        scored = [f"{caption}\n{value:.2f}" for caption, value in zip(captions, each, strict=False)]
-        save_grid(folder / "samples" / f"{name}-{task}.png", images[:count], scored or captions)
+        captions = [f"{caption}\n{value:.2f}" for caption, value in zip(captions, each, strict=False)] or captions
+        shown = list(images[:count])
+        if sources := result.get("sources", {}).get(task):
+            shown = [image for pair in zip(sources[:count], shown, strict=True) for image in pair]
+            captions = [text for caption in captions for text in ("source", caption)]
+        save_grid(folder / "samples" / f"{name}-{task}.png", shown, captions)
 
 
 # ---------------------------------------------------------------------------------------------- table and report

@@ -40,6 +40,7 @@ from tqdm import tqdm
 
 import adapters
 import data
+import nft
 from flow import FlowModel
 from ranks import any_rank, average, average_numbers, own, rank_and_world, reason, wait
 from settings import Settings, SettingsError
@@ -84,6 +85,8 @@ class Run:
         self.step = 0
         self.parameters = model.trainable()
         self.average = {n: p.detach().clone() for n, p in self.parameters.items()}  # the EMA: what is exported
+        # DiffusionNFT's old policy, which draws (Q Eq. 7): it follows the student at a distance
+        self.old = {n: p.detach().clone() for n, p in self.parameters.items()} if settings.stage == "nft" else {}
         self.optimizers = optimizers(model, settings)
         self.asked_to_stop = False
         self.last: dict[str, float] = {}  # the newest line of metrics
@@ -186,6 +189,9 @@ class Run:
             decay = min(self.s.ema_decay, (1 + self.step) / (10 + self.step))
             averages = [own(a) for a in self.average.values()]
             torch._foreach_lerp_(averages, [own(p.detach()) for p in parameters], 1 - decay)
+        if self.old:
+            now = [own(p.detach()) for p in parameters]
+            nft.ema_update([own(p) for p in self.old.values()], now, nft.old_policy_decay(self.step))
         return norm
 
     def fail_together(self, fault: Exception | None, kind: type[Exception]) -> None:
@@ -237,6 +243,10 @@ class Run:
         """Context: the model runs with its averaged weights, which are what a checkpoint exports."""
         return Swap(list(self.parameters.values()), list(self.average.values()))
 
+    def old_policy(self) -> "Swap":
+        """Context: the model runs with the old policy's weights (nft)."""
+        return Swap(list(self.parameters.values()), list(self.old.values()))
+
     def save(self) -> None:
         """Write step-NNNNNN/ under a hidden name and rename it: a checkpoint is complete or absent."""
         hidden = self.checkpoint.with_name("." + self.checkpoint.name)
@@ -286,6 +296,7 @@ class Run:
         """All that continuing needs, as one flat dict of tensors, and how many updates each tensor has had."""
         tensors = {f"weights.{n}": p.detach() for n, p in self.parameters.items()}
         tensors |= {f"average.{n}": a for n, a in self.average.items()}
+        tensors |= {f"old.{n}": o for n, o in self.old.items()}
         counts = {}
         for name, p in self.parameters.items():
             for optimizer in self.optimizers:

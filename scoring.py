@@ -32,6 +32,7 @@ from torch import Tensor
 
 import grpo
 import tiny
+import tiny_edit
 from data import Prompt
 from flow import first_line
 from recipe import NEAR, Recipe
@@ -87,6 +88,7 @@ class Panel:
     def ask(self, images: Tensor, prompts: Sequence[Prompt], group: int, sources=None) -> Scores:
         """Every scorer's answer about the pictures for which it counts, (K, B). Groups of `group` rows lie together.
 
+        sources: the source picture of every row that is an edit, None for other rows; None where no row is one.
         RewardError naming scorer, prompt and cause; with `drop`, the rows of the groups that a scorer failed on are
         marked lost instead, after each of them was asked for on its own.
         """
@@ -110,11 +112,18 @@ class Panel:
                         lost[first : first + group] = True
         return Scores(tuple(self.scorers), values, lost)
 
-    @staticmethod
-    def _ask_one(scorer: Scorer, images: Tensor, prompts: Sequence[Prompt], sources, rows: list[int]) -> np.ndarray:
-        some = [prompts[b] for b in rows]
+    def _ask_one(self, scorer: Scorer, images: Tensor, prompts: Sequence[Prompt], sources, rows: list[int]):
+        """The scorer's answers about `rows`, float64, in their order. Edits and others are asked about one after the
+        other, so that a scorer sees a source for every picture or none at all."""
+        edits = [] if sources is None else [b for b in rows if sources[b] is not None]
+        if edits and len(edits) < len(rows):
+            answers = {}
+            for some, theirs in ((edits, sources), ([b for b in rows if sources[b] is None], None)):
+                answers.update(zip(some, self._ask_one(scorer, images, prompts, theirs, some), strict=True))
+            return np.array([answers[b] for b in rows])
+        some, theirs = [prompts[b] for b in rows], [sources[b] for b in edits] or None
         try:
-            answer = scorer.score(images[rows], some, None if sources is None else [sources[b] for b in rows])
+            answer = scorer.score(images[rows], some, theirs)
         except ValueError as fault:  # a RewardError, or such as a prompt without a target: a score that cannot be had
             said = first_line(fault)  # a scorer calls itself by its kind, the run by the name in its recipe
             raise RewardError(said if repr(scorer.name) in said else f"scorer {scorer.name!r}: {said}") from fault
@@ -156,7 +165,7 @@ def build(recipe: Recipe, device: torch.device | str, in_tiny_world: bool, drop:
     for name, entry in recipe.scorers.items():
         options = {key: value for key, value in entry.items() if key != "kind"}
         if in_tiny_world and entry["kind"] in TINY_REWARDS:
-            scorer = tiny.scorer(entry["kind"])
+            scorer = (tiny_edit if entry["kind"] in tiny_edit.SCORERS else tiny).scorer(entry["kind"])
         else:
             scorer = make(entry["kind"], {"device": str(device), **options})
         made.append(scorer._replace(name=name))

@@ -14,10 +14,12 @@ import json
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 
-STAGES = ("pretrain", "curate", "grpo", "sft", "merge", "opd", "all")
-TASKS = ("composition", "text", "quality")
-TINY_REWARDS = ("geneval", "ocr", "quality", "preference", "task")  # what the tiny world's eyes can judge
-ASSETS = "assets/tiny"
+from presets import ASSETS, FLOW_TASKS, PRESETS, QWEN_TASKS
+
+STAGES = ("pretrain", "curate", "grpo", "nft", "sft", "merge", "opd", "all")
+TASKS = (*FLOW_TASKS, *QWEN_TASKS)
+# What the tiny worlds' eyes can judge; the last two need the source of an edit.
+TINY_REWARDS = ("geneval", "ocr", "quality", "preference", "task", "instruction", "identity")
 
 
 class SettingsError(ValueError):
@@ -35,13 +37,14 @@ class Settings:
     """Every setting of a run. Symbols in brackets are the papers' (F: Flow-OPD, Q: Qwen-Image-2.0-RL)."""
 
     # ------------------------------------------------------------------------------------------ what to run
-    preset: str = _option("flow-opd", "hyper-parameters to start from: F App. A's on SD3.5-M, or the tiny world's",
-                          choices=("flow-opd", "tiny"))  # fmt: skip
+    preset: str = _option("flow-opd", "hyper-parameters to start from: F App. A's on SD3.5-M, Q's on Qwen-Image-Edit, "
+                          "or their tiny worlds'", choices=("flow-opd", "tiny", "qwen-rl", "tiny-qwen"))  # fmt: skip
     stage: str = _option("opd", "which part of the pipeline", choices=STAGES)
     name: str = _option("", "name of the run, a folder below --out; empty: preset-stage[-task]")
     out: str = _option("runs", "folder that holds the runs")
     config: str = _option("", "JSON file of settings, applied over the preset and under the flags")
-    task: str = _option("", "grpo: which teacher; 'mix' is the GRPO-mix baseline; empty: the three teachers in turn",
+    task: str = _option("", "grpo, nft: which teacher; 'mix' is the baseline that learns every task's rewards (F's "
+                        "GRPO-mix, Q's Mix-RL); empty: a teacher for each of --tasks in turn",
                         choices=("", *TASKS, "mix"))  # fmt: skip
     steps: int = _option(1000, "optimizer steps (iterations) of the stage", low=0)
     seed: int = _option(0, "seed of everything random: batches, noise, new weights", low=0)
@@ -71,11 +74,14 @@ class Settings:
     anchor: str = _option("quality", "MAR's task-agnostic teacher (F Eq. 12): a teacher's task, a Hub id or a path")
     init: str = _option("", "what the student starts from (a cold start, F 5.1); empty: the base itself")
     compare: dict = _option({}, "eval.py: NAME=ID_OR_PATH ...: students to score beside the base and the teachers")
-    resolution: int = _option(512, "pixels a side (SD3.5: a multiple of 16)", low=16)
-    text_length: int = _option(256, "SD3.5: tokens of the T5 text encoder; 256 is the stock pipeline's", low=1)
+    resolution: int = _option(512, "pixels a side, a multiple of 16", low=16)
+    source_resolution: int = _option(0, "edits: pixels a side at which the source picture is read into tokens; 0: as "
+                                     "--resolution (the stock pipeline: 1024)", low=0)  # fmt: skip
+    text_length: int = _option(256, "most text tokens: of SD3.5's T5 (256 in the stock pipeline), of Qwen-Image (1024)",
+                               low=1)  # fmt: skip
     prompts: dict = _option({}, "TASK=PATH ...: your own prompts (.txt, GenEval .jsonl, or a folder of them); "
                             "TASK auto routes each prompt by itself (F Eq. 7)")  # fmt: skip
-    tasks: str = _option(",".join(TASKS), "comma-separated tasks that opd and sft train and eval scores")
+    tasks: str = _option(",".join(FLOW_TASKS), "comma-separated tasks that opd and sft train and eval scores")
     # ------------------------------------------------------------------------------------------- optimizer
     parameters: str = _option("lora", "which parameters train: a LoRA on the frozen base, or the full transformer",
                               choices=("lora", "full"))  # fmt: skip
@@ -99,7 +105,12 @@ class Settings:
     noise_level: float = _option(0.7, "SDE noise level [a] of sigma_t = a sqrt(t/(1-t)) (Flow-CPS: eta)", low=0.0)
     kernel: str = _option("sde", "transition kernel: F Eq. 5-6, or Flow-CPS", choices=("sde", "cps"))
     window: str = _option("0:9", "START:STOP of the transitions that are stochastic; the others are ODE steps")
-    cfg: float = _option(4.5, "guidance scale of the rollout and of the objective", low=0.0)
+    cfg: float = _option(4.5, "guidance scale [w]; 1: without", low=0.0)
+    guidance: str = _option("both", "what is guided. grpo, nft: rollout and objective, the rollout alone (Q 4.1's "
+                            "hybrid), or neither; opd, eval: teachers and student, the teachers (Q 4.3), or neither",
+                            choices=("both", "rollout", "teacher", "neither"))  # fmt: skip
+    cfg_rescale: bool = _option(False, "Qwen-Image: give a guided velocity, token by token, the norm of the one with "
+                                "the prompt, as the stock pipeline does")  # fmt: skip
     # ------------------------------------------------------------------------------------------------ grpo
     rewards: str = _option("", "NAME=WEIGHT,... of the scorers' kinds (recipe.py), or a .json file that says more: "
                            "options, far scorers, weights for each category; empty: the task's own")  # fmt: skip
@@ -116,8 +127,11 @@ class Settings:
     log_prob: str = _option("mean", "log-prob over the D latent dimensions: mean as released, sum is exact",
                             choices=("mean", "sum"))  # fmt: skip
     guard: bool = _option(False, "GRPO-Guard's ratio normalisation")
-    beta: float = _option(0.04, "weight of the KL to the base policy", low=0.0)
-    updates: int = _option(2, "grpo: optimizer updates per rollout, each on its share of the prompts", low=1)
+    beta: float = _option(0.04, "weight of the KL to the base policy (nft: of Q Eq. 9's distance to it)", low=0.0)
+    interpolation: float = _option(1.0, "nft: strength [beta of Q Eq. 7]; 1 / it is the length of a step", low=1e-6)
+    updates: int = _option(2, "grpo, nft: optimizer updates per rollout, each on its share of the prompts", low=1)
+    mix: str = _option("turns", "--task mix: tasks take turns by steps, 3:1:1 (F App. A), or are joined in every step "
+                       "(Q 4.3's Mix-RL)", choices=("turns", "joint"))  # fmt: skip
     train_steps: str = _option("all", "which transitions are trained", choices=("all", "first", "random"))
     train_count: int = _option(4, "how many of them (first: highest noise; random: favours high noise)", low=1)
     # ------------------------------------------------------------------------------------------ opd, merge, sft
@@ -138,42 +152,6 @@ class Settings:
     save_every: int = _option(50, "steps between checkpoints", low=1)
     keep: int = _option(2, "checkpoints kept, newest first", low=1)
     threads: int = _option(0, "CPU threads per process; 0: all cores, shared among the processes", low=0)
-
-
-# What a preset changes for all its stages ("") and for each of them. Learning rates and sizes of the tiny world were
-# found on two CPU cores; see the README. flow-opd: F App. A and, where F is silent, Flow-GRPO's recipe. On 8 ranks it
-# has 48 groups an epoch and two updates of 24 groups; in OPD every step is one such update, hence 3 groups a rank.
-PRESETS: dict[str, dict[str, dict]] = {
-    "flow-opd": {
-        "": {},
-        "curate": dict(train_prompts=2000, eval_prompts=0),
-        "sft": dict(lr=1e-4, steps=300),
-        "merge": dict(steps=0),
-        "opd": dict(lr=1e-4, steps=300, prompts_per_step=3),
-    },
-    "tiny": {
-        "": dict(
-            model=f"{ASSETS}/base", teachers={t: f"{ASSETS}/teacher-{t}" for t in TASKS}, precision="float32",
-            micro_batch=0, gradient_checkpointing=False, resolution=24, rank=16, alpha=32.0, lr=1e-3, warmup=5,
-            ema_every=1, batch_size=128, prompts_per_step=12, group_size=16, num_steps=6, window="0:5", cfg=1.0,
-            advantage_std="batch", beta=0.0, updates=1, train_steps="first", train_prompts=2048, eval_prompts=192,
-            eval_steps=10, save_every=25,
-        ),
-        "pretrain": dict(
-            steps=6000, batch_size=64, lr=3e-3, decay=True, warmup=100, weight_decay=0.01, ema_decay=0.999,
-            save_every=500,
-        ),
-        "curate": dict(train_prompts=240, eval_prompts=0),
-        "grpo": dict(steps=150, lr=7e-4),
-        "sft": dict(steps=100, batch_size=96, lr=1e-3),
-        "merge": dict(steps=0),
-        # log_prob="sum" is F Eq. 8-11 as written. Under "mean" the literal estimator's noise shrinks by 1/D against
-        # MAR, so that the student quietly becomes the anchor and looks as if it had learnt (README, "Three seeds").
-        "opd": dict(
-            steps=100, lr=3e-3, decay=True, prompts_per_step=24, group_size=4, train_steps="all", log_prob="sum"
-        ),
-    },
-}  # fmt: skip
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
@@ -265,10 +243,10 @@ def resolve(chosen: dict) -> Settings:
     settings = Settings(**{**PRESETS[preset][""], **PRESETS[preset].get(stage, {}), **chosen})
     check(settings)
     if stage == "all":  # refuse now what one of its parts would refuse after the others have trained for hours
-        for part in STAGES[:-1] if is_tiny(settings) else ("sft", "merge", "opd"):
+        for part in parts_of(settings):
             for_stage(chosen, part)
     if not settings.name:
-        parts = [preset, stage, settings.task if stage == "grpo" else ""]
+        parts = [preset, stage, settings.task if stage in ("grpo", "nft") else ""]
         settings = Settings(**{**asdict(settings), "name": "-".join(p for p in parts if p)})
     return settings
 
@@ -277,8 +255,9 @@ def check(s: Settings) -> None:
     """Refuse what cannot work; every message names the flag and the way out."""
     _check_values(s)
     _check_names(s)
-    if s.stage in ("curate", "grpo", "opd"):
+    if s.stage in ("curate", "grpo", "nft", "opd"):
         _check_rollout(s)
+        _check_guidance(s)
     if s.stage in ("opd", "sft", "merge"):
         _check_teachers(s)
     _check_parameters(s)
@@ -317,9 +296,9 @@ def _check_rollout(s: Settings) -> None:
     silent = start >= stop or s.noise_level == 0
     if s.stage == "grpo" and silent:
         raise SettingsError("--stage grpo needs noise: widen --window and set --noise-level above 0")
-    if s.stage == "grpo" and s.prompts_per_step % s.updates:
+    if s.stage in ("grpo", "nft") and s.prompts_per_step % s.updates:
         raise SettingsError(f"--updates {s.updates} must divide --prompts-per-step {s.prompts_per_step}")
-    if s.stage in ("curate", "grpo") and s.group_size < 2:
+    if s.stage in ("curate", "grpo", "nft") and s.group_size < 2:
         raise SettingsError("--group-size 1: a group of one has no advantage and no range; use at least 2")
     if s.stage == "opd" and s.prompts_per_step < len(task_list(s)):
         raise SettingsError(f"--prompts-per-step {s.prompts_per_step}: {len(task_list(s))} tasks need one prompt each")
@@ -333,6 +312,14 @@ def _check_rollout(s: Settings) -> None:
         raise SettingsError(f"--noise-level {s.noise_level}: must be at most 1 with --kernel cps")
     if s.stage == "grpo" and s.beta > 0 and s.kernel != "sde":
         raise SettingsError("--beta is the SDE kernel's KL (F Eq. 9): use --kernel sde or --beta 0")
+
+
+def _check_guidance(s: Settings) -> None:
+    known = ("both", "teacher", "neither") if s.stage == "opd" else ("both", "rollout", "neither")
+    if s.guidance not in known:
+        raise SettingsError(f"--guidance {s.guidance}: --stage {s.stage} knows {', '.join(known)}")
+    if s.stage in ("grpo", "nft") and s.task == "mix" and s.mix == "joint" and s.prompts_per_step < len(task_list(s)):
+        raise SettingsError(f"--prompts-per-step {s.prompts_per_step}: {len(task_list(s))} tasks need one prompt each")
 
 
 def _check_teachers(s: Settings) -> None:
@@ -362,7 +349,7 @@ def for_stage(chosen: dict, stage: str, **more) -> Settings:
 
 def is_tiny(s: Settings) -> bool:
     """Does the run live in the tiny world, with its own prompts, eyes and text encoder?"""
-    return s.preset == "tiny"
+    return s.preset in ASSETS
 
 
 def window_of(s: Settings) -> tuple[int, int]:
@@ -378,3 +365,36 @@ def window_of(s: Settings) -> tuple[int, int]:
 
 def task_list(s: Settings) -> list[str]:
     return [t for t in s.tasks.split(",") if t]
+
+
+def test_tasks(s: Settings) -> list[str]:
+    """The tasks that an evaluation draws: all, but for edits of which there are no source pictures."""
+    pictures = is_tiny(s) or "edit" in s.prompts or "auto" in s.prompts
+    return [t for t in task_list(s) if t != "edit" or pictures]
+
+
+def parts_of(s: Settings) -> tuple[str, ...]:
+    """The stages of --stage all in their order. Merging takes seconds and is picky about its teachers: it is first."""
+    if set(task_list(s)) & set(QWEN_TASKS):
+        return (*(("pretrain",) if is_tiny(s) else ()), "grpo", "opd")
+    return (*(("pretrain", "grpo") if is_tiny(s) else ()), "merge", "sft", "opd")
+
+
+def draws_guided(s: Settings) -> bool:
+    """Are rollouts, and pictures of a student, drawn with guidance?"""
+    return s.cfg != 1 and s.guidance in ("both", "rollout")
+
+
+def student_cfg(s: Settings) -> float:
+    """The guidance scale with which the student's pictures are drawn; 1: without guidance."""
+    return s.cfg if draws_guided(s) else 1.0
+
+
+def teacher_cfg(s: Settings) -> float:
+    """The guidance scale of teachers (and of the base, where it is looked at as it comes)."""
+    return 1.0 if s.guidance == "neither" else s.cfg
+
+
+def trained_cfg(s: Settings) -> float:
+    """The guidance scale inside the objective: the unconditional branch is out of it under Q 4.1's hybrid."""
+    return s.cfg if s.guidance == "both" else 1.0

@@ -24,7 +24,7 @@ whole tag `single_object` is only ever tested. Images are float arrays (3, 24, 2
 
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -215,12 +215,12 @@ def scene_of(meta: dict, rng: random.Random, error: float) -> dict:
         objects += [{"class": name, "color": color} for _ in range(count)]
     relations = [entry["position"][0] for entry in meta["include"] if "position" in entry]
     relation = (OPPOSITE[relations[0]] if rng.random() < error else relations[0]) if relations else "right of"
-    for thing, cell in zip(objects, _cells(len(objects), relation, rng.choice((0, 1))), strict=True):
+    for thing, cell in zip(objects, cells(len(objects), relation, rng.choice((0, 1))), strict=True):
         thing["cell"] = cell
     return {"objects": objects}
 
 
-def _cells(count: int, relation: str, lane: int) -> list[tuple[int, int]]:
+def cells(count: int, relation: str, lane: int) -> list[tuple[int, int]]:
     """Where `count` things stand, as (column, row); of two, the second is `relation` the first."""
     if count == 1:
         return [(lane, lane)]
@@ -248,8 +248,11 @@ VOCABULARY = ["<pad>", *_WORDS, "below", *NUMBERS.values(), *COLORS, *CLASSES, *
 MAX_TOKENS = 12
 
 
-def tokenize(prompt: str) -> list[int]:
-    """Word-level tokens (MAX_TOKENS,), a quoted word letter by letter; ValueError names what the world cannot say."""
+def tokenize(prompt: str, vocabulary: Sequence[str] = VOCABULARY) -> list[int]:
+    """Word-level tokens (MAX_TOKENS,), a quoted word letter by letter; ValueError names what the world cannot say.
+
+    vocabulary: `VOCABULARY`, or that and more words after it.
+    """
     words, unknown = [], []
     for i, part in enumerate(prompt.split('"')):
         if i % 2:  # inside quotes stand letters: an "a" there is no article, and outside an "A" is no letter
@@ -260,17 +263,17 @@ def tokenize(prompt: str) -> list[int]:
         else:
             plain = part.replace(",", " ").replace(".", " ").split()
             words += plain
-            unknown += [word for word in plain if word not in VOCABULARY[1 : -len(LETTERS)]]
+            unknown += [word for word in plain if word not in vocabulary[1:] or word in LETTERS]
     if unknown or prompt.count('"') % 2:
         fault = f"the tiny world has no word {unknown[0]!r}" if unknown else "a double quote is not closed"
-        raise ValueError(f"{fault}; its vocabulary is: {' '.join(VOCABULARY[1:])}")
+        raise ValueError(f"{fault}; its vocabulary is: {' '.join(vocabulary[1:])}")
     if len(words) > MAX_TOKENS:
         raise ValueError(f"{len(words)} tokens, and the tiny world reads at most {MAX_TOKENS}: {prompt!r}")
-    return [VOCABULARY.index(w) for w in words] + [0] * (MAX_TOKENS - len(words))
+    return [vocabulary.index(w) for w in words] + [0] * (MAX_TOKENS - len(words))
 
 
 # ------------------------------------------------------------------------- the eyes: detector, reader, quality
-def _correlate(windows: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+def correlate(windows: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
     """Normalised cross-correlation in [-1, 1] of windows (N, L) with masks (M, L) -> (N, M); flat windows give 0."""
     windows = windows - windows.mean(-1, keepdim=True)
     masks = masks - masks.mean(-1, keepdim=True)
@@ -300,8 +303,7 @@ def detect(images: torch.Tensor) -> list[list[dict]]:
     masks = torch.stack([torch.from_numpy(np.pad(m, 1)).flatten() for m in object_masks().values()])
     images = images.float()
     cells = _ink(images).unfold(1, CELL, CELL).unfold(2, CELL, CELL).flatten(3).flatten(1, 2)  # (B, 4, 144)
-    best, kind = _correlate(cells, masks).max(-1)  # (B, 4) each
-    palette = torch.tensor(list(COLORS.values()))
+    best, kind = correlate(cells, masks).max(-1)  # (B, 4) each
     results: list[list[dict]] = [[] for _ in images]
     for b, cell in ((best - 0.5) > 0).nonzero().tolist():
         name = CLASSES[kind[b, cell]]
@@ -312,23 +314,28 @@ def detect(images: torch.Tensor) -> list[list[dict]]:
             "class": name,
             "score": min((best[b, cell].item() - 0.5) / 0.4, 1.0),
             "box": (float(x), float(y), float(x + OBJECT), float(y + OBJECT)),
-            "color": _name_color(pixels.median(1).values, palette),
+            "color": name_color(pixels.median(1).values, COLORS),
         })  # fmt: skip
     return results
 
 
-def _name_color(pixel: torch.Tensor, palette: torch.Tensor) -> str:
+def name_color(pixel: torch.Tensor, palette: Mapping[str, tuple[float, float, float]]) -> str:
     """The palette colour nearest to a pixel (3,), also when the whole print has faded towards grey by some amount."""
+    return list(palette)[int(color_distances(pixel, palette).argmin())]
+
+
+def color_distances(pixel: torch.Tensor, palette: Mapping[str, tuple[float, float, float]]) -> torch.Tensor:
+    """Squared distance of a pixel (3,) from each palette colour, faded by whatever amount brings it nearest."""
     fade = torch.linspace(0, 0.5, 6)[:, None, None]
-    shades = palette * (1 - fade) + 0.62 * fade  # (6, colours, 3)
-    return list(COLORS)[int((shades - pixel).square().sum(-1).amin(0).argmin())]
+    shades = torch.tensor(list(palette.values())) * (1 - fade) + 0.62 * fade  # (6, colours, 3)
+    return (shades - pixel).square().sum(-1).amin(0)
 
 
 def read_text(images: torch.Tensor) -> list[str]:
     """The letters of each image (B, 3, 24, 24), left to right on the line that reads best; "" where there are none."""
     masks = torch.stack([torch.from_numpy(m).flatten() for m in letter_masks().values()])
     found = _windows(_ink(images.float()), 10, 8)[:, :, :: CELL * 2 // WORD_LENGTH]  # (B, rows, letters, 80)
-    scores, letter = _correlate(found.flatten(0, 2), masks).unflatten(0, found.shape[:3]).max(-1)
+    scores, letter = correlate(found.flatten(0, 2), masks).unflatten(0, found.shape[:3]).max(-1)
     line = scores.sum(-1).argmax(1)  # (B,) the row that reads best
     rows = torch.arange(len(images))
     return [
@@ -344,11 +351,15 @@ def quality(images: torch.Tensor) -> torch.Tensor:
     that is 1 where 4 to 70 % of the page is inked and 0 for an empty page or one of solid paint (four squares are
     69 %): without the gate, RL on quality alone learns to hand in blank paper (F Fig. 2's seesaw).
     """
-    images = images.float()
-    pure = torch.tensor([(1.0, 1.0, 1.0), *COLORS.values()])  # (7, 3)
-    distance = (images[:, None] - pure[None, :, :, None, None]).norm(dim=2).amin(1).mean((1, 2))  # (B,)
-    coverage = (_ink(images) > 0.5).float().mean((1, 2))
-    return torch.exp(-6 * distance) * (coverage / 0.04).clamp(max=1) * ((1 - coverage) / 0.3).clamp(max=1)
+    coverage = (_ink(images.float()) > 0.5).float().mean((1, 2))
+    gate = (coverage / 0.04).clamp(max=1) * ((1 - coverage) / 0.3).clamp(max=1)
+    return purity(images, [(1.0, 1.0, 1.0), *COLORS.values()]) * gate
+
+
+def purity(images: torch.Tensor, pure: Sequence[tuple[float, float, float]]) -> torch.Tensor:
+    """exp(-6 d), (B,), with d the mean distance of a pixel of (B, 3, 24, 24) from the nearest of the pure colours."""
+    colours = torch.tensor(list(pure))[None, :, :, None, None]  # (1, n, 3, 1, 1)
+    return torch.exp(-6 * (images.float()[:, None] - colours).norm(dim=2).amin(1).mean((1, 2)))
 
 
 # ------------------------------------------------------------------------- scorers: images, prompts -> (B,) scores
@@ -396,7 +407,13 @@ TASK_SCORER = {"composition": "geneval", "text": "ocr", "quality": "quality"}
 
 
 def score_task(images: torch.Tensor, prompts: Sequence[Prompt]) -> list[float]:
-    """Each prompt's own reward (F App. A: "exclusively provided by the reward model of the data partition")."""
+    """Each prompt's own reward (F App. A: "exclusively provided by the reward model of the data partition").
+
+    RewardError for a prompt of another task than F's three.
+    """
+    for p in prompts:
+        if p.task not in TASK_SCORER:
+            raise rewards.RewardError(f"{p.source}: the task {p.task!r} has no own reward; name some in --rewards")
     scores = [0.0] * len(prompts)
     for task, name in TASK_SCORER.items():
         rows = [i for i, p in enumerate(prompts) if p.task == task]
@@ -412,17 +429,25 @@ def scorer(name: str) -> rewards.Scorer:
     return rewards.Scorer(name, lambda images, prompts, sources=None: torch.tensor(function(images, prompts)), 0.0, 1.0)
 
 
-def check_prompt(prompt: Prompt) -> None:
-    """Refuse, by file and line, a prompt that the tiny world cannot say or draw."""
+THINGS = dict.fromkeys(CLASSES, COLORS)  # what a checklist may name, with the colours that it can have
+
+
+def check_prompt(
+    prompt: Prompt,
+    tasks: Sequence[str] = TASKS,
+    vocabulary: Sequence[str] = VOCABULARY,
+    things: Mapping[str, Mapping] = THINGS,
+) -> None:
+    """Refuse, by file and line, a prompt that the tiny world (or another, of other words) cannot say or draw."""
     try:
-        tokenize(prompt.text)
+        tokenize(prompt.text, vocabulary)
     except ValueError as fault:
         raise DataError(f"{prompt.source}: {fault}") from None
-    if prompt.task not in TASKS:
-        raise DataError(f"{prompt.source}: the tiny world has no task {prompt.task!r}, only {', '.join(TASKS)}")
+    if prompt.task not in tasks:
+        raise DataError(f"{prompt.source}: the tiny world has no task {prompt.task!r}, only {', '.join(tasks)}")
     if prompt.task == "composition" and "include" not in prompt.metadata:
         raise DataError(f"{prompt.source}: composition is scored by GenEval metadata; use a .jsonl with an include")
     for entry in (*prompt.metadata.get("include", ()), *prompt.metadata.get("exclude", ())):
-        for field, known in (("class", CLASSES), ("color", COLORS)):
-            if entry.get(field, known and next(iter(known))) not in known:
+        for field, known in (("class", things), ("color", things.get(entry["class"], ()))):
+            if field in entry and entry[field] not in known:
                 raise DataError(f"{prompt.source}: the tiny world has no {field} {entry[field]!r}: {', '.join(known)}")

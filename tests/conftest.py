@@ -1,8 +1,8 @@
-"""What the tests of whole runs share: two bases small enough to train in a blink, and three teachers for each.
+"""What the tests of whole runs share: bases small enough to train in a blink, and teachers for each.
 
-`world` lives in the tiny world; `sd35` is the published pipeline's own classes with random weights, and has a teacher
-in each layout that users bring. Nothing heavy is imported at the top: the tests of the equation files must not pay
-for diffusers.
+`world` lives in the tiny world; `sd35` and `qwen` are the published pipelines' own classes with random weights, and
+have a teacher in each layout that users bring; `qwen` edits as well as draws, and has pictures to edit. Nothing heavy
+is imported at the top: the tests of the equation files must not pay for diffusers.
 """
 
 import json
@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-TASKS = ("composition", "text", "quality")
+TASKS, QWEN_TASKS = ("composition", "text", "quality"), ("t2i", "edit")
 
 # Three steps of sampling, six images a batch: a training step takes milliseconds and still runs every line.
 COMMON = [
@@ -19,9 +19,18 @@ COMMON = [
     *("--threads", "1", "--device", "cpu"),
 ]
 SMALL = ["--preset", "tiny", *COMMON, "--train-steps", "first", "--train-count", "2", "--eval-prompts", "6"]
+SMALL2 = [
+    *("--preset", "tiny-qwen", *COMMON, "--prompts-per-step", "4", "--train-steps", "first", "--train-count", "2"),
+    *("--eval-prompts", "7"),
+]  # fmt: skip
 SMALL_SD35 = [
     *COMMON, *("--resolution", "64", "--precision", "float32", "--micro-batch", "3", "--eval-prompts", "1"),
     *("--ema-every", "1", "--updates", "1", "--text-length", "16"),
+]  # fmt: skip
+SMALL_QWEN = [
+    "--preset", "qwen-rl", *COMMON, *("--resolution", "64", "--precision", "float32", "--micro-batch", "3"),
+    *("--eval-prompts", "1", "--ema-every", "1", "--updates", "1", "--text-length", "48", "--tasks", "t2i,edit"),
+    *("--num-steps", "4", "--train-count", "2"),
 ]  # fmt: skip
 
 
@@ -74,6 +83,55 @@ def sd35(tmp_path_factory):
     transformer.save_pretrained(teachers["quality"] / "transformer")
     flags = _flags(root, teachers, SMALL_SD35)
     return SimpleNamespace(root=root, base=base, teachers=teachers, lora=root / "lora", flags=flags)
+
+
+@pytest.fixture(scope="session")
+def qwen(tmp_path_factory):
+    """A random Qwen-Image-Edit-2509 (`base`), a LoRA and a full checkpoint as its `teachers`, and `flags`.
+
+    `prompts` are its files: t2i.txt, and edits.jsonl, which edits the three pictures of 64 x 64 pixels beside it.
+    """
+    import torch
+    from diffusers import QwenImageTransformer2DModel
+    from qwen_hub import build_qwen
+    from sd3 import random_lora
+
+    import adapters
+    import flow
+
+    torch.set_num_threads(1)
+    root = tmp_path_factory.mktemp("qwen")
+    base = build_qwen(root / "base", "plus")
+    teachers = {task: root / f"teacher-{task}" for task in ("t2i", "edit")}
+    transformer = QwenImageTransformer2DModel.from_pretrained(base / "transformer")
+    state, config = random_lora(transformer, 4, 8.0, seed=0)
+    adapters.save_adapter(teachers["t2i"], state, config, str(base), flow.fingerprint(base / "transformer"))
+    with torch.no_grad():
+        rng = torch.Generator().manual_seed(3)
+        for p in transformer.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=rng))
+    transformer.save_pretrained(teachers["edit"] / "transformer")
+    prompts = {"t2i": root / "t2i.txt", "edit": _edits(root)}
+    prompts["t2i"].write_text("a red cat\ntwo dogs on a bench\na sign\nthe sea at night, from above\n")
+    flags = [*_flags(root, teachers, SMALL_QWEN), "--prompts", *(f"{task}={path}" for task, path in prompts.items())]
+    return SimpleNamespace(root=root, base=base, teachers=teachers, prompts=prompts, flags=flags)
+
+
+def _edits(root):
+    """A prompt file of four edits of three pictures, in the format that Flow-GRPO's users have."""
+    import numpy as np
+    from PIL import Image
+
+    (root / "images").mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(3):
+        blocks = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)  # not single pixels, which resizing would grey out
+        Image.fromarray(blocks.repeat(16, 0).repeat(16, 1)).save(root / "images" / f"{number}.png")
+    asked = (("make it blue", 0), ("add a second cat on the left", 1), ("remove the sign", 2), ("make it blue", 2))
+    lines = [{"prompt": text, "image": f"images/{n}.png", "t2i_prompt": "a cat", "tag": "edit",
+              "include": [{"class": "cat", "count": 1}]} for text, n in asked]  # fmt: skip
+    (root / "edits.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return root / "edits.jsonl"
 
 
 def _flags(root, teachers, small):
@@ -138,6 +196,36 @@ def spy(monkeypatch):
 
 
 @pytest.fixture
+def forwards(monkeypatch):
+    """Every forward of a transformer from now on, in a tiny-qwen world: whose it is, of which rows, with a gradient?
+
+    `who`: the expert that is selected (None: the base); `empty` (B,): rows of the empty prompt; `out`: the velocities,
+    which keep their gradients.
+    """
+    import torch
+
+    import flow
+
+    found, select, run = [], flow.FlowModel._use, flow.FlowModel._forward
+
+    def _use(model, name):
+        model.using = name
+        select(model, name)
+
+    def _forward(model, x, t, cond):
+        out = run(model, x, t, cond)
+        if out.requires_grad:
+            out.retain_grad()
+        who, empty = getattr(model, "using", None), ~cond.mask.any(1)
+        found.append(SimpleNamespace(who=who, grad=torch.is_grad_enabled(), x=x, t=t, cond=cond, empty=empty, out=out))
+        return out
+
+    monkeypatch.setattr(flow.FlowModel, "_use", _use)
+    monkeypatch.setattr(flow.FlowModel, "_forward", _forward)
+    return found
+
+
+@pytest.fixture
 def updates(monkeypatch):
     """What every optimizer update found: the weights before it, and their gradients."""
     from runtime import Run
@@ -164,6 +252,61 @@ def real(sd35, tmp_path, no_pictures):
         return tmp_path / name
 
     return real
+
+
+@pytest.fixture(scope="session")
+def world2(tmp_path_factory):
+    """As `world`, in the tiny-qwen world: a random base, and a random adapter for each of Q's two tasks."""
+    import torch
+
+    import models
+
+    root = tmp_path_factory.mktemp("world2")
+    model = models.new_tiny(0, width=32, layers=1, qwen=True)
+    with torch.no_grad():  # as it is initialised, a prompt or a source picture hardly shows in the velocity
+        for name, p in model.transformer.named_parameters():
+            p.mul_(3.0 if p.ndim > 1 and "norm_out" not in name else 1.0)
+    model.save_full(root / "base", model.transformer.state_dict())
+    teachers = {task: root / f"teacher-{task}" for task in QWEN_TASKS}
+    for number, folder in enumerate(teachers.values()):
+        save_random_adapter(root / "base", folder, seed=number)
+    torch.set_num_threads(1)
+    return SimpleNamespace(root=root, base=root / "base", teachers=teachers, flags=_flags(root, teachers, SMALL2))
+
+
+@pytest.fixture
+def go2(world2, tmp_path, no_pictures):
+    """go2(NAME, flags...): one call of train.py on the small tiny-qwen world, as `go` -> the run's folder."""
+    import train
+
+    def go2(name, *flags, code=0):
+        short = ["--out", str(tmp_path), "--name", name, "--steps", "1", "--eval-prompts", "0"]
+        assert train.main([*world2.flags, *short, *flags]) == code
+        return tmp_path / name
+
+    return go2
+
+
+@pytest.fixture
+def real2(qwen, tmp_path, no_pictures):
+    """real2(NAME, flags...): one call of train.py on a small Qwen-Image-Edit, as `real` -> the run's folder."""
+    import train
+
+    def real2(name, *flags, code=0):
+        assert train.main([*qwen.flags, "--out", str(tmp_path), "--name", name, "--steps", "1", *flags]) == code
+        return tmp_path / name
+
+    return real2
+
+
+@pytest.fixture
+def stock(sd35):
+    """The stock pipeline of `sd35`'s base, as a user loads it."""
+    from diffusers import StableDiffusion3Pipeline
+
+    pipe = StableDiffusion3Pipeline.from_pretrained(sd35.base)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 # ------------------------------------------------------------------------------------ what a run leaves behind
@@ -195,3 +338,46 @@ def same(a, b):
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(map(same, a, b))
     return a == b
+
+
+def flat(tensors):
+    """All numbers of some tensors, one after the other."""
+    import torch
+
+    return torch.cat([t.detach().flatten() for t in tensors])
+
+
+def weights(folder, kind="weights"):
+    """All trained numbers of a run's newest checkpoint; kind "average" or "old": those instead."""
+    return flat([value for key, value in sorted(stored(folder).items()) if key.startswith(f"{kind}.")])
+
+
+def close(a, b, tolerance=1e-5):
+    import torch
+
+    return torch.allclose(a, b, rtol=float(tolerance), atol=float(tolerance))
+
+
+def with_adapter(world, folder):
+    """A tiny model of the test's own that runs as one adapter (and could train it)."""
+    import flow
+    import models
+
+    model = models.load_tiny(world.base)
+    state, config = model.read_adapter(folder)
+    model.add_adapter(flow.STUDENT, config, state)
+    return model
+
+
+def tiny_settings(**changes):
+    """Settings of the tiny world, two sampling steps."""
+    import settings
+
+    return settings.resolve({"preset": "tiny", "eval_steps": 2, "eval_prompts": 5, "threads": 1, **changes})
+
+
+def the_one_line(capsys):
+    """What a user reads: a single line that begins "error:", and no stack."""
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1 and err.endswith("\n"), err
+    return err

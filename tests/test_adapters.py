@@ -744,6 +744,13 @@ def test_the_card_has_front_matter_settings_scores_and_metrics():
     assert "estimator" not in adapters.model_card(SETTINGS | {"stage": "grpo"}, {}, {}, 1).split("| setting")[0]
 
 
+def test_the_card_guides_as_the_run_guided_its_students_pictures():
+    """Distilled from guided teachers (Q 4.3), a student has the guidance in its weights."""
+    for guidance, scale in (("both", 4.5), ("rollout", 4.5), ("teacher", 1.0), ("neither", 1.0)):
+        card = adapters.model_card(SETTINGS | {"guidance": guidance}, {}, {}, 1, PIPELINE)
+        assert f'pipe("a photo of two cats", num_inference_steps=2, guidance_scale={scale}).images[0]' in card
+
+
 @pytest.mark.parametrize("model", ["/data/sd35", "./sd35", "runs", "a b", 'o"w/n\nx: 1', ""])
 def test_a_base_that_is_no_hub_id_stays_out_of_the_front_matter(model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -9,6 +9,7 @@ import pytest
 import curation as C
 import data
 import tiny
+import tiny_edit
 from data import Prompt
 
 
@@ -40,10 +41,11 @@ def test_what_is_added_is_known_to_the_next_run_and_to_every_rank(tmp_path):
         assert all(map(after.has, (A, B, D))) and not after.has(prompt("a", "text")) and not after.has(prompt("x"))
     scores = {key: entry["scores"] for key, entry in after.known.items()}
     assert scores == {
-        ("quality", "a"): [0.5, 0.333333, 2.0], ("text", "b"): [0.0, None, 1.0],
-        ("quality", "b"): [1.0, 2.0, 4.0], ("quality", "c"): [0.0, 0.0, 0.0],
+        ("quality", "a", ""): [0.5, 0.333333, 2.0], ("text", "b", ""): [0.0, None, 1.0],
+        ("quality", "b", ""): [1.0, 2.0, 4.0], ("quality", "c", ""): [0.0, 0.0, 0.0],
     }  # fmt: skip
-    assert after.known["quality", "c"]["category"] == "colors" and after.known["text", "b"]["category"] == "text"
+    categories = [after.known[known]["category"] for known in (("quality", "c", ""), ("text", "b", ""))]
+    assert categories == ["colors", "text"]
     assert sorted(file.name for file in (tmp_path / "ranges").iterdir()) == ["rank-0.jsonl", "rank-1.jsonl"]
 
 
@@ -67,11 +69,11 @@ def test_lines_of_another_run_do_not_count_and_the_last_of_a_prompt_does(tmp_pat
     assert not ranges(tmp_path).has(A)
     ranges(tmp_path).add([A], np.array([[1.0, 2.0]]))
     ranges(tmp_path, 0, run=8).add([A, B], np.array([[9.0, 9.0], [9.0, 9.0]]))
-    assert ranges(tmp_path).known.keys() == {("quality", "a")}
-    assert ranges(tmp_path).known["quality", "a"]["scores"] == [1.0, 2.0]
-    assert ranges(tmp_path, run=8).known.keys() == {("quality", "a"), ("quality", "b")}
+    assert ranges(tmp_path).known.keys() == {("quality", "a", "")}
+    assert ranges(tmp_path).known["quality", "a", ""]["scores"] == [1.0, 2.0]
+    assert ranges(tmp_path, run=8).known.keys() == {("quality", "a", ""), ("quality", "b", "")}
     ranges(tmp_path).add([A], np.array([[3.0, 4.0]]))
-    assert ranges(tmp_path).known["quality", "a"]["scores"] == [3.0, 4.0]
+    assert ranges(tmp_path).known["quality", "a", ""]["scores"] == [3.0, 4.0]
 
 
 def test_words_of_any_script_come_back_as_they_were(tmp_path):
@@ -85,7 +87,7 @@ def test_other_files_in_the_folder_are_left_alone(tmp_path):
     (tmp_path / "ranges/notes.jsonl").write_text(line("a", [1.0]))
     assert mine.all() == {}
     (tmp_path / "ranges/rank-12.jsonl").write_text(line("a", [1.0]))
-    assert mine.all().keys() == {("quality", "a")}
+    assert mine.all().keys() == {("quality", "a", "")}
 
 
 def test_one_group_a_prompt(tmp_path):
@@ -132,7 +134,7 @@ GOOD, BAD, MIXED = [1.0, 1.0], [0.0, 0.0], [0.0, 1.0]
 
 
 def known(prompts, scores):
-    return {(p.task, p.text): {"scores": row} for p, row in zip(prompts, scores, strict=True) if row is not None}
+    return {C.key(p): {"scores": row} for p, row in zip(prompts, scores, strict=True) if row is not None}
 
 
 def curated(folder, task):
@@ -225,6 +227,39 @@ def test_plain_text_replaces_metadata_of_an_earlier_run(tmp_path):
     C.write(tmp_path, {"quality": [described]}, lines, 0.1)
     C.write(tmp_path, {"quality": [described, plain]}, lines, 0.1)
     assert [p.text for p in curated(tmp_path, "quality")] == ["a", "b"]
+
+
+def test_one_instruction_for_two_sources_is_two_prompts(tmp_path):
+    """Or the range of the one would decide on the other: "make the circle red" where it is red already."""
+    one, two = (prompt("make it red", "edit", image=f"/{name}.png", t2i_prompt="a fox") for name in "ab")
+    assert C.key(one) != C.key(two) != C.key(prompt("make it red", "edit")) == ("edit", "make it red", "")
+    ranges(tmp_path).add([one], np.array([[0.0, 1.0]]))
+    assert ranges(tmp_path).has(one) and not ranges(tmp_path).has(two)
+    ranges(tmp_path, 1).add([two], np.array([[0.5, 0.5]]))
+    C.write(tmp_path, {"edit": [one, two]}, ranges(tmp_path).all(), 0.1)
+    (kept,) = curated(tmp_path, "edit")
+    assert kept.metadata == {"tag": "edit", **one.metadata, "prompt": "make it red"}
+
+
+def test_a_source_in_the_line_itself_is_not_written_again_with_its_ranges(tmp_path):
+    edits = tiny_edit.make_prompts("edit", "train", 6)
+    ranges(tmp_path).add(edits, np.array([MIXED] * 6))
+    assert data.PNG_URI not in (tmp_path / "ranges/rank-0.jsonl").read_text()
+    C.write(tmp_path, {"edit": edits}, ranges(tmp_path).all(), 0.1)
+    again = curated(tmp_path, "edit")
+    assert [p.text for p in again] == [p.text for p in edits]
+    for before, after in zip(edits, again, strict=True):
+        assert after.metadata == json.loads(json.dumps(before.metadata)), "boxes are lists in JSON"
+        np.testing.assert_array_equal(data.source_image(after), data.source_image(before))
+
+
+def test_categories_outlive_the_curation(tmp_path):
+    some = [prompt("a nurse", "t2i", category="portrait"), prompt("a fox", "t2i")]
+    C.write(tmp_path, {"t2i": some}, known(some, [MIXED] * 2), 0.5)
+    assert [p.metadata.get("category") for p in curated(tmp_path, "t2i")] == ["portrait", None]
+    open_ones = [prompt("a nurse", category="portrait")]
+    C.write(tmp_path, {"quality": open_ones}, known(open_ones, [MIXED]), 0.5)
+    assert curated(tmp_path, "quality")[0].metadata["category"] == "portrait"
 
 
 def test_a_prompt_that_is_given_twice_is_kept_twice(tmp_path):

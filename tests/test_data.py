@@ -1,5 +1,7 @@
 """Oracles for the data: every message of a bad file, the files users have, who gets which prompt when."""
 
+import base64
+import io
 import json
 import random
 import re
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import data as D
 
@@ -84,7 +87,110 @@ EDIT = DOG | {"t2i_prompt": "a photo of three dogs", "image": "images/1.jpg", "p
 
 def test_edit_lines_carry_their_image_and_source_prompt(tmp_path):
     (prompt,) = D.read_prompts(write(tmp_path / "e.jsonl", EDIT), "edit")
-    assert prompt.text == "Leave two dogs." and prompt.metadata["image"] == "images/1.jpg"
+    assert prompt.text == "Leave two dogs." and prompt.metadata["t2i_prompt"] == "a photo of three dogs"
+
+
+def test_the_path_of_a_source_is_made_absolute_from_the_folder_of_its_file(tmp_path, monkeypatch):
+    write(tmp_path / "e.jsonl", EDIT, EDIT | {"image": "/else/2.png"}, EDIT | {"image": D.PNG_URI + "AAAA"})
+    monkeypatch.chdir(tmp_path.parent)
+    found = [p.metadata["image"] for p in D.read_prompts(f"{tmp_path.name}/e.jsonl", "edit")]
+    assert found == [f"{tmp_path}/images/1.jpg", "/else/2.png", D.PNG_URI + "AAAA"]
+    assert D.read_prompts(tmp_path / "e.jsonl", "quality")[0].metadata["image"] == found[0], "whatever it is read as"
+
+
+def test_prompts_of_qs_tasks_and_those_that_are_seen_to_be_theirs_need_no_checklist(tmp_path):
+    bare, person = {"prompt": "a fox"}, {"prompt": "a nurse", "category": "portrait"}
+    edit = {"prompt": "Make the sky red.", "image": "a.png", "t2i_prompt": "a beach"}
+    read = D.read_prompts(write(tmp_path / "p.jsonl", bare, person), "t2i")
+    assert [(p.text, p.task, p.metadata) for p in read] == [("a fox", "t2i", bare), ("a nurse", "t2i", person)]
+    assert [p.text for p in D.read_prompts(write(tmp_path / "e.jsonl", edit), "edit")] == ["Make the sky red."]
+    assert len(D.read_prompts(write(tmp_path / "m.jsonl", person, edit), "quality")) == 2
+    assert refusal(write(tmp_path / "b.jsonl", bare), "quality").startswith(f"{tmp_path}/b.jsonl:1: the field 'tag' is")
+    assert "'include' is []" in refusal(write(tmp_path / "i.jsonl", bare | {"include": []}), "t2i"), "but not a bad one"
+    assert "'category' is ['a']" in refusal(write(tmp_path / "c.jsonl", bare | {"category": ["a"]}), "t2i")
+
+
+# ------------------------------------------------------------------------------------------------ sources of edits
+def source(image, line=3):
+    return D.Prompt("Make it red.", "edit", {"image": str(image)}, f"mine.jsonl:{line}")
+
+
+def uri(picture, kind="PNG"):
+    stream = io.BytesIO()
+    picture.save(stream, kind)
+    return D.PNG_URI + base64.b64encode(stream.getvalue()).decode()
+
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (4, 7, 3), np.uint8)
+
+
+def test_a_source_is_the_same_picture_from_a_file_and_from_the_line_itself(tmp_path):
+    picture = Image.fromarray(PIXELS)
+    picture.save(tmp_path / "a.png")
+    for where in (tmp_path / "a.png", uri(picture)):
+        found = D.source_image(source(where))
+        assert found.dtype == np.uint8 and np.array_equal(found, PIXELS)
+        assert D.check_source(source(where)) is None
+    assert D.source_image(D.Prompt("a fox", "t2i", {}, "x:1")) is None
+    assert D.check_source(D.Prompt("a fox", "t2i", {}, "x:1")) is None
+
+
+def test_a_source_is_rgb_whatever_the_file_holds():
+    grey = Image.fromarray(PIXELS[..., 0])
+    assert np.array_equal(D.source_image(source(uri(grey))), PIXELS[..., :1].repeat(3, -1))
+    clear = Image.fromarray(PIXELS).convert("RGBA")
+    assert np.array_equal(D.source_image(source(uri(clear))), PIXELS)
+
+
+def test_a_source_stands_upright_as_its_exif_says(tmp_path):
+    picture, exif = Image.fromarray(PIXELS), Image.Exif()
+    exif[0x0112] = 6  # "turn me clockwise by a quarter"
+    picture.save(tmp_path / "a.png", exif=exif)
+    assert np.array_equal(D.source_image(source(tmp_path / "a.png")), np.rot90(PIXELS, -1))
+
+
+def test_a_source_is_read_once_while_it_is_kept(tmp_path, monkeypatch):
+    opened, real = [], D._opened
+    monkeypatch.setattr(D, "_opened", lambda where: (opened.append(where), real(where))[1])
+    D._decoded.cache_clear()
+    Image.fromarray(PIXELS).save(tmp_path / "a.png")
+    first = D.source_image(source(tmp_path / "a.png", 1))
+    assert D.source_image(source(tmp_path / "a.png", 2)) is first and len(opened) == 1
+    for number in range(D.CACHED_PICTURES):
+        D.source_image(source(uri(Image.new("RGB", (1, number + 1)))))
+    assert D.source_image(source(tmp_path / "a.png")) is not first, "and not for ever"
+
+
+def bad_sources(folder):
+    (folder / "words.png").write_text("no picture")
+    (folder / "empty.png").write_bytes(b"")
+    whole = base64.b64decode(uri(Image.fromarray(PIXELS)).partition(",")[2])
+    (folder / "cut.png").write_bytes(whole[:60])
+    (folder / "flipped.png").write_bytes(whole[:45] + bytes([whole[45] ^ 1]) + whole[46:])  # a wrong checksum
+    here = folder.as_posix()
+    return {
+        f"{here}/none.png": f"image {here}/none.png: No such file or directory",
+        here: f"image {here}: Is a directory",
+        **{f"{here}/{name}.png": f"image {here}/{name}.png: no picture that can be read"
+           for name in ("words", "empty", "cut", "flipped")},
+        D.PNG_URI + "!!!!": "the image in the line: no picture that can be read",
+        D.PNG_URI + base64.b64encode(b"words").decode(): "the image in the line: no picture that can be read",
+        "data:image/png,raw": "the image in the line: no picture that can be read",
+    }  # fmt: skip
+
+
+def test_a_source_that_cannot_be_used_is_named_by_line_before_and_when_it_is_needed(tmp_path):
+    for where, said in bad_sources(tmp_path).items():
+        for look in (D.check_source, D.source_image):
+            with pytest.raises(D.DataError) as error:
+                look(source(where))
+            assert str(error.value) == f"mine.jsonl:3: {said}; give a PNG or JPEG file, or {D.PNG_URI}..."
+
+
+def test_checking_a_source_decodes_no_pixels(tmp_path, monkeypatch):
+    Image.fromarray(PIXELS).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image.Image, "convert", None)
+    D.check_source(source(tmp_path / "a.png"))
 
 
 # -------------------------------------------------------------------------------------------------- bad files
@@ -206,7 +312,7 @@ def test_an_edit_without_its_image_or_source_prompt_is_an_error(tmp_path, field)
 def test_unknown_tasks_and_splits_name_the_allowed_values(tmp_path):
     file = write(tmp_path / "p.txt", "a")
     with pytest.raises(
-        ValueError, match="unknown task 'ocr': choose one of composition, text, quality, edit"
+        ValueError, match="unknown task 'ocr': choose one of composition, text, quality, t2i, edit"
     ):
         D.read_prompts(file, "ocr")
     with pytest.raises(ValueError, match="unknown split 'val': choose one of train, test"):

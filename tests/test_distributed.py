@@ -249,14 +249,14 @@ def test_the_default_line_ends_with_one_sentence_where_there_is_no_accelerator(t
 FAULTY = """
 import signal, sys, time
 sys.path.insert(0, {root!r})
-import ranks, train
-walk, count = train.distil_part, [0]
+import distil, ranks, train
+walk, count = distil.distil_part, [0]
 def distil_part(run, *rest):
     count[0] += 1
     if run.rank == 1 and count[0] == 3:
         {fault}
     return walk(run, *rest)
-train.distil_part = distil_part
+distil.distil_part = distil_part
 ranks.leave(train.main)
 """
 
@@ -282,14 +282,14 @@ def test_a_rank_that_fails_or_hangs_ends_the_job_with_a_message(sd, tmp_path, fa
 STOPPED = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
-import ranks, train
-walk, count = train.distil_part, [0]
+import distil, ranks, train
+walk, count = distil.distil_part, [0]
 def distil_part(run, *rest):
     count[0] += 1
     if run.rank == 0 and count[0] == 5:  # in the middle of the second step; only one rank is told
         os.kill(os.getpid(), signal.SIGTERM)
     return walk(run, *rest)
-train.distil_part = distil_part
+distil.distil_part = distil_part
 ranks.leave(train.main)
 """
 

@@ -93,7 +93,7 @@ def test_equation_files_import_torch_the_standard_library_and_lower_equation_fil
         assert not set(imports(MODULES[module])) & set(MODULES)
 
 
-@pytest.mark.parametrize(("module", "users"), [("train", {"bench"}), ("eval", {"train", "bench"})])
+@pytest.mark.parametrize(("module", "users"), [("train", {"bench", "bench_qwen"}), ("eval", {"train", "bench", "bench_qwen"})])
 def test_only_the_scripts_above_them_import_train_and_eval(module, users):
     assert {name for name, source in MODULES.items() if module in imports(source)} <= users
 
@@ -106,8 +106,9 @@ def test_the_modules_of_the_project_import_each_other_without_a_cycle():
         left = {name: needs for name, needs in left.items() if name not in free}
 
 
-def test_settings_imports_the_standard_library_only():
-    assert all(name in sys.stdlib_module_names for name in imports(MODULES["settings"]))
+def test_settings_and_its_presets_import_the_standard_library_only():
+    assert set(imports(MODULES["settings"])) - set(sys.stdlib_module_names) == {"presets"}
+    assert set(imports(MODULES["presets"])) <= set(sys.stdlib_module_names)
 
 
 # --------------------------------------------------------------------------------- nobody's machine, no stubs

@@ -1,6 +1,7 @@
 """Oracles for student and experts: guidance by hand, teachers that leave no trace, weights that go and come back.
 
-Everything runs on both architectures: the tiny world's, and SD3.5's with its second attention and normalised queries.
+Everything runs on three architectures: the tiny world's, SD3.5's with its second attention and normalised queries, and
+Qwen-Image's with masked texts and source pictures.
 """
 
 import hashlib
@@ -11,11 +12,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import qwen_hub
 import safetensors.torch
 import sd3
 import torch
 from conftest import same
-from diffusers import SD3Transformer2DModel
+from diffusers import QwenImageTransformer2DModel
 from safetensors import safe_open
 from torch.utils.checkpoint import CheckpointError
 
@@ -23,7 +25,8 @@ import adapters
 import flow
 import models
 from adapters import ModelError
-from flow import STUDENT, Cond, FlowModel, Visitor, read_transformer
+from flow import STUDENT, Cond, FlowModel, Visitor, joined, read_transformer
+from qwen import QwenFlow, pack, unpack
 
 ROOT = Path(__file__).resolve().parents[1]
 RANK, ALPHA = 4, 12.0  # alpha / rank = 3: an adapter that loses its alpha is seen
@@ -46,10 +49,11 @@ def folders(tmp_path_factory):
         made["tiny", seed] = root / f"tiny-{seed}"
         small.save_full(made["tiny", seed], small.transformer.state_dict())
         made["sd35", seed] = sd3.build_sd35(root / f"sd35-{seed}", seed)
+        made["qwen", seed] = qwen_hub.build_qwen(root / f"qwen-{seed}", "plus", seed, num_layers=3)
     return made
 
 
-@pytest.fixture(params=["tiny", "sd35"])
+@pytest.fixture(params=["tiny", "sd35", "qwen"])
 def kind(request):
     return request.param
 
@@ -66,7 +70,8 @@ def other(folders, kind):
 
 
 def load(folder, precision="float32"):
-    model = FlowModel(read_transformer(folder, getattr(torch, precision)))
+    transformer = read_transformer(folder, getattr(torch, precision))
+    model = (QwenFlow if isinstance(transformer, QwenImageTransformer2DModel) else FlowModel)(transformer)
     model.precision, model.source = precision, str(folder)
     model.fingerprint = flow.fingerprint(folder / "transformer")
     return model
@@ -97,6 +102,8 @@ def lora(base, tmp_path):
 def inputs(model, seed=0):
     """Three samples that are taller than wide, their times, a text of five tokens each, and the empty prompt's."""
     config, rng = model.transformer.config, torch.Generator().manual_seed(seed)
+    if isinstance(model, QwenFlow):
+        return qwen_inputs(config, rng)
     shape = (3, config.in_channels, config.sample_size, config.sample_size - config.patch_size)
     texts = [
         Cond(
@@ -106,6 +113,24 @@ def inputs(model, seed=0):
         for _ in range(2)
     ]
     return torch.randn(shape, generator=rng), torch.tensor([0.9, 0.5, 0.1]), *texts
+
+
+def qwen_inputs(config, rng):
+    """The same for Qwen-Image: texts with a mask, and of another length for the empty prompt, and source pictures."""
+    mask, source = torch.ones(3, 5, dtype=torch.bool), torch.randn(3, config.out_channels, 4, 6, generator=rng)
+    mask[1, 3:] = False
+    cond = Cond(torch.randn(3, 5, config.joint_attention_dim, generator=rng), None, mask, source)
+    uncond = Cond(torch.randn(3, 4, config.joint_attention_dim, generator=rng), None, None, source)
+    x = torch.randn(3, config.out_channels, 8, 6, generator=rng)
+    # Eighths are exact in bfloat16, to which the half-precision transformer rounds its times.
+    return x, torch.tensor([0.875, 0.5, 0.125]), cond, uncond
+
+
+def unread(model, names):
+    """The names of parameters that do not matter: after its last attention Qwen-Image has no use for the text."""
+    last = f"transformer_blocks.{model.transformer.config.num_layers - 1}."
+    lost = (f"{last}attn.to_add_out.", f"{last}txt_mlp.") if isinstance(model, QwenFlow) else ()
+    return {name for name in names if name.startswith(lost)}
 
 
 def velocity(model, name="unchanged"):
@@ -148,7 +173,7 @@ def test_guidance_is_the_two_branch_formula(base):
 def test_without_guidance_the_empty_prompt_plays_no_part(base):
     model = load(base)
     x, t, cond, uncond = inputs(model)
-    poison = Cond(uncond.tokens * float("nan"), uncond.pooled * float("nan"))
+    poison = Cond(*(part if part is None or part.dtype == torch.bool else part * float("nan") for part in uncond))
     assert torch.equal(model.velocity(x, t, cond, poison, 1.0), model.velocity(x, t, cond))
 
 
@@ -160,12 +185,16 @@ def test_guidance_without_an_empty_prompt_is_refused(base):
 
 
 @torch.no_grad()
-def test_time_is_one_for_all_or_one_a_sample_and_reaches_the_transformer_in_thousandths(base):
+def test_time_is_one_for_all_or_one_a_sample_and_reaches_the_transformer_in_its_own_unit(base):
     model = load(base)
     x, t, cond, _ = inputs(model)
-    times = torch.tensor([900.0, 500.0, 100.0])
-    given = {"encoder_hidden_states": cond.tokens, "pooled_projections": cond.pooled, "timestep": times}
-    raw = model.transformer(hidden_states=x, **given).sample
+    if isinstance(model, QwenFlow):  # packed, the source behind; time from 0 to 1
+        tokens = torch.cat([pack(x, 2), pack(cond.source, 2)], 1)
+        given = {"img_shapes": [[(1, 4, 3), (1, 2, 3)]] * 3, "encoder_hidden_states_mask": cond.mask, "timestep": t}
+    else:
+        tokens, given = x, {"pooled_projections": cond.pooled, "timestep": torch.tensor([900.0, 500.0, 100.0])}
+    raw = model.transformer(hidden_states=tokens, encoder_hidden_states=cond.tokens, **given).sample
+    raw = unpack(raw[:, :12], 2, 8, 6) if isinstance(model, QwenFlow) else raw
     torch.testing.assert_close(model.velocity(x, t, cond), raw)
     for half in (0.5, torch.tensor(0.5), torch.tensor(0.5, dtype=torch.float64)):
         assert torch.equal(model.velocity(x, half, cond), model.velocity(x, torch.full((3,), 0.5), cond))
@@ -177,19 +206,52 @@ def test_time_is_one_for_all_or_one_a_sample_and_reaches_the_transformer_in_thou
 def test_every_sample_has_its_own_velocity(base):
     model = load(base)
     x, t, cond, uncond = inputs(model)
-    x2, t2, cond2, uncond2 = (value.clone() if isinstance(value, torch.Tensor) else value for value in inputs(model))
-    x2[1], t2[1], cond2.tokens[1], uncond2.pooled[1] = -x[1], 0.3, -cond.tokens[1], -uncond.pooled[1]
+    x2, t2, cond2, uncond2 = inputs(model)  # the same once more
+    x2[1], t2[1], cond2.tokens[1], uncond2.tokens[1] = -x[1], 0.3, -cond.tokens[1], -uncond.tokens[1]
     before, after = model.velocity(x, t, cond, uncond, 3.0), model.velocity(x2, t2, cond2, uncond2, 3.0)
     torch.testing.assert_close(before[[0, 2]], after[[0, 2]])
     assert gap(before[1], after[1]) > 1e-2
 
 
-def test_rows_of_a_conditioning_keep_tokens_and_pooled_together(base):
+@torch.no_grad()
+def test_the_branches_of_guidance_are_computed_at_once_and_guided_in_one_place(base, monkeypatch):
+    model = load(base)
+    x, t, cond, uncond = inputs(model)
+    seen = []
+    monkeypatch.setattr(model, "guide", lambda *args: (seen.append(args), args[0])[1])
+    v_uncond, v_cond = model.branches(x, t, cond, uncond)
+    torch.testing.assert_close(v_uncond, model.velocity(x, t, uncond), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(v_cond, model.velocity(x, t, cond), atol=1e-5, rtol=1e-4)
+    assert seen == [], "neither of them is guided"
+    assert torch.equal(model.velocity(x, t, cond, uncond, 3.0), v_uncond), "a model's own guide is asked"
+    assert len(seen) == 1 and torch.equal(seen[0][1], v_cond) and seen[0][2] == 3.0
+
+
+def test_rows_of_a_conditioning_keep_all_of_its_parts_together(base):
     cond = inputs(load(base))[2]
     for index in (torch.tensor([2, 0]), slice(1, 3)):
         some = cond.rows(index)
         assert isinstance(some, Cond)
-        assert torch.equal(some.tokens, cond.tokens[index]) and torch.equal(some.pooled, cond.pooled[index])
+        for part, whole in zip(some, cond, strict=True):
+            assert (part is None) == (whole is None) and (part is None or torch.equal(part, whole[index]))
+    moved = cond.to("meta")
+    assert all(part is None or part.device.type == "meta" for part in moved) and moved.tokens.shape == cond.tokens.shape
+
+
+def test_conditioning_is_joined_row_by_row_with_a_mask_where_lengths_differ():
+    a = Cond(torch.ones(2, 3, 5), None, None, torch.ones(2, 1, 4, 4))
+    b = Cond(2 * torch.ones(1, 4, 5), None, torch.tensor([[True, True, False, True]]), 2 * torch.ones(1, 1, 4, 4))
+    both = joined([a, b])
+    assert both.mask.int().tolist() == [[1, 1, 1, 0]] * 2 + [[1, 1, 0, 1]]
+    assert both.tokens.shape == (3, 4, 5) and (both.tokens[:2, 3] == 0).all()
+    assert torch.equal(both.tokens[:2, :3], a.tokens) and torch.equal(both.tokens[2:], b.tokens)
+    assert both.source[:, 0, 0, 0].tolist() == [1, 1, 2] and both.pooled is None
+    assert joined([a, a]).mask is None, "where none was padded there is none"
+    assert joined([b, b]).mask.int().tolist() == [[1, 1, 0, 1]] * 2, "one that was there stays"
+    pooled = joined([Cond(torch.zeros(1, 3, 5), torch.ones(1, 2)), Cond(torch.zeros(2, 3, 5), torch.zeros(2, 2))])
+    assert pooled.pooled.tolist() == [[1, 1], [0, 0], [0, 0]] and pooled.source is None
+    with pytest.raises(ValueError, match="edits and prompts without a source picture do not fit into one batch"):
+        joined([a, b._replace(source=None)])
 
 
 # ------------------------------------------------------------------------------------------------ half precision
@@ -228,7 +290,7 @@ def test_half_precision_is_near_the_float32_model_and_text_in_half_precision_wil
     assert 0 < gap(v, exact) < 0.05 * exact.abs().max(), "bfloat16 has 8 bits"
     x, t, cond, _ = inputs(half)
     with torch.no_grad():
-        low = half.velocity(x, t, Cond(cond.tokens.bfloat16(), cond.pooled.bfloat16()))
+        low = half.velocity(x, t, Cond(*(p if p is None or p.dtype == torch.bool else p.bfloat16() for p in cond)))
     assert low.dtype == torch.float32 and gap(low, exact) < 0.05 * exact.abs().max()
 
 
@@ -364,7 +426,8 @@ def test_planted_a_teacher_that_stays_selected_takes_the_gradient_away(model):
 
 def test_the_student_trains_alone_and_by_name(model):
     trainable = model.trainable()
-    assert model.trains == "lora" and len(trainable) == len(model.adapter_state())
+    names = set(model.adapter_state())
+    assert model.trains == "lora" and len(trainable) == len(names - unread(model, names))
     assert all(f".{STUDENT}.weight" in name for name in trainable)
     assert all(model.transformer.get_parameter(name) is p for name, p in trainable.items())
 
@@ -375,7 +438,8 @@ def test_an_adapters_state_is_a_copy_without_gradient(model):
     with torch.no_grad():
         for p in model.trainable().values():
             p.add_(1.0)
-    assert all(torch.equal(model.adapter_state()[key], value + 1.0) for key, value in state.items())
+    kept = unread(model, state)
+    assert all(torch.equal(model.adapter_state()[key], value + (key not in kept)) for key, value in state.items())
 
 
 def test_a_state_that_does_not_fill_the_adapter_is_refused(model):
@@ -554,7 +618,7 @@ def test_a_full_student_starts_as_what_it_starts_from_and_trains_entirely(base, 
     assert gap(velocity(model), expected[start]) <= (1e-5 if start == "lora" else 0.0)
     assert start == "base" or gap(velocity(model), plain) > 1e-2
     names = {name for name, _ in load(base).transformer.named_parameters()}
-    assert set(model.trainable()) == names, "all of it, and no trace of a LoRA"
+    assert set(model.trainable()) == names - unread(model, names), "all of it, and no trace of a LoRA"
     assert {p.dtype for p in model.trainable().values()} == {torch.float32} and model.trains == "full"
     assert (model.backbone is not model.transformer) == keep_base
     with torch.no_grad():
@@ -636,7 +700,7 @@ def test_a_saved_transformer_comes_back_bitwise_and_stock_diffusers_reads_it(bas
     state = {key: value.clone() for key, value in model.transformer.state_dict().items()}
     model.save_full(tmp_path, model.transformer.state_dict())
     assert same(dict(read_transformer(tmp_path, torch.float32).state_dict()), state)
-    stock = SD3Transformer2DModel.from_pretrained(tmp_path / "transformer")
+    stock = type(model.transformer).from_pretrained(tmp_path / "transformer")
     assert same(dict(stock.state_dict()), state) and same(dict(model.transformer.state_dict()), state)
     assert torch.equal(velocity(load(tmp_path)), velocity(model))
 

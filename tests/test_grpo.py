@@ -11,6 +11,7 @@ import torch
 from torch.distributions import Normal
 
 import grpo
+import sde
 
 
 def gen(seed=0):
@@ -555,3 +556,105 @@ def test_collateral_impact_errors_dtype_and_no_gradient():
             grpo.collateral_impact(*bad)
     out = grpo.collateral_impact(grad_k.requires_grad_(), advantage.bfloat16(), grad_log_prob)
     assert out.dtype == torch.float32 and out.shape == () and not out.requires_grad
+
+
+# ------------------------------------------------------------------------ guidance in the rollout alone (Q 4.1)
+W, LEVEL = 3.0, 0.7  # guidance scale, noise level
+
+
+def conditional(theta, x):
+    """v(x, t, c), (B, 3): a policy with 3 x 3 parameters."""
+    return torch.tanh(x @ theta)
+
+
+def unconditional(x):
+    return 0.5 * x.flip(1) - 0.3
+
+
+def guided_path(kernel, batch=4):
+    """(theta, transitions of a guided rollout, the last one without noise)."""
+    theta = randn(3, 3, seed=1).requires_grad_()
+    field = lambda x, t: (1 - W) * unconditional(x) + W * conditional(theta, x)  # noqa: E731
+    ts = [1.0, 0.8, 0.5, 0.0]
+    with torch.no_grad():
+        return theta, list(sde.rollout(field, randn(batch, 3, seed=2), ts, LEVEL, kernel, (0, 2), gen(3)))
+
+
+def log_density(action, mean, std):
+    return torch.distributions.Normal(mean, std).log_prob(action).sum(1)
+
+
+@pytest.mark.parametrize("kernel", ["sde", "cps"])
+def test_the_hybrids_first_gradient_is_that_of_the_guided_policy_over_the_scale(kernel):
+    """Of what was really drawn, with the other branch held fixed; and the first ratio is 1, not about 1."""
+    theta, path = guided_path(kernel)
+    advantage = randn(4, seed=5)
+    for step in path[:2]:
+        v = conditional(theta, step.x)
+        plain = grpo.unguided(step, v.detach(), LEVEL, kernel)
+        log_prob = sde.log_prob(plain.x_next, sde.transition_mean(plain, v, LEVEL, kernel), plain.std, "sum")
+        old = sde.log_prob(plain.x_next, plain.mean, plain.std, "sum")
+        assert torch.equal(log_prob.detach(), old)
+        loss, stats = grpo.policy_loss(log_prob, old, advantage, clip=1e-4)
+        assert (stats["ratio_mean"], stats["ratio_std"]) == (1.0, 0.0)
+        (found,) = torch.autograd.grad(loss.sum(), theta)
+        v_guided = (1 - W) * unconditional(step.x) + W * conditional(theta, step.x)
+        mean = sde.transition_mean(step, v_guided, LEVEL, kernel)
+        torch.testing.assert_close(mean.detach(), step.mean)
+        (whole,) = torch.autograd.grad(-(advantage * log_density(step.x_next, mean, step.std)).sum(), theta)
+        assert found.norm() > 1e-3
+        torch.testing.assert_close(found, whole / W)
+        # Planted bug: the guided action asked of the policy without guidance.
+        asked = log_density(step.x_next, sde.transition_mean(step, conditional(theta, step.x), LEVEL, kernel), step.std)
+        (naive,) = torch.autograd.grad(-(advantage * asked).sum(), theta)
+        assert not torch.allclose(naive, whole / W, rtol=0.1)
+
+
+@pytest.mark.parametrize("kernel", ["sde", "cps"])
+def test_the_hybrid_is_a_score_and_the_guided_action_in_its_place_is_none(kernel):
+    """Integrated over eps exactly, since the gradient is affine in it: the mean of eps and -eps. A constant advantage
+    must teach nothing; asked of the guided action, it pulls by (mean - mean_c) / std^2 dmean_c, worked by hand."""
+    theta, path = guided_path(kernel)
+    for step in path[:2]:
+        v = conditional(theta, step.x)
+        mean = sde.transition_mean(step, v, LEVEL, kernel)
+        ours, naive, eps = 0.0, 0.0, randn(4, 3, seed=9)
+        for sign in (1, -1):
+            drawn = step._replace(x_next=step.mean + sign * step.std * eps)
+            action = grpo.unguided(drawn, v.detach(), LEVEL, kernel).x_next
+            torch.testing.assert_close(action, mean.detach() + sign * step.std * eps)
+            ours = ours + log_density(action, mean, step.std).sum() / 2
+            naive = naive + log_density(drawn.x_next, mean, step.std).sum() / 2
+        (score,) = torch.autograd.grad(ours, theta, retain_graph=True)
+        (pull,) = torch.autograd.grad(naive, theta, retain_graph=True)
+        assert score.abs().max() < 1e-12 < 1e-2 < pull.abs().max()
+        gap = (step.mean - mean).detach() / step.std**2
+        (expected,) = torch.autograd.grad((gap * mean).sum(), theta)
+        torch.testing.assert_close(pull, expected)
+
+
+def test_the_hybrid_keeps_noise_and_state_and_exchanges_mean_and_velocity():
+    theta, path = guided_path("sde")
+    v = conditional(theta, path[1].x)
+    plain = grpo.unguided(path[1], v, LEVEL)
+    assert not plain.mean.requires_grad and not plain.v.requires_grad and not plain.x_next.requires_grad
+    assert torch.equal(plain.v, v.detach()) and torch.equal(plain.x, path[1].x)
+    torch.testing.assert_close(plain.x_next - plain.mean, path[1].x_next - path[1].mean)
+    assert not torch.isclose(plain.mean, path[1].mean).any()
+    kept = ("index", "t", "t_next", "dt", "sigma", "std")
+    assert all(getattr(plain, name) == getattr(path[1], name) for name in kept)
+    moved = v.detach().clone()
+    moved[2] += 1  # one row's velocity is nobody else's
+    other = grpo.unguided(path[1], moved, LEVEL)
+    assert torch.equal(other.x_next[[0, 1, 3]], plain.x_next[[0, 1, 3]])
+    assert not torch.isclose(other.x_next[2], plain.x_next[2]).any()
+
+
+def test_a_step_without_noise_comes_back_as_it_is_and_unequal_shapes_do_not():
+    theta, path = guided_path("sde")
+    assert path[2].std == 0 and grpo.unguided(path[2], conditional(theta, path[2].x), LEVEL) is path[2]
+    for step in path:
+        with pytest.raises(ValueError, match=r"shapes differ: v \(1, 3\), v_guided \(4, 3\)"):
+            grpo.unguided(step, torch.zeros(1, 3), LEVEL)
+    with pytest.raises(ValueError, match="kernel must be one of"):
+        grpo.unguided(path[0], path[0].v, LEVEL, "ode")

@@ -12,15 +12,12 @@ import pytest
 import safetensors.torch
 import torch
 from PIL import Image
+from qwen_hub import tokenizer
 
 import judges as J
 from data import Prompt
 from rewards import RewardError
 
-SPECIAL = (
-    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
-    "<|video_pad|>",
-)  # fmt: skip
 WIDTH = 32
 
 
@@ -291,27 +288,12 @@ def test_an_edit_that_misses_its_core_has_failed_whatever_else_is_right():
 
 
 # ------------------------------------------------------------------------------------------- tiny models, offline
-def tokenizer():
-    """Qwen's own tokenizer over single bytes and DeQA's words, with Qwen's control tokens."""
-    from tokenizers.pre_tokenizers import ByteLevel
-    from transformers import Qwen2Tokenizer
-
-    tokens, merges = sorted(ByteLevel.alphabet()), []
-    for word in J.LEVELS:
-        for end in range(1, len(word)):
-            if word[: end + 1] not in tokens:
-                tokens.append(word[: end + 1])
-                merges.append((word[:end], word[end]))
-    vocab = {token: number for number, token in enumerate([*tokens, *SPECIAL])}
-    return Qwen2Tokenizer(vocab=vocab, merges=merges, pad_token=SPECIAL[0], additional_special_tokens=list(SPECIAL[1:]))
-
-
 def build(folder, change, kind="qwen2_5_vl", seed=0):
     """A random Qwen-VL of the real classes in the Hub's layout; `change(model, tokenizer)` may edit it before."""
     import transformers
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    tok = tokenizer()
+    tok = tokenizer(J.LEVELS)
     ids = {name: tok.convert_tokens_to_ids(f"<|{name}|>") for name in ("image_pad", "video_pad", "im_end", "endoftext")}
     text = {
         "vocab_size": len(tok), "hidden_size": WIDTH, "intermediate_size": 40, "num_hidden_layers": 2,

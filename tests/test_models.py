@@ -1,4 +1,7 @@
-"""Oracles for the concrete models: the tiny one by hand, SD3.5 against the stock pipeline, in parts and whole."""
+"""Oracles for the concrete models: the tiny ones by hand, SD3.5 against the stock pipeline, in parts and whole.
+
+Qwen-Image's are in test_qwen.py.
+"""
 
 import fnmatch
 import re
@@ -16,6 +19,7 @@ import models
 import sde
 import settings
 import tiny
+import tiny_edit
 from adapters import ModelError
 from flow import STUDENT
 
@@ -79,6 +83,13 @@ def test_encoding_has_one_embedding_a_token_and_their_mean():
     torch.testing.assert_close(cond.pooled, cond.tokens.sum(1) / tiny.MAX_TOKENS)
     with pytest.raises(ValueError, match="no word 'dragon'"):
         model.encode(["a photo of a dragon"])
+
+
+@pytest.mark.parametrize("world", ["tiny", "sd35"])
+def test_a_picture_for_a_model_that_draws_only_is_refused(folder, world):
+    model = new_base() if world == "tiny" else load(folder)
+    assert "draws and does not edit; give " in refusal(model.encode, PROMPTS[:1], [torch.rand(3, 24, 24)])
+    assert model.encode(PROMPTS[:2], [None, None]).source is None, "no picture is no edit"
 
 
 def test_prompts_are_encoded_without_gradient_and_tokens_with():
@@ -264,6 +275,8 @@ def test_encoders_are_loaded_once_asked_once_a_prompt_and_let_go(folder, calls):
     assert calls == ["load", "a", "b", "", "load", "c"], "an unknown prompt is encoded when it comes"
     model.prepare([])
     assert len(calls) == 6
+    model.prepare(iter(["a", "b"]), (None for _ in "ab"))
+    assert len(calls) == 6
 
 
 def test_text_is_encoded_in_the_models_precision(folder):
@@ -363,7 +376,7 @@ def test_a_folder_of_the_other_world_is_refused_with_the_way_out(folder, base):
     assert refusal(models.load, given(folder, "--preset tiny")) == message
     message = refusal(models.load, given(base))
     assert message.startswith(f"{base}/model_index.json: missing; --model must be a pipeline")
-    assert message.endswith("; a base of the tiny world needs --preset tiny")
+    assert message.endswith("; a base of the tiny world needs --preset tiny or tiny-qwen")
 
 
 @pytest.mark.parametrize("part", ["scheduler", "tokenizer", "tokenizer_2", "tokenizer_3", "vae"])
@@ -383,9 +396,9 @@ BROKEN = {
     "a list": (lambda f: edit_index(f, "[]"), r"model_index.json: not readable \(.+\); --model must be"),
     "another pipeline": (
         lambda f: edit_index(f, '{"_class_name": "FluxPipeline"}'),
-        r"model_index.json: a FluxPipeline; this preset trains StableDiffusion3Pipeline \(SD3.5-M\)$",
+        "model_index.json: a FluxPipeline; the known ones are StableDiffusion3Pipeline, QwenImagePipeline, Qwen.*$",
     ),
-    "no class": (lambda f: edit_index(f, "{}"), "model_index.json: a None; this preset trains"),
+    "no class": (lambda f: edit_index(f, "{}"), "model_index.json: a None; the known ones are"),
     "no transformer": (lambda f: shutil.rmtree(f / "transformer"), "transformer: not a readable transformer"),
     "a broken scheduler": (
         lambda f: cut(f / "scheduler/scheduler_config.json"),
@@ -398,7 +411,7 @@ BROKEN = {
 def test_a_base_that_cannot_be_read_is_refused_in_one_line(folder, tmp_path, fault):
     copy, (spoil, reason) = shutil.copytree(folder, tmp_path / "copy"), BROKEN[fault]
     spoil(copy)
-    message = refusal(load, copy)
+    message = refusal(models.load, given(copy))
     assert re.match(f"{copy}/{reason}", message) and "--preset tiny" not in message
 
 
@@ -448,6 +461,87 @@ def test_the_largest_resolution_is_the_position_embeddings_and_more_is_refused(f
     assert message == f"{folder}: --resolution 208 is more than the model's largest, 192"
 
 
+def test_rescaled_guidance_is_for_qwen_image_alone(folder, base, qwen_base, monkeypatch):
+    for preset, where in (("flow-opd", folder), ("tiny", base)):
+        monkeypatch.setattr(models, "load_sd35", lambda *_: pytest.fail("it was read before it was refused"))
+        with pytest.raises(settings.SettingsError) as error:
+            models.load(given(where, f"--preset {preset} --cfg-rescale"))
+        assert str(error.value) == f"--cfg-rescale is Qwen-Image's guidance, and {where} is none: leave it out"
+    for flag, expected in (("--cfg-rescale", True), ("--no-cfg-rescale", False)):
+        model = models.load(given(qwen_base, f"--preset tiny-qwen --resolution 24 {flag}"))
+        assert isinstance(model, models.TinyQwenModel) and model.rescale is expected
+
+
+# ------------------------------------------------------------------------------------------ the tiny-qwen world's model
+ASKED = ["a red circle", "make the circle blue", "add a cross"]
+
+
+@pytest.fixture(scope="module")
+def qwen_base(tmp_path_factory):
+    folder, model = tmp_path_factory.mktemp("models") / "qwen-base", new_qwen()
+    model.save_full(folder, model.transformer.state_dict())
+    return folder
+
+
+def new_qwen(seed=0):
+    return models.new_tiny(seed, width=WIDTH, layers=2, qwen=True)
+
+
+def tiny_pictures(rows):
+    return list(torch.rand(rows, 3, 24, 24, generator=torch.Generator().manual_seed(3)))
+
+
+def known_prompts(rows):
+    """Prompts of the world's own, of different lengths."""
+    found = {len(text.split()): text for text in (p.text for p in tiny_edit.make_prompts("edit", "train", 60))}
+    assert len(found) >= rows
+    return [found[length] for length in sorted(found)][:rows]
+
+
+def test_the_tiny_qwen_models_text_has_a_mask_and_its_sources_are_pixels(qwen_base):
+    model, prompts, images = models.load_tiny(qwen_base), known_prompts(3), tiny_pictures(3)
+    cond = model.encode(prompts, images)
+    ids = torch.tensor([tiny_edit.tokenize(p) for p in prompts])
+    assert torch.equal(cond.mask, ids > 0) and len(set(cond.mask.sum(1).tolist())) == 3
+    expected = model.text_encoder.word.weight[ids] + model.text_encoder.place.weight
+    assert torch.equal(cond.tokens, expected) and cond.pooled is None
+    assert torch.equal(cond.source, torch.stack(images) * 2 - 1)
+    assert model.encode(prompts).source is None and model.encode(prompts, [None] * 3).source is None
+    for wrong in ([images[0], None, images[2]], [image[:, :20] for image in images]):
+        assert "source pictures are 24 x 24 pixels, one an edit" in refusal(model.encode, prompts, wrong)
+    fresh = new_qwen()
+    fresh.encode_tokens(ids, images).tokens.sum().backward()
+    assert fresh.text_encoder.word.weight.grad.abs().sum() > 0, "pretraining learns the words"
+
+
+@torch.no_grad()
+def test_the_tiny_qwen_model_reads_the_source_the_text_and_no_padding(qwen_base):
+    model, prompts, images = models.load_tiny(qwen_base), known_prompts(3), tiny_pictures(3)
+    x, t = torch.randn(3, 3, 24, 24, generator=torch.Generator().manual_seed(0)), torch.tensor([0.9, 0.5, 0.1])
+    cond = model.encode(prompts, images)
+    found = model.velocity(x, t, cond)
+    assert gap(model.velocity(x, t, model.encode(prompts)), found) > 1e-3, "with and without a source"
+    assert gap(model.velocity(x, t, cond._replace(source=cond.source.flip(0))), found) > 1e-3
+    assert gap(model.velocity(x, t, model.encode(prompts[::-1], images)), found) > 1e-3
+    loud = cond._replace(tokens=cond.tokens + 50.0 * ~cond.mask[..., None])
+    assert gap(model.velocity(x, t, loud), found) < 1e-5
+    again = new_qwen()
+    assert torch.equal(again.velocity(x, t, again.encode(prompts, images)), found), "made again, or saved and read"
+    alone = model.velocity(x[1:2], 0.5, cond.rows(slice(1, 2)))
+    assert gap(alone, found[1:2]) < 1e-5
+
+
+def test_the_tiny_qwen_models_unread_parameters_do_not_train(qwen_base):
+    model = models.load_tiny(qwen_base)
+    model.train_fully()
+    model.velocity(torch.randn(2, 3, 24, 24), 0.5, model.encode(known_prompts(2), tiny_pictures(2))).sum().backward()
+    got = {name for name, p in model.transformer.named_parameters() if p.grad is not None}
+    assert set(model.trainable()) == got and len(got) < len(dict(model.transformer.named_parameters()))
+    fresh = new_qwen()
+    assert not [n for n in fresh.trainable() if "transformer_blocks.1.txt_mlp" in n], "nor in pretraining"
+    assert {"text_encoder.word.weight", "text_encoder.place.weight"} < set(fresh.trainable())
+
+
 # What SD3.5 Medium's repository holds, and whether a run needs it.
 HUB_FILES = {
     "model_index.json": True, "README.md": False, "LICENSE.md": False, "sd3.5_medium.safetensors": False,
@@ -462,6 +556,10 @@ HUB_FILES = {
     "transformer/diffusion_pytorch_model.safetensors.index.json": True,
     "transformer/diffusion_pytorch_model.fp16.safetensors": False, "vae/config.json": True,
     "vae/diffusion_pytorch_model.safetensors": True, "vae/diffusion_pytorch_model.fp16.safetensors": False,
+    # and what a Qwen-Image-Edit's has besides
+    "tokenizer/vocab.json": True, "tokenizer/added_tokens.json": True, "processor/preprocessor_config.json": True,
+    "text_encoder/model-00001-of-00004.safetensors": True, "processor/video_preprocessor_config.json": True,
+    "transformer/diffusion_pytorch_model-00009-of-00009.safetensors": True, "assets/showcase.png": False,
 }  # fmt: skip
 
 

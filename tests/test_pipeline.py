@@ -29,9 +29,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import curation
 import reward_server
 import rewards
+import rollout
 import scoring
+import teach
 import tiny
-import train
 from rewards import Scorer
 from runtime import Run
 
@@ -210,7 +211,7 @@ def test_near_served_and_judging_scorers_are_mixed_by_category_and_each_has_its_
     far, judges = servers(Served, lambda images, prompts: rewards.score_jpeg(images, prompts)), servers(Judges)
     weights = {"counting": {"near": 0.5, "far": 0.25, "vlm": 2.0}, "default": {"near": 1.0, "far": -0.5}}
     scorers = {"near": {"kind": kind}, "far": served(far, batch=4), "vlm": judge(judges)}
-    run, drawn = request.getfixturevalue("go" if base == "world" else "real"), spy(train, "roll_out")
+    run, drawn = request.getfixturevalue("go" if base == "world" else "real"), spy(teach, "roll_out")
     flags = ["--stage", "grpo", "--task", "composition", "--updates", "3", "--steps", "3", "--eval-prompts", "0"]
     folder = run("mixed", *flags, *rewards_file(tmp_path, weights, scorers=scorers))
     tested = capsys.readouterr().err.count("reward jpeg: gave a known picture its known score")
@@ -308,7 +309,7 @@ def test_a_run_whose_servers_are_all_gone_is_saved_and_goes_on_when_they_are_bac
 def test_dropping_loses_the_group_of_the_prompt_that_cannot_be_scored_and_nothing_else(
     go, tmp_path, servers, spy, capsys
 ):
-    taught, victims = spy(train, "update_policy"), []
+    taught, victims = spy(teach, "update_policy"), []
 
     def picky(images, prompts):
         if any(p.text in victims for p in prompts):
@@ -381,7 +382,7 @@ def identities(call):
 
 @pytest.mark.parametrize("overlap", ["--no-overlap", "--overlap"])
 def test_every_score_goes_to_its_own_picture_whatever_the_order_of_the_answers(go, tmp_path, shuffled, spy, overlap):
-    taught, drawn = spy(train, "update_policy"), spy(train, "roll_out")
+    taught, drawn = spy(teach, "update_policy"), spy(teach, "roll_out")
     flags = [*TEXT, overlap, "--steps", "4", "--save-every", "9", "--updates", "3", "--advantage-std", "none"]
     folder = go("run", *flags, *NOT_WARM, *rewards_file(tmp_path, {"vlm": 1}, scorers={"vlm": judge(shuffled)}))
     assert len(taught) == 4 * 3
@@ -408,7 +409,7 @@ def test_what_is_learnt_does_not_depend_on_how_long_a_judge_thinks(go, tmp_path,
 
 
 def test_the_next_batch_is_drawn_while_the_judge_thinks_of_this_one(go, tmp_path, servers, monkeypatch):
-    judges, begun, waits, real = servers(Judges), threading.Semaphore(0), [], train.roll_out
+    judges, begun, waits, real = servers(Judges), threading.Semaphore(0), [], teach.roll_out
 
     def roll_out(*args):
         begun.release()
@@ -418,7 +419,7 @@ def test_the_next_batch_is_drawn_while_the_judge_thinks_of_this_one(go, tmp_path
         if not waits:
             waits.append(begun.acquire(timeout=5) and begun.acquire(timeout=5))
 
-    monkeypatch.setattr(train, "roll_out", roll_out)
+    monkeypatch.setattr(teach, "roll_out", roll_out)
     judges.before = before
     flags = [*TEXT, "--overlap", "--steps", "2", "--save-every", "9"]
     go("run", *flags, *rewards_file(tmp_path, {"vlm": 1}, scorers={"vlm": judge(judges, concurrency=1)}))
@@ -426,7 +427,7 @@ def test_the_next_batch_is_drawn_while_the_judge_thinks_of_this_one(go, tmp_path
 
 
 def test_the_first_ratio_is_one_unless_the_batch_was_drawn_by_the_policy_before(go, spy):
-    rows = spy(train, "rows_of")
+    rows = spy(rollout, "rows_of")
     flags = [*TEXT, "--rewards", "quality=1", "--steps", "5", "--save-every", "2", *NOT_WARM]
     at_once = [line["ratio_std"] for line in metrics(go("at-once", *flags))]
     assert at_once == [0.0] * 5, "drawn, scored and learnt from, one after the other"
@@ -608,7 +609,7 @@ def test_what_a_curation_keeps_is_what_the_next_run_trains_on(go, spy):
     folder = go("kept", *CURATE)
     folder = go("kept", *CURATE, "--threshold", threshold(folder))
     kept = {key for key, value in ranges(folder).items() if value > float(threshold(folder))}
-    rows = spy(train, "rows_of")
+    rows = spy(rollout, "rows_of")
     mine = ["--prompts", *(f"{task}={folder / 'prompts' / task}" for task in TASKS)]
     go("next", "--stage", "grpo", "--task", "mix", "--steps", "5", "--prompts-per-step", "3", *mine)
     trained = {(row.prompt.task, row.prompt.text) for call in rows for row in call.result}

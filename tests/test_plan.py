@@ -14,12 +14,19 @@ import pytest
 import cost as C
 import plan as P
 import settings as S
+import sizes as Z
 
 ROOT = Path(__file__).resolve().parents[1]
 GIB = 1 << 30
 HUB = "owner/sd35"
 FLOW = f"--model {HUB} --micro-batch 8"  # F App. A on SD3.5-M, from the Hub, in small micro-batches
 TINY = "--preset tiny"
+# Q on Qwen-Image-Edit, with numbers of the tests' own
+EDITS = (
+    "--preset qwen-rl --model owner/Qwen-Image-Edit-x --prompts edit=pairs.jsonl --resolution 512 --text-length 512 "
+    "--rank 64 --cfg 4 --num-steps 40 --window 0:16 --train-steps random --train-count 8 --micro-batch 4 "
+    "--prompts-per-step 4 --group-size 12 --updates 1 --no-overlap"
+)
 N = 2_243_171_520  # parameters of SD3.5-M's transformer; the first test counts them
 SMALL = {
     "num_layers": 2, "num_attention_heads": 3, "attention_head_dim": 8, "caption_projection_dim": 24,
@@ -61,18 +68,27 @@ def write_safetensors(file, shapes):
     file.write_bytes(struct.pack("<Q", len(text)) + text + bytes(offset))
 
 
-def full_checkpoint(folder, config=C.SD35_MEDIUM):
+def full_checkpoint(folder, config=Z.SD35_MEDIUM):
     (folder / "transformer").mkdir(parents=True)
     (folder / "transformer" / "config.json").write_text(json.dumps({"_class_name": "SD3Transformer2DModel", **config}))
     return folder
 
 
-def meta(config):
-    import torch
-    from diffusers import SD3Transformer2DModel
+TWENTY = 20_430_401_088  # parameters of Qwen-Image's transformer
+SMALL_QWEN = {
+    "_class_name": Z.QWEN, "num_layers": 2, "num_attention_heads": 3, "attention_head_dim": 8, "patch_size": 2,
+    "joint_attention_dim": 40, "in_channels": 12, "out_channels": 5, "axes_dims_rope": (2, 2, 4),
+}  # fmt: skip
 
+
+def meta(config):
+    """The real class on the meta device: shapes without numbers."""
+    import diffusers
+    import torch
+
+    config = dict(config)
     with torch.device("meta"):
-        return SD3Transformer2DModel(**config)
+        return getattr(diffusers, config.pop("_class_name", Z.SD3))(**config)
 
 
 def count(parameters):
@@ -81,7 +97,73 @@ def count(parameters):
 
 # --------------------------------------------------------------------------------------------------- exact counts
 def test_the_published_medium_model_has_exactly_the_parameters_that_diffusers_builds():
-    assert C.transformer_parameters(C.SD35_MEDIUM) == count(meta(C.SD35_MEDIUM).parameters()) == N
+    assert Z.transformer_parameters(Z.SD35_MEDIUM) == count(meta(Z.SD35_MEDIUM).parameters()) == N
+
+
+def test_qwen_image_has_exactly_the_parameters_that_diffusers_builds():
+    import diffusers
+    import torch
+
+    assert Z.transformer_parameters(Z.QWEN_IMAGE) == count(meta(Z.QWEN_IMAGE).parameters()) == TWENTY
+    assert 38 * GIB < 2 * TWENTY < 38.1 * GIB, "in bfloat16"
+    with torch.device("meta"):
+        vae = diffusers.AutoencoderKLQwenImage()
+    assert count(vae.parameters()) == pytest.approx(Z.QWEN_VAE, rel=0.01)
+
+
+QWEN_CHANGES = [
+    {}, {"num_layers": 1}, {"num_layers": 5, "out_channels": None},
+    {"num_attention_heads": 5, "joint_attention_dim": 17}, {"patch_size": 3, "in_channels": 9},
+    {"attention_head_dim": 16, "axes_dims_rope": (4, 4, 8)},
+    {"use_additional_t_cond": True}, {"zero_cond_t": True},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", QWEN_CHANGES, ids=str)
+def test_small_qwen_images_of_every_shape_are_counted_exactly(change):
+    config = SMALL_QWEN | change
+    assert Z.transformer_parameters(config) == count(meta(config).parameters())
+
+
+@pytest.mark.parametrize(
+    "config", [SMALL_QWEN, SMALL_QWEN | {"num_layers": 3}, SMALL | {"num_layers": 4}], ids=lambda c: c["num_layers"]
+)
+def test_what_no_velocity_reads_is_not_trained_and_counted_as_the_model_does(config):
+    import adapters
+    import flow
+    import qwen
+
+    kind = qwen.QwenFlow if Z.is_qwen(config) else flow.FlowModel
+    model = kind(meta(config), "meta")
+    assert count(model.trainable().values()) == Z.transformer_parameters(config) - Z.unread_parameters(config)
+    model.transformer.requires_grad_(False)
+    model.add_adapter(flow.STUDENT, adapters.lora_config(3, 6.0))
+    assert count(model.trainable().values()) == Z.lora_parameters(config, 3) - C.unread_lora(config, 3)
+    names = [name for name, _ in model.transformer.named_parameters() if ".lora_" in name]
+    left = sum(any(part in name for part in Z.unread_names(config)) for name in names)
+    assert left == 2 * Z.is_qwen(config) and (C.unread_lora(config, 3) > 0) == Z.is_qwen(config)
+
+
+def test_an_adapter_file_tells_what_of_it_no_velocity_reads(tmp_path):
+    base = C.Base("", SMALL_QWEN, 0, 0, 20, 32)
+    keys = ["1.attn.to_add_out", "1.attn.to_q", "0.attn.to_add_out"]
+    shapes = {f"transformer.transformer_blocks.{key}.lora_A.weight": (2, 24) for key in keys}
+    write_safetensors(tmp_path / "pytorch_lora_weights.safetensors", shapes)
+    found = C.expert(str(tmp_path), base, 4)
+    assert (found.parameters, found.unread) == (3 * 48, 48)
+    assert C.trained_parameters(parse(f"{EDITS} --stage opd"), base, found, {}) == 2 * 48
+
+
+def test_the_source_of_an_edit_is_as_many_text_tokens_as_the_encoder_makes_of_it():
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+    height, width = smart_resize(384, 384, factor=28)
+    assert (height // 28) * (width // 28) == Z.PICTURE_TOKENS == 196
+    base = C.base_of(parse(f"{EDITS} --stage opd"))
+    assert base.tokens() == (32 * 32, 512) and base.tokens(edit=True) == (2 * 32 * 32, 512 + 196)
+    large = C.base_of(parse(f"{EDITS} --stage opd --source-resolution 1024"))
+    assert large.tokens() == base.tokens() and large.tokens(edit=True) == (32 * 32 + 64 * 64, 708)
+    assert base.latent == 16 * 64 * 64 and C.base_of(parse(FLOW)).tokens(edit=True) == (32 * 32, 333)
 
 
 CHANGES = [
@@ -101,47 +183,61 @@ CHANGES = [
 @pytest.mark.parametrize("change", CHANGES, ids=str)
 def test_small_models_of_every_shape_are_counted_exactly(change):
     config = SMALL | change
-    assert C.transformer_parameters(config) == count(meta(config).parameters())
+    assert Z.transformer_parameters(config) == count(meta(config).parameters())
 
 
 def test_the_older_configs_without_norm_and_dual_layers_are_those_of_none():
     old = {k: v for k, v in SMALL.items() if k not in ("qk_norm", "dual_attention_layers", "out_channels")}
     same = old | {"qk_norm": None, "dual_attention_layers": (), "out_channels": None}
-    assert C.transformer_parameters(old) == count(meta(same).parameters())
+    assert Z.transformer_parameters(old) == count(meta(same).parameters())
 
 
 def test_an_unknown_norm_is_refused_and_a_missing_entry_is_named():
     with pytest.raises(ValueError, match="layer_norm"):
-        C.transformer_parameters(SMALL | {"qk_norm": "layer_norm"})
+        Z.transformer_parameters(SMALL | {"qk_norm": "layer_norm"})
     with pytest.raises(KeyError, match="patch_size"):
-        C.transformer_parameters({k: v for k, v in SMALL.items() if k != "patch_size"})
+        Z.transformer_parameters({k: v for k, v in SMALL.items() if k != "patch_size"})
 
 
-BARE = tuple(name.removeprefix("attn.") for name in C.TARGETS)
+BARE = tuple(name.removeprefix("attn.") for name in Z.TARGETS)
 
 
-@pytest.mark.parametrize("targets", [C.TARGETS, BARE, ("to_q", "attn.to_add_out")], ids=["attn.", "bare", "mixed"])
-@pytest.mark.parametrize("config", [C.SD35_MEDIUM, SMALL, SMALL | CHANGES[2]], ids=lambda c: c["num_layers"])
+@pytest.mark.parametrize("targets", [Z.TARGETS, BARE, ("to_q", "attn.to_add_out")], ids=["attn.", "bare", "mixed"])
+@pytest.mark.parametrize(
+    "config", [Z.SD35_MEDIUM, SMALL, SMALL | CHANGES[2], SMALL_QWEN | {"num_layers": 3}], ids=lambda c: c["num_layers"]
+)
 def test_a_lora_has_exactly_the_factors_that_peft_injects(config, targets):
     import adapters
 
     model = meta(config).requires_grad_(False)
     model.add_adapter(adapters.lora_config(3, 6.0, targets))
-    assert C.lora_parameters(config, 3, targets) == count(p for p in model.parameters() if p.requires_grad) > 0
+    assert Z.lora_parameters(config, 3, targets) == count(p for p in model.parameters() if p.requires_grad) > 0
 
 
 def test_the_students_lora_is_hand_counted():
     # 24 blocks of eight projections, less the last to_add_out; (32, 1536) and (1536, 32) each
-    assert C.lora_parameters(C.SD35_MEDIUM, 32) == (24 * 8 - 1) * 2 * 32 * 1536 == 18_776_064
+    assert Z.lora_parameters(Z.SD35_MEDIUM, 32) == (24 * 8 - 1) * 2 * 32 * 1536 == 18_776_064
+    # Qwen-Image: 60 blocks of eight, of which the last one's to_add_out is not trained
+    assert Z.lora_parameters(Z.QWEN_IMAGE, 64) == 60 * 8 * 2 * 64 * 3072
+    assert C.unread_lora(Z.QWEN_IMAGE, 64) == 2 * 64 * 3072
     # bare names reach attn2's four projections in 13 blocks besides
-    assert C.lora_parameters(C.SD35_MEDIUM, 32, BARE) == (24 * 8 - 1 + 13 * 4) * 2 * 32 * 1536
+    assert Z.lora_parameters(Z.SD35_MEDIUM, 32, BARE) == (24 * 8 - 1 + 13 * 4) * 2 * 32 * 1536
 
 
 def test_a_planted_bug_in_the_last_block_or_the_second_attention_is_seen(monkeypatch):
-    true = C._block_parameters
+    true = Z.block_parameters
     for wrong in (lambda c, n: true(c, 0), lambda c, n: true(c | {"dual_attention_layers": ()}, n)):
-        monkeypatch.setattr(C, "_block_parameters", wrong)
-        assert C.transformer_parameters(C.SD35_MEDIUM) != N
+        monkeypatch.setattr(Z, "block_parameters", wrong)
+        assert Z.transformer_parameters(Z.SD35_MEDIUM) != N
+
+
+def test_a_planted_bug_that_ends_qwen_images_text_early_or_joins_the_kinds_is_seen(monkeypatch):
+    true = Z.block_parameters
+    monkeypatch.setattr(Z, "block_parameters", lambda c, n: true(c | {"_class_name": Z.SD3, "qk_norm": "rms_norm"}, n))
+    assert Z.transformer_parameters(Z.QWEN_IMAGE) < TWENTY
+    mix = f"{EDITS} --stage grpo --task mix --mix joint --prompts-per-step 5 --group-size 3"
+    monkeypatch.setattr(C, "groupby", lambda rows, kind: [(None, rows)])
+    assert C.rows_in_step(parse(mix)) == (15, 4, 4), "not 5 micro-batches: rows of both kinds share the third"
 
 
 # ------------------------------------------------------------------------------- copies of what cannot be imported
@@ -149,7 +245,7 @@ def test_what_is_copied_from_the_heavy_modules_is_what_they_say():
     import adapters
     import opd
 
-    assert C.TARGETS == adapters.TARGETS and C.FILE_ENDINGS == adapters.FILE_ENDINGS
+    assert Z.TARGETS == adapters.TARGETS and C.FILE_ENDINGS == adapters.FILE_ENDINGS
     for estimator in opd.ESTIMATORS:
         s = parse(f"{FLOW} --estimator {estimator}")
         assert C.is_single_pass(s) == (estimator in opd.SINGLE_PASS), estimator
@@ -246,19 +342,89 @@ def test_the_trained_transitions_follow_the_window_the_subset_and_the_estimator(
 
 def test_flow_matching_sees_each_image_once_and_merging_nothing():
     assert work("--preset tiny --stage pretrain --batch-size 7 --micro-batch 3") == {("student", True): (3, 7)}
-    assert work(f"{FLOW} --stage sft --batch-size 9 --micro-batch 0") == {("student", True): (1, 9)}
+    sft = f"{FLOW} --stage sft --batch-size 9 --micro-batch"
+    assert work(f"{sft} 0") == {("student", True): (3, 9)}, "a part for each of the three tasks"
+    assert work(f"{sft} 2") == {("student", True): (3 * 2, 9)} and C.rows_in_step(parse(f"{sft} 7"))[2] == 7
+    assert C.rows_in_step(parse(f"{sft} 0"))[2] == 9, "by chance all are of one task"
     assert work(f"{FLOW} --stage merge") == {}
 
 
+def test_the_hybrid_asks_for_the_branches_one_after_the_other_and_learns_without_guidance():
+    # 4 prompts x 12 = 48 rows in 12 micro-batches; 40 steps are walked, 8 are trained
+    t2i = f"{EDITS} --stage grpo --task t2i --beta 0 --guidance"
+    assert work(f"{t2i} rollout") == {("student", True): (96, 384), ("student", False): (12 * 40 * 2, 48 * 40 * 2)}
+    assert work(f"{t2i} both") == {("student", True): (96, 768), ("student", False): (12 * 40, 48 * 40 * 2)}
+    assert work(f"{t2i} neither") == {("student", True): (96, 384), ("student", False): (12 * 40, 48 * 40)}
+    assert work(f"{t2i} rollout --beta 0.1")["base", False] == (96, 384), "the KL is one of policies without guidance"
+    assert work(f"{t2i} rollout --cfg 1") == work(f"{t2i} neither")
+    curate = f"{EDITS} --stage curate --guidance"
+    assert work(f"{curate} rollout") == {("student", False): (12 * 40 * 2, 48 * 40 * 2)}
+    assert work(f"{curate} both") == {("student", False): (12 * 40, 48 * 40 * 2)}
+
+
+def test_the_forward_process_asks_its_old_policy_to_draw_and_again_at_each_trained_time():
+    nft = f"{EDITS} --stage nft --task edit --guidance"
+    visited = 96, 384
+    assert work(f"{nft} rollout --beta 0") == {
+        ("student", True): visited,
+        ("old policy", False): (960 + 96, 3840 + 384),
+    }
+    assert work(f"{nft} both --beta 0.1") == {
+        ("student", True): (96, 768),
+        ("old policy", False): (480 + 96, 3840 + 768),
+        ("base", False): (96, 768),
+    }
+    assert C.trained_steps(parse(f"{nft} both --window 0:2")) == 8, "any time may be trained"
+    assert C.rows_in_step(parse(f"{nft} both --updates 4 --micro-batch 8")) == (48, 4 * 2, 8), "12 rows each: 8 + 4"
+
+
+def test_mix_rl_joins_the_tasks_and_no_micro_batch_holds_both_kinds():
+    mix = f"{EDITS} --stage grpo --task mix --prompts-per-step 5 --group-size 3"
+    joint = parse(f"{mix} --mix joint")
+    assert C.groups(joint) == {"t2i": 3, "edit": 2}
+    assert C.micro_batches(joint) == [["t2i"] * 4, ["t2i"] * 4, ["t2i"], ["edit"] * 4, ["edit"] * 2]
+    turns = parse(f"{mix} --mix turns")
+    assert C.groups(turns) == {"the task whose turn it is": 5} and C.rows_in_step(turns) == (15, 4, 4)
+    flow = parse(f"{FLOW} --stage grpo --rewards jpeg=1 --task mix --mix joint --micro-batch 100")
+    assert C.groups(flow) == {"composition": 2, "text": 2, "quality": 2}
+    assert C.rows_in_step(flow) == (144, 2, 72), "where nothing is edited, tasks share a forward; two updates"
+
+
+def test_a_guided_teacher_and_a_student_without_guidance_are_hand_counted():
+    opd = f"{EDITS} --stage opd --prompts-per-step 3 --group-size 2 --num-steps 10 --micro-batch 3 --train-steps all"
+    # 4 rows of t2i and 2 of edit: 3 + 1 | 2; Q Eq. 14 is about every state of the ODE
+    assert work(f"{opd} --guidance teacher") == {("student", True): (30, 60), ("teachers", False): (30, 120)}
+    assert work(f"{opd} --guidance both") == {("student", True): (30, 120), ("teachers", False): (30, 120)}
+    assert work(f"{opd} --guidance neither") == {("student", True): (30, 60), ("teachers", False): (30, 60)}
+    some = work(f"{opd} --guidance teacher --train-steps random --train-count 7")
+    assert some == {("student", True): (21, 42), ("student", False): (9, 18), ("teachers", False): (21, 84)}
+    stored = work(f"{opd} --guidance teacher --no-single-pass --mar 0.1 --anchor owner/a")
+    assert stored["student", False] == (30, 60) and stored["anchor", False] == (30, 120)
+
+
+def test_pretraining_has_half_a_batch_of_edits_where_the_world_has_them():
+    flow = "--stage pretrain --batch-size 7 --micro-batch 2"
+    assert work(f"--preset tiny-qwen {flow}") == {("student", True): (2 + 2, 7)}  # 2 + 2 | 2 + 1
+    assert work(f"--preset tiny-qwen {flow} --micro-batch 0") == {("student", True): (2, 7)}
+    assert work(f"--preset tiny-qwen {flow} --tasks t2i --micro-batch 0") == {("student", True): (1, 7)}
+
+
+BASE = "assets/tiny-qwen/base"
+QWEN = "--preset tiny-qwen --prompts-per-step 4 --group-size 2 --num-steps 4 --window 0:3 --train-count 2"
 REAL = [
-    "--stage opd --prompts-per-step 4 --group-size 2 --micro-batch 3",
-    "--stage opd --prompts-per-step 4 --group-size 2 --micro-batch 5 --estimator path --cfg 2 "
+    f"{TINY} --stage opd --prompts-per-step 4 --group-size 2 --micro-batch 3",
+    f"{TINY} --stage opd --prompts-per-step 4 --group-size 2 --micro-batch 5 --estimator path --cfg 2 "
     "--anchor assets/tiny/teacher-text",
-    "--stage grpo --task text --prompts-per-step 4 --group-size 3 --updates 2 --micro-batch 4 --beta 0.1",
+    f"{TINY} --stage grpo --task text --prompts-per-step 4 --group-size 3 --updates 2 --micro-batch 4 --beta 0.1",
+    f"{QWEN} --stage grpo --task edit --updates 2 --micro-batch 3",
+    f"{QWEN} --stage grpo --task mix --micro-batch 3 --guidance both --beta 0.1",
+    f"{QWEN} --stage nft --task mix --micro-batch 3 --beta 0.1",
+    f"{QWEN} --stage opd --prompts-per-step 3 --micro-batch 3 --teachers t2i={BASE} edit={BASE}",
 ]
+NAMES = ["single pass", "path", "grpo", "hybrid", "mix", "nft", "two kinds"]
 
 
-@pytest.mark.parametrize("line", REAL, ids=["single pass", "path", "grpo"])
+@pytest.mark.parametrize("line", REAL, ids=NAMES)
 def test_a_real_step_makes_the_forwards_that_the_plan_foretells(line, tmp_path, monkeypatch):
     import torch
 
@@ -274,14 +440,16 @@ def test_a_real_step_makes_the_forwards_that_the_plan_foretells(line, tmp_path, 
         return use(self, name)
 
     def watched_forward(self, x, t, cond):
-        key = {"student": "student", None: "base", "anchor": "anchor"}.get(who[0], who[0]), torch.is_grad_enabled()
+        silent = "old policy" if "--stage nft" in line else "student"  # its weights stand in the student's place
+        student = "student" if torch.is_grad_enabled() else silent
+        key = {"student": student, None: "base"}.get(who[0], who[0]), torch.is_grad_enabled()
         calls[key] += 1
         rows[key] += len(x)
         return forward(self, x, t, cond)
 
     monkeypatch.setattr(flow.FlowModel, "_use", watched_use)
     monkeypatch.setattr(flow.FlowModel, "_forward", watched_forward)
-    argv = f"{TINY} {line} --steps 1 --eval-prompts 0 --threads 1 --out {tmp_path}".split()
+    argv = f"{line} --steps 1 --eval-prompts 0 --threads 1 --out {tmp_path}".split()
     assert train.main(argv) == 0
     s = parse(argv)
     teachers = [k for k in calls if k[0].startswith("teacher:")]
@@ -323,6 +491,91 @@ def test_the_default_distillations_memory_is_hand_added():
     assert found.total == sum(found.parts.values()) + max(found.moments.values())
 
 
+QWEN_LORA = 480 * 2 * 64 * 3072
+
+
+def test_a_distillation_of_two_kinds_is_hand_added():
+    line = f"{EDITS} --stage opd --guidance teacher --steps 10 --eval-prompts 3 --parameters lora"
+    found = memory([*line.split(), "--teachers", "t2i=owner/a", "edit=owner/b"])
+    row, edit = 2 * 512 * 3584, 2 * (512 + 196) * 3584 + 4 * 16 * 64 * 64
+    n = QWEN_LORA - 2 * 64 * 3072
+    assert found.parts == {
+        "frozen backbone": 2 * TWENTY, "trained weights": 4 * n, "averaged weights": 4 * n, "gradients": 4 * n,
+        "Adam moments": 8 * n, "bfloat16 copies": 2 * n, "adapters": 2 * 4 * QWEN_LORA,
+        "text conditioning": 4 * 2 * edit, "VAE": 4 * 127_000_000,
+    }  # fmt: skip
+    assert found.moments["encoding prompts"] == 2 * 8_290_000_000 + 4096 * 512**2, "beside a source in the VAE"
+    assert found.moments["decoding a picture"] == 7168 * 512**2
+    # of each kind 10 x 2 prompts and 3 test prompts, and an empty one; each edit has its own, with its picture
+    empty = edit - row
+    assert found.host == {"prompts": (23 + 1) * row + 23 * (edit + empty)}
+    inputs = 60 * 4 * 3072 * (2048 + 708) * 2
+    assert found.moments["training step"] == inputs + 4 * 3072 * (2048 + 708) * 41, "a student without guidance"
+    assert found.moments["forward without gradient"] == 8 * 3072 * (2048 + 708) * 41, "teachers with it"
+    alone = memory([*line.split(), "--teachers", "t2i=owner/a", "--tasks", "t2i"])
+    assert alone.moments["training step"] == (60 * 2 + 41) * 4 * 3072 * (1024 + 512)
+    assert alone.moments["encoding prompts"] == 2 * 8_290_000_000 and alone.host == {"prompts": (40 + 3 + 1) * row}
+
+
+def test_what_the_forward_process_keeps_beside_the_student():
+    grpo, nft = (memory(f"{EDITS} --stage {stage} --task edit --beta 0") for stage in ("grpo", "nft"))
+    weights = nft.parts["trained weights"]
+    assert nft.parts["old policy"] == weights and "old policy" not in grpo.parts
+    more = nft.moments["forward without gradient"] - grpo.moments["forward without gradient"]
+    assert more == weights, "while the old policy's stand in its place, the student's weights wait"
+    latent = 4 * 16 * 64 * 64
+    assert nft.parts["trajectories"] == grpo.parts["trajectories"] == 48 * 121 * latent
+    assert memory(f"{EDITS} --stage grpo --task edit --overlap").parts["trajectories"] == 2 * 48 * 121 * latent
+    full = f"{EDITS} --stage nft --task edit --parameters full --parallel fsdp"
+    assert "frozen backbone" not in memory(f"{full} --beta 0", 16, 8).parts
+    kept = memory(f"{full} --beta 0.1", 16, 8).parts
+    assert kept["frozen backbone"] == 2 * TWENTY, "the other side of Q Eq. 9's distance"
+    assert kept["old policy"] == 4 * (TWENTY - Z.unread_parameters(Z.QWEN_IMAGE)) // 16
+
+
+def test_a_hybrid_forward_is_half_as_large_as_a_guided_one():
+    def silent(guidance):
+        line = f"{EDITS} --stage grpo --task t2i --beta 0 --eval-prompts 0 --guidance {guidance}"
+        return memory(line).moments["forward without gradient"]
+
+    assert 2 * silent("rollout") == 2 * silent("neither") == silent("both") == 8 * 3072 * (1024 + 512) * 41
+
+
+def test_a_teacher_of_t2i_meets_edits_in_the_final_evaluation_only():
+    found = memory(f"{EDITS} --stage grpo --task t2i --beta 0 --eval-prompts 4 --guidance both")
+    assert found.moments["training step"] == (60 * 2 + 41) * 8 * 3072 * (1024 + 512)
+    assert found.moments["forward without gradient"] == 8 * 3072 * (2048 + 708) * 41
+    assert found.moments["encoding prompts"] > 2 * Z.QWEN_VL_7B, "test edits have sources"
+
+
+def test_each_judge_on_this_machine_is_loaded_for_itself(tmp_path):
+    import judges
+
+    asked = {name: rubric.model for name, rubric in judges.RUBRICS.items() if name not in ("unifiedreward", "deqa")}
+    assert {name: C.judge({"rubric": name}).model for name in asked} == asked, "the others cannot be asked here"
+    assert set(asked.values()) == set(C.JUDGES)
+    write_safetensors(tmp_path / "own" / "model.safetensors", {"a": (3, 5)})
+    vlm = {"kind": "vlm", "rubric": "alignment"}
+    scorers = {
+        "a": vlm, "b": {**vlm, "rubric": "portrait", "dtype": "bfloat16"}, "c": {**vlm, "device": "cpu"},
+        "d": {**vlm, "model": str(tmp_path / "own")}, "e": {**vlm, "model": "owner/judge"},
+        "f": {"kind": "judge", "rubric": "alignment", "model": "x", "endpoints": ["http://a:1"]},
+    }  # fmt: skip
+    file = tmp_path / "r.json"
+    file.write_text(json.dumps({"scorers": scorers, "weights": {"default": dict.fromkeys(scorers, 1)}}))
+    line = f"{EDITS} --stage nft --task t2i --rewards {file}"
+    assert memory(line).parts["judges"] == (4 + 2) * Z.QWEN_VL_7B + 4 * 15
+    found = lines(line)["judge"]
+    whole = "a: Qwen/Qwen2.5-VL-7B-Instruct, 8.29 billion parameters, float32, on the run's own accelerator"
+    assert found[0] == f"{whole}, 30.88 GiB a rank"
+    assert found[1].endswith("bfloat16, on the run's own accelerator, 15.44 GiB a rank")
+    assert found[2].endswith("on cpu, not counted") and "of unknown size" in found[4] and len(found) == 5
+    assert "judges" not in memory(f"{EDITS} --stage opd --rewards {file}").parts, "a distillation asks nobody"
+    worst = P.verdict(parse(line), 99 * GIB)
+    assert "judges in bfloat16" in worst and "judges behind endpoints" in worst
+    assert "judges" not in P.verdict(parse(f"{EDITS} --stage nft --task t2i --rewards jpeg"), 99 * GIB)
+
+
 def test_a_full_student_is_sharded_over_all_ranks_or_those_of_a_node():
     full = f"{FLOW} --parameters full"
     for parallel, shards in (("ddp", 1), ("fsdp", 16), ("hsdp", 8)):
@@ -333,11 +586,11 @@ def test_a_full_student_is_sharded_over_all_ranks_or_those_of_a_node():
     assert memory(f"{full} --parallel ddp", 16, 8).parts["bfloat16 copies"] == 2 * N
     gathered = memory(f"{full} --parallel fsdp", 16, 8).parts
     assert "bfloat16 copies" not in gathered
-    assert gathered["gathered blocks"] == 2 * 2 * C._block_parameters(C.SD35_MEDIUM, 0)
+    assert gathered["gathered blocks"] == 2 * 2 * Z.block_parameters(Z.SD35_MEDIUM, 0)
 
 
 def test_a_full_student_keeps_the_base_only_for_those_who_need_it(tmp_path):
-    teachers = [f"{t}={full_checkpoint(tmp_path / t)}" for t in S.TASKS]
+    teachers = [f"{t}={full_checkpoint(tmp_path / t)}" for t in S.FLOW_TASKS]
     alone = [*FLOW.split(), "--parameters", "full", "--teachers", *teachers]
     assert "frozen backbone" not in memory(alone).parts
     assert "frozen backbone" in memory([*alone, "--anchor", "jieliu/SD3.5M-FlowGRPO-Text"]).parts
@@ -347,7 +600,7 @@ def test_a_full_student_keeps_the_base_only_for_those_who_need_it(tmp_path):
 
 
 def test_full_teachers_wait_in_host_memory_and_come_for_their_own_and_the_next_micro_batch(tmp_path):
-    teachers = [f"{t}={full_checkpoint(tmp_path / t)}" for t in S.TASKS]
+    teachers = [f"{t}={full_checkpoint(tmp_path / t)}" for t in S.FLOW_TASKS]
     given = [*FLOW.split(), "--teachers", *teachers]
     apart = memory([*given, "--mar", "0"])  # micro-batches of 8 in groups of 24: one task, and the next
     assert apart.parts["full experts"] == 2 * (2 * N) and apart.host["full experts"] == 3 * (2 * N)
@@ -388,6 +641,26 @@ def test_prompts_are_kept_once_each_however_long_the_run(tmp_path):
     assert prompts(f"{FLOW} --stage merge --eval-prompts 0 --cfg 1") == 0
 
 
+def test_edits_are_kept_apart_from_prompts_without_a_source(tmp_path):
+    def prompts(line):
+        s = parse(line)
+        return C.distinct_prompts(s), C.distinct_prompts(s, edits=True)
+
+    many = f"{EDITS} --steps 5 --eval-prompts 0 --train-prompts 1000"
+    opd = f"{many} --stage opd --prompts-per-step 3"
+    assert prompts(f"{opd} --guidance teacher") == (5 * 2 + 1, 5 * 1), "an edit's empty prompt is its own"
+    assert prompts(f"{opd} --guidance neither") == (5 * 2, 5 * 1), "nobody asks for the empty prompt"
+    assert prompts(f"{opd} --guidance neither --eval-prompts 7") == (5 * 2 + 7, 5 * 1 + 7)
+    assert prompts(f"{many} --stage nft --task edit") == (0, 20)
+    assert prompts(f"{many} --stage grpo --task t2i --eval-prompts 7") == (20 + 7 + 1, 7)
+    assert prompts(f"{many} --stage grpo --task mix --mix joint") == (10 + 1, 10)
+    assert prompts(f"{many} --stage grpo --task mix --mix turns") == (20 + 1, 20), "at most"
+    own = tmp_path / "own.jsonl"
+    own.write_text("{}\n{}\n")
+    assert prompts(f"{many} --stage nft --task edit --prompts edit={own}") == (0, 2)
+    assert prompts(f"{many} --stage curate --train-prompts 9 --guidance both --prompts edit={own}") == (9 + 1, 2)
+
+
 def test_a_merge_has_no_gradients_and_cat_adds_the_ranks_up():
     merged = memory(f"{FLOW} --stage merge")
     assert merged.parts["trained weights"] == 4 * LORA and "gradients" not in merged.parts
@@ -399,6 +672,11 @@ def test_a_student_begun_from_an_adapter_has_that_adapters_size():
     shipped = C.expert("assets/tiny/teacher-text", None, 3)
     assert memory(f"{TINY} --init assets/tiny/teacher-text").parts["trained weights"] == 4 * shipped.parameters
     assert memory(f"{TINY} --rank 3").parts["trained weights"] == 4 * 3 * 2 * 96 * (8 * 3 - 1)
+
+
+def keeps(base, rows, *given, edit=False, **more):
+    """`sizes.activations` of a base's own tokens."""
+    return Z.activations(base.config, *base.tokens(edit), rows, *given, **more)
 
 
 def small_model(trained, b, **change):
@@ -422,6 +700,40 @@ def small_model(trained, b, **change):
     return model, C.Base("", config, 0, 0, 20, 32)
 
 
+def small_qwen(trained, b, **change):
+    """The same of Qwen-Image's architecture, with a smaller source beside each picture."""
+    import torch
+    from diffusers import QwenImageTransformer2DModel
+
+    import adapters
+
+    config = SMALL_QWEN | {"num_attention_heads": 6, "attention_head_dim": 32, "axes_dims_rope": (8, 12, 12)} | change
+    torch.manual_seed(0)
+    model = QwenImageTransformer2DModel(**{k: v for k, v in config.items() if k != "_class_name"})
+    if trained == "lora":
+        model.requires_grad_(False)
+        for p in model.parameters():
+            p.data = p.data.to(torch.bfloat16 if b == 2 else torch.float32)
+        model.add_adapter(adapters.lora_config(4, 4.0))
+        for name, p in model.named_parameters():
+            p.data = p.data.float() if ".lora_" in name else p.data
+    return model, C.Base("", config, 0, 0, 14, 32, source=20, picture=6)
+
+
+def run_qwen(model, b, rows):
+    """16 x 16 image tokens, 10 x 10 of the source, 20 of the text, some of them padding."""
+    import torch
+
+    mask = torch.ones(rows, 20, dtype=torch.bool)
+    mask[0, 17:] = False
+    with torch.autocast("cpu", torch.bfloat16, enabled=b == 2):
+        model(
+            hidden_states=torch.randn(rows, 356, 12), encoder_hidden_states=torch.randn(rows, 20, 40),
+            encoder_hidden_states_mask=mask, timestep=torch.full((rows,), 0.5),
+            img_shapes=[[(1, 16, 16), (1, 10, 10)]] * rows, return_dict=False,
+        )  # fmt: skip
+
+
 def run_small(model, b, rows):
     import torch
 
@@ -440,9 +752,25 @@ KINDS = [{"dual_attention_layers": ()}, {"qk_norm": None, "dual_attention_layers
 @pytest.mark.parametrize("trained", ["lora", "full"])
 @pytest.mark.parametrize("change", KINDS, ids=["norm", "dual", "both"])
 def test_the_activations_are_within_a_quarter_of_what_autograd_keeps(trained, b, change):
+    model, base = small_model(trained, b, num_layers=3, **change)
+    assert 0.75 < keeps(base, 2, trained, b) / kept_by_autograd(model, run_small, b) < 1.25
+
+
+@pytest.mark.parametrize("b", [2, 4])
+@pytest.mark.parametrize("trained", ["lora", "full"])
+@pytest.mark.parametrize("change", [{}, {"zero_cond_t": True}], ids=["", "modulated source"])
+def test_the_activations_of_qwen_image_are_within_a_tenth_of_what_autograd_keeps(trained, b, change):
+    model, base = small_qwen(trained, b, num_layers=3, **change)
+    assert base.tokens(edit=True) == (356, 20)
+    measured = kept_by_autograd(model, run_qwen, b)
+    assert 0.9 < keeps(base, 2, trained, b, edit=True) / measured < 1.1
+    assert keeps(base, 2, trained, b) / measured < 0.8, "without its source it is not the same forward"
+
+
+def kept_by_autograd(model, run, b):
+    """Bytes that a forward of two rows leaves for backward, autocast's copies of float32 weights not counted."""
     import torch
 
-    model, base = small_model(trained, b, num_layers=3, **change)
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     kept = {}  # storage -> bytes; holding the tensor keeps its address from being used again
 
@@ -452,11 +780,9 @@ def test_the_activations_are_within_a_quarter_of_what_autograd_keeps(trained, b,
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        run_small(model, b, rows=2)
-    measured = sum(size for _, size in kept.values())
-    if b == 2:  # autocast's copies of float32 weights are a part of their own
-        measured -= 2 * count(p for p in model.parameters() if p.requires_grad)
-    assert 0.75 < C.activations(base, 2, trained, b) / measured < 1.25
+        run(model, b, rows=2)
+    copies = 2 * count(p for p in model.parameters() if p.requires_grad) if b == 2 else 0
+    return sum(size for _, size in kept.values()) - copies
 
 
 @pytest.mark.parametrize("b", [2, 4])
@@ -468,16 +794,30 @@ def test_checkpointing_keeps_the_inputs_of_the_blocks_and_one_block(b):
             lambda _, args, given: sizes.append(sum(given[k].nbytes for k in streams)), with_kwargs=True
         )
     run_small(model, b, rows=2)
-    inputs = C.activations(base, 2, "lora", b, checkpointing=True) - C.activations(base, 2, "lora", b, gradient=False)
+    inputs = keeps(base, 2, "lora", b, checkpointing=True) - keeps(base, 2, "lora", b, gradient=False)
     assert inputs == sum(sizes) == 3 * 2 * (256 + 20) * 192 * b
+
+
+@pytest.mark.parametrize("b", [2, 4])
+def test_checkpointing_keeps_the_inputs_of_qwen_images_blocks_too(b):
+    model, base = small_qwen("lora", b, num_layers=3)
+    sizes, streams = [], ("hidden_states", "encoder_hidden_states")
+    for block in model.transformer_blocks:
+        block.register_forward_pre_hook(
+            lambda _, args, given: sizes.append(sum(given[k].nbytes for k in streams)), with_kwargs=True
+        )
+    run_qwen(model, b, rows=2)
+    more = {"edit": True}
+    inputs = keeps(base, 2, "lora", b, checkpointing=True, **more) - keeps(base, 2, "lora", b, gradient=False, **more)
+    assert inputs == sum(sizes) == 3 * 2 * (356 + 20) * 192 * b
 
 
 def test_activations_grow_with_rows_and_blocks_and_shrink_with_checkpointing():
     base = C.base_of(parse(FLOW))
-    one = C.activations(base, 1, "lora", 2)
-    assert C.activations(base, 3, "lora", 2) == 3 * one
-    assert C.activations(base, 1, "lora", 2, checkpointing=True) < one / 5
-    assert C.activations(base, 1, "full", 2) > one > C.activations(base, 1, "lora", 2, gradient=False)
+    one = keeps(base, 1, "lora", 2)
+    assert keeps(base, 3, "lora", 2) == 3 * one
+    assert keeps(base, 1, "lora", 2, checkpointing=True) < one / 5
+    assert keeps(base, 1, "full", 2) > one > keeps(base, 1, "lora", 2, gradient=False)
 
 
 @pytest.mark.parametrize(
@@ -498,6 +838,7 @@ def test_the_verdict_names_only_what_would_help():
 
 # ------------------------------------------------------------------------------------------------ the whole plan
 GRPO = f"--stage grpo --task text --rewards jpeg=1 --model {HUB}"
+EDIT, NFT = f"{EDITS} --stage grpo --task edit --beta 0.1", f"{EDITS} --stage nft --task edit"
 # (the plan before, what is added, labels whose lines must change); all others but "run" must stay as they are.
 MOVES = [
     (FLOW, "--seed 5", ""),
@@ -508,7 +849,7 @@ MOVES = [
     (FLOW, "--group-size 12", "batch forwards"),
     (FLOW, "--prompts-per-step 4", "batch groups forwards host"),
     (FLOW, "--micro-batch 4", "batch forwards memory moment"),
-    (FLOW, "--cfg 1", "rollout forwards drawing memory moment"),
+    (FLOW, "--cfg 1", "guidance forwards drawing memory moment"),
     (FLOW, "--num-steps 12", "rollout forwards"),
     (FLOW, "--window 0:4", "rollout forwards"),
     (FLOW, "--noise-level 0.5", "rollout"),
@@ -540,10 +881,24 @@ MOVES = [
     (GRPO, "--rewards ocr", "reward scorer"),
     (GRPO, "--combine normalised", ""),  # of a single reward
     (f"{GRPO} --rewards jpeg,ocr=2", "--combine normalised", "reward"),
-    (GRPO, "--overlap", ""),
+    (GRPO, "--overlap", "memory"),  # two steps' trajectories wait
     (GRPO, "--on-reward-failure drop", ""),
     (GRPO, "--kernel cps --beta 0", "objective forwards rollout"),
-    (GRPO, "--task mix", "groups writes checkpoints"),
+    (GRPO, "--task mix", "groups tasks writes checkpoints"),
+    (f"{GRPO} --task mix", "--mix joint", "groups tasks"),
+    (EDIT, "--guidance both", "guidance forwards moment"),  # not the largest
+    (EDIT, "--guidance neither", "guidance forwards drawing memory moment host"),
+    (EDIT, "--no-cfg-rescale", "guidance"),
+    (EDIT, "--source-resolution 256", "transformer memory moment host"),
+    (EDIT, "--text-length 300", "transformer memory moment host"),
+    (EDIT, "--stage nft", "objective rollout forwards memory moment writes checkpoints"),
+    (EDIT, "--task t2i", "groups reward scorer judge memory moment host writes checkpoints"),
+    (NFT, "--interpolation 0.5", "objective"),
+    (NFT, "--window 0:3", ""),
+    (NFT, "--train-count 5", "rollout forwards"),
+    (NFT, "--noise-level 0.1", ""),
+    (NFT, "--beta 0", "objective forwards"),
+    (f"{EDITS} --stage opd", "--guidance both", "guidance forwards drawing moment"),
     (f"{FLOW} --stage sft", "--batch-size 12", "batch forwards memory"),
     (f"{FLOW} --stage sft", "--sft-images 99", "drawing host"),
     (f"{FLOW} --stage merge", "--merge-method cat", "student trained memory moment checkpoints"),
@@ -611,8 +966,8 @@ def test_a_local_pipeline_is_read_from_its_own_files(tmp_path):
     write_safetensors(folder / "text_encoder_2" / "model.safetensors", {"a": (7,), "b": ()})
     write_safetensors(folder / "vae" / "diffusion_pytorch_model.safetensors", {"a": (2, 2, 2)})
     base = C.base_of(parse(f"--model {folder} --resolution 96"))
-    assert (base.encoders, base.vae, base.side, base.image) == (23, 8, 12, 36)
-    assert base.parameters == C.transformer_parameters(SMALL)
+    assert (base.encoders, base.vae, base.side, base.tokens()) == (23, 8, 12, (36, 77 + 256))
+    assert base.parameters == Z.transformer_parameters(SMALL)
     run = tmp_path / "run"
     full_checkpoint(run / "checkpoints" / "step-000004", SMALL | {"num_layers": 5})
     full_checkpoint(run / "checkpoints" / "step-000003", SMALL | {"num_layers": 3})
@@ -637,8 +992,10 @@ def test_a_run_is_new_or_continues_from_its_last_checkpoint(tmp_path):
 
 def test_a_plan_of_several_runs_names_each():
     name = "{}: new".format
-    assert lines("--stage grpo --rewards jpeg=1 --name g --out none")["run"] == [name(f"none/g-{t}") for t in S.TASKS]
-    parts = ["pretrain", *(f"grpo-{t}" for t in S.TASKS), "sft", "merge", "opd"]
+    each = [name(f"none/g-{t}") for t in S.FLOW_TASKS]
+    for stage in ("grpo", "nft"):
+        assert lines(f"--stage {stage} --rewards jpeg=1 --name g --out none")["run"] == each
+    parts = ["pretrain", *(f"grpo-{t}" for t in S.FLOW_TASKS), "merge", "sft", "opd"]
     tiny = lines(f"{TINY} --stage all --name a --out none")
     assert tiny["run"] == [*(name(f"none/a-{p}") for p in parts), name("none/a")]
     assert "numbers" in tiny and "memory" not in tiny
@@ -668,6 +1025,92 @@ def test_without_rewards_the_plan_shows_those_of_the_tasks_that_are_drawn():
     assert mix["reward"] == ["composition: 1 geneval", "text: 1 ocr", "quality: 1 pickscore"]
     assert mix["scorer"] == ["geneval: kind geneval", "ocr: kind ocr", "pickscore: kind pickscore"]
     assert lines(f"--stage curate --tasks text --model {HUB}")["reward"] == ["text: 1 ocr"]
+
+
+def test_the_guidance_strategy_is_told_in_words():
+    def told(line):
+        return lines(line)["guidance"]
+
+    assert told(FLOW) == ["4.5 of the teachers and of the student"]
+    grpo = f"{EDITS} --stage grpo --task t2i --no-cfg-rescale --guidance"
+    assert told(f"{grpo} rollout") == ["4 in the rollout, none in the objective, the branches one after the other"]
+    assert told(f"{grpo} both") == ["4 in the rollout and in the objective"]
+    for way in ("neither --cfg-rescale", "both --cfg 1"):
+        assert told(f"{grpo} {way}") == ["none in the rollout and in the objective"]
+    opd = f"{EDITS} --stage opd --guidance teacher"
+    assert told(opd) == ["4 of the teachers, none of the student, rescaled to the norm with the prompt"]
+    assert told(f"{EDITS} --stage curate --guidance both --no-cfg-rescale") == ["4 in the rollout"]
+    assert "guidance" not in lines(f"{FLOW} --stage sft")
+
+
+def test_the_forward_process_and_mix_rl_are_told_in_words():
+    nft = lines(f"{EDITS} --stage nft --task mix --mix joint --beta 0.001 --interpolation 0.5")
+    assert nft["objective"] == ["DiffusionNFT, strength 0.5, distance to the base 0.001, 1 updates a step"]
+    assert nft["rollout"] == ["40 steps, an ODE, 8 trained (random)"]
+    assert nft["tasks"] == ["t2i, edit, in every step (Q 4.3's Mix-RL)"]
+    assert nft["groups"] == ["a rank: 2 of t2i, 2 of edit"]
+    assert {line.split(":")[0] for line in nft["reward"]} == {"t2i", "portrait", "typography", "edit"}
+    assert nft["transformer"][0].endswith("1024 image and 512 text tokens; an edit: 2048 and 708")
+    assert lines(f"{EDITS} --stage grpo --task mix --mix turns")["tasks"] == ["t2i, edit, in turns (F's GRPO-mix)"]
+
+
+def test_qs_own_pipeline_trains_a_teacher_a_task_and_distils_them():
+    name = "{}: new".format
+    parts = ["grpo-t2i", "grpo-edit", "opd"]
+    big = lines(f"{EDITS} --stage all --name a --out none")["run"]
+    assert big == [*(name(f"none/a-{p}") for p in parts), name("none/a")]
+    tiny = lines("--preset tiny-qwen --stage all --name a --out none")["run"]
+    assert tiny == [*(name(f"none/a-{p}") for p in ["pretrain", *parts]), name("none/a")]
+
+
+def test_the_plan_for_eight_accelerators_says_what_fits_one(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    line = f"{EDITS} --stage opd --teachers t2i=owner/a edit=owner/b"
+    opd = lines(line)
+    assert opd["memory"][0] == "frozen backbone: 38.05 GiB"
+    assert opd["memory"][-1].endswith("one 80 GiB accelerator a rank")
+    assert opd["batch"][0].startswith("ranks 8 x prompts 4 x group 12 = trajectories 384 a step")
+    full = lines(f"{line} --parameters full --parallel fsdp")
+    assert "more than 80 GiB a rank" in full["memory"][-1] and "--parameters lora" in full["memory"][-1]
+    far = lines(f"{EDITS} --stage grpo --task t2i --rewards jpeg")
+    assert far["memory"][-1].endswith("one 80 GiB accelerator a rank"), "without a judge beside it"
+
+
+def test_the_tiny_qwen_world_is_read_from_its_own_files():
+    import models
+
+    model = models.load_tiny(ROOT / BASE)
+    base = C.base_of(parse("--preset tiny-qwen"))
+    assert base.parameters == count(model.transformer.parameters())
+    assert base.encoders == count(model.text_encoder.parameters())
+    assert (base.text, base.side, base.source) == (len(model.text_encoder.place.weight), *model.latent_shape[1:])
+    assert base.tokens() == (36, base.text) and base.tokens(edit=True) == (72, base.text)
+    assert base.latent == math.prod(model.latent_shape)
+    new = lines("--preset tiny-qwen --stage pretrain")
+    trained = count(model.trainable().values())  # before there is a student: all that is read, the text encoder too
+    assert new["trained"] == [f"{trained:,} parameters"] and trained < base.parameters + base.encoders
+
+
+def test_a_local_qwen_image_is_read_from_its_own_files(tmp_path):
+    folder = full_checkpoint(tmp_path / "q", SMALL_QWEN)
+    write_safetensors(folder / "text_encoder" / "model-00001.safetensors", {"a": (3, 5)})
+    write_safetensors(folder / "vae" / "diffusion_pytorch_model.safetensors", {"a": (2, 2, 2)})
+    base = C.base_of(parse(f"--preset qwen-rl --model {folder} --resolution 96 --text-length 40 --stage opd"))
+    assert (base.encoders, base.vae, base.tokens(), base.tokens(edit=True)) == (15, 8, (36, 40), (72, 236))
+    assert base.parameters == count(meta(SMALL_QWEN).parameters()) and base.note == "Qwen-Image in a folder"
+    found = C.expert(str(folder), base, 4)
+    assert (found.kind, found.unread) == ("full", Z.unread_parameters(SMALL_QWEN)) and found.unread > 0
+
+
+def test_an_evaluation_shows_students_and_teachers_each_with_its_own_guidance():
+    names = "--compare one=owner/c two=owner/d --teachers t2i=owner/a edit=owner/b"
+    line = f"{EDITS} {names} --eval-prompts 3 --eval-steps 10 --guidance teacher"
+    shown = P.describe(parse(line, prog="eval.py"), prog="eval.py")
+    # of two tasks 3 each: base and two teachers with guidance, two students without
+    assert f"in the end: {5 * 6} test pictures, {6 * 10 * (3 * 2 + 2 * 1):,} rows" in shown
+    drawn = lines(f"{EDITS} --stage opd --eval-prompts 3 --eval-steps 10 --guidance teacher")["drawing"]
+    assert drawn == ["in the end: 6 test pictures, 60 rows"]
 
 
 def test_an_evaluation_draws_with_every_model_and_trains_none():
@@ -709,13 +1152,16 @@ def test_a_broken_adapter_file_is_named_in_one_line(tmp_path, content, reason):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"num_layers": 3}', json.dumps(SMALL | {"qk_norm": "odd"})])
-def test_a_config_that_is_no_sd3_transformers_is_named_in_one_line(tmp_path, text):
+WRONG = [SMALL | {"qk_norm": "odd"}, SMALL | {"_class_name": "FluxTransformer2DModel"}]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"num_layers": 3}', *map(json.dumps, WRONG)])
+def test_a_config_of_neither_architecture_is_named_in_one_line(tmp_path, text):
     (tmp_path / "transformer").mkdir()
     (tmp_path / "transformer" / "config.json").write_text(text)
     with pytest.raises(S.SettingsError) as error:
         lines(f"--model {tmp_path}")
-    assert str(error.value).startswith(f"{tmp_path}/transformer/config.json: not the config of an SD3 transformer")
+    assert str(error.value).startswith(f"{tmp_path}/transformer/config.json: not the config of an SD3 or Qwen-Image tr")
     assert "\n" not in str(error.value)
 
 
@@ -761,8 +1207,10 @@ def test_other_ranks_are_silent_and_exit_alike(capsys, monkeypatch):
 def test_a_plan_needs_nothing_but_the_standard_library():
     code = (
         "import sys; before = set(sys.modules); import plan, settings; "
-        "[plan.describe(settings.parse(a)[0]) for a in (['--preset', 'tiny'], [])]; "
-        "new = {m.split('.')[0] for m in set(sys.modules) - before} - {'cost', 'plan', 'recipe', 'settings'}; "
+        "asked = (['--preset', 'tiny'], [], ['--preset', 'qwen-rl', '--stage', 'grpo', '--task', 't2i']); "
+        "[plan.describe(settings.parse(a)[0]) for a in asked]; "
+        "own = {'cost', 'plan', 'presets', 'recipe', 'settings', 'sizes'}; "
+        "new = {m.split('.')[0] for m in set(sys.modules) - before} - own; "
         "print(sorted(new - set(sys.stdlib_module_names)))"
     )
     done = subprocess.run([sys.executable, "-S", "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)

@@ -20,12 +20,12 @@ from rewards import ocr_target
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
-TASKS = ("composition", "text", "quality")
+TASKS = ("composition", "text", "quality")  # F's, of which a prompt's own words tell which it is
 TRAIN_TAGS = {"position": 7, "counting": 5, "color_attr": 3, "colors": 1, "two_object": 1}
 FIELDS = {"words", "look", "thing", "place", "letters", "light", "style"}
 LISTS = (
     "CLASSES", "COLORS", "OPENERS", "NOUNS", "ENDINGS", "LONG_ENDINGS", "LOOKS", "THINGS", "LETTERS", "TEMPLATES",
-    "STYLES", "LIGHTS", "SUBJECTS", "SETTINGS", "DETAILS",
+    "STYLES", "LIGHTS", "SUBJECTS", "SETTINGS", "DETAILS", "PEOPLE", "FEATURES", "CLOTHES", "SHOTS", "PLACES",
 )  # fmt: skip
 
 
@@ -225,6 +225,69 @@ def test_train_and_test_share_no_content_and_without_the_hash_they_would(task, m
     assert len(overlap(task)) > 30
 
 
+# --------------------------------------------------------------------------------------------- Q's categories
+MIX = {"composition": 3, "typography": 2, "portrait": 2, "general": 3}
+
+
+def by_category(split, count, seed=0):
+    found = {category: [] for category in MIX}
+    for p in P.make_prompts("t2i", split, count, seed):
+        found[p.metadata["category"]].append(p)
+    return found
+
+
+def test_t2i_runs_through_its_categories_in_turn_and_in_training_has_its_mix_in_every_ten():
+    test = [p.metadata["category"] for p in P.make_prompts("t2i", "test", 21)]
+    assert test == [*MIX] * 5 + ["composition"]
+    train = [p.metadata["category"] for p in P.make_prompts("t2i", "train", 300)]
+    assert all(Counter(train[first : first + 10]) == MIX for first in range(0, 300, 10))
+    assert len({tuple(train[first : first + 10]) for first in range(0, 300, 10)}) > 20, "each block is shuffled"
+    assert P.make_prompts("t2i", "train", 300)[:33] == P.make_prompts("t2i", "train", 33)
+    assert P.make_prompts("t2i", "train", 33)[4].source == "generated t2i:5"
+
+
+@pytest.mark.parametrize("split", D.SPLITS)
+def test_what_a_category_asks_for_is_what_its_list_asks_for_and_a_scorer_can_use_it(split):
+    found = by_category(split, 200)
+    for category, task in (("composition", "composition"), ("typography", "text"), ("general", "quality")):
+        alone = P.make_prompts(task, split, len(found[category]))
+        assert [p.text for p in found[category]] == [p.text for p in alone]
+    for category, some in found.items():
+        for p in some:
+            assert p.task == "t2i" and p.metadata["prompt"] == p.text
+            assert ("include" in p.metadata) == (category == "composition")
+            assert ('"' in p.text) == (category == "typography")
+    assert all({"tag", "include", "category"} <= p.metadata.keys() for p in found["composition"])
+
+
+def people(prompts):
+    """Who is portrayed, and with which looks, read out of the words alone."""
+    for p in prompts:
+        (shot,) = [s for s in P.SHOTS if p.text.startswith(f"{s} of ")]
+        who = p.text.removeprefix(f"{shot} of ").partition(", wearing ")[0]
+        (person,) = [s for s in P.PEOPLE if who.startswith(f"{s} with")]
+        assert who.removeprefix(f"{person} ") in P.FEATURES
+        assert p.text.partition(", wearing ")[2].split(",")[0] in P.CLOTHES
+        yield who
+
+
+def test_portraits_are_of_people_whose_looks_train_and_test_do_not_share(monkeypatch):
+    def shared():
+        train, test = (set(people(by_category(split, 1500)["portrait"])) for split in D.SPLITS)
+        assert min(len(train), len(test)) > 60
+        return train & test
+
+    assert shared() == set()
+    monkeypatch.setattr(P, "_held", lambda space, split, kind: space)  # the planted bug: both may draw everything
+    assert len(shared()) > 30
+
+
+def test_the_longest_list_to_test_on_is_four_of_the_shortest_lists_and_repeats_nothing():
+    with pytest.raises(ValueError, match="no list of 1561 t2i prompts to test on; ask for 0 to 1560, "):
+        P.make_prompts("t2i", "test", 1561)
+    assert len({p.text for p in P.make_prompts("t2i", "test", 1560)}) == 1560 == 4 * most("composition")
+
+
 # ------------------------------------------------------------------------------------------------- GenEval's mix
 def test_composition_is_made_of_blocks_at_exactly_the_mix_however_long_the_list():
     train = [p.metadata["tag"] for p in P.make_prompts("composition", "train", 3 * P.TRAIN)]
@@ -321,6 +384,8 @@ def test_no_two_choices_give_one_prompt(monkeypatch):
     scenes = 6 * 2 * 3 * 2 * 3 * 2
     assert counted(P._text()) == ((3 + 6 + 6 * 2 + 6 * 3) * scenes,) * 2
     assert counted(P._quality()) == (12 * (2 + 2 * 3 * 2 + 2 * 3 * 2),) * 2
+    shrink(monkeypatch, PEOPLE=3, FEATURES=2, SHOTS=2, CLOTHES=4, PLACES=5)
+    assert counted(P._portrait()) == (6 * 2 * 4 * (1 + 3 * 5),) * 2
     # The planted bug: a template that leaves its light out says less than is counted.
     monkeypatch.setattr(P, "TEMPLATES", (*P.TEMPLATES[:5], P.TEMPLATES[5].replace(", {light}", "")))
     said, seen = counted(P._text())
@@ -369,7 +434,9 @@ def test_quality_prompts_are_open_and_unquoted():
 
 # ------------------------------------------------------------------------------------------------------- refusals
 def test_unknown_tasks_and_splits_name_the_allowed_values():
-    with pytest.raises(ValueError, match="^unknown task 'edit': choose one of composition, text, quality$"):
+    with pytest.raises(ValueError, match="^unknown task 'ocr': choose one of composition, text, quality, t2i$"):
+        P.make_prompts("ocr", "train", 3)
+    with pytest.raises(ValueError, match="^edits need pictures: give both with --prompts edit=FILE.jsonl$"):
         P.make_prompts("edit", "train", 3)
     with pytest.raises(ValueError, match="^unknown split 'val': choose one of train, test$"):
         P.make_prompts("text", "val", 3)
@@ -393,7 +460,7 @@ def test_more_test_prompts_than_there_are_is_refused_and_the_last_one_is_not(mon
 # ---------------------------------------------------------------------------------------------------------- files
 FILES = [
     "composition/test_metadata.jsonl", "composition/train_metadata.jsonl", "quality/test.txt", "quality/train.txt",
-    "text/test.txt", "text/train.txt",
+    "t2i/test_metadata.jsonl", "t2i/train_metadata.jsonl", "text/test.txt", "text/train.txt",
 ]  # fmt: skip
 
 
@@ -408,10 +475,12 @@ def test_the_command_writes_files_that_read_back_as_the_prompts_in_a_fresh_proce
     assert (out.returncode, out.stderr) == (0, "") and held(folder) == FILES
     shown = out.stdout.splitlines()
     tags = "(position 14, counting 10, color_attr 6, colors 2, two_object 2)"
-    assert shown[0].startswith(f"{folder}/composition/train_metadata.jsonl: 34 prompts (") and len(shown) == 6
+    assert shown[0].startswith(f"{folder}/composition/train_metadata.jsonl: 34 prompts (") and len(shown) == 8
     assert sorted(re.findall(r"\w+ \d+", shown[0].partition("(")[2])) == sorted(re.findall(r"\w+ \d+", tags))
     assert shown[3] == f"{folder}/text/test.txt: 7 prompts"
-    for task, (split, count) in itertools.product(TASKS, (("train", 34), ("test", 7))):
+    counts = "7 prompts (composition 2, typography 2, portrait 2, general 1)"
+    assert shown[7] == f"{folder}/t2i/test_metadata.jsonl: {counts}"
+    for task, (split, count) in itertools.product(P.TASKS, (("train", 34), ("test", 7))):
         read = D.read_prompts(folder / task, task, split)
         made = P.make_prompts(task, split, count, seed=3)
         assert [p[:3] for p in read] == [p[:3] for p in made]
@@ -464,14 +533,14 @@ def test_a_task_is_not_seen_before_it_is_complete_and_a_full_disk_leaves_nothing
 
     def write_text(file, *more, **options):
         seen.append([f.name for f in tmp_path.joinpath("new").iterdir() if not f.name.startswith(".")])
-        if len(seen) == 12:
+        if len(seen) == 16:
             raise OSError(28, "No space left on device")
         return plain(file, *more, **options)
 
     monkeypatch.setattr(Path, "write_text", write_text)
     P.write(tmp_path / "new", train=3, test=2)
-    assert seen == [[]] * 6 and held(tmp_path / "new") == FILES
+    assert seen == [[]] * 8 and held(tmp_path / "new") == FILES
     (tmp_path / "new").rename(tmp_path / "old")
     assert P.main([str(tmp_path / "new"), "--train", "3", "--test", "2"]) == 2
-    assert seen == [[]] * 12 and list((tmp_path / "new").iterdir()) == []
+    assert seen == [[]] * 16 and list((tmp_path / "new").iterdir()) == []
     assert capsys.readouterr().err.endswith("cannot be written (No space left on device); name a folder that can\n")

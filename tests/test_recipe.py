@@ -39,6 +39,7 @@ def refusal(line):
 
 
 # ------------------------------------------------------------------------------------------------- by default
+INSTRUCTION = {"kind": "vlm", "rubric": "editing"}
 BLEND = {"quality": 0.4, "preference": 0.6}
 ALL_TINY = {"composition": {"task": 1.0}, "text": {"task": 1.0}, "quality": BLEND}
 ALL_REAL = {"composition": {"geneval": 1.0}, "text": {"ocr": 1.0}, "quality": {"pickscore": 1.0}}
@@ -56,7 +57,8 @@ DEFAULTS = [
     (f"{FLOW} --task mix", ALL_REAL),
     ("--stage curate --tasks text", {"text": {"ocr": 1.0}}),
     ("--stage curate --task text", ALL_REAL),  # grpo alone has a --task
-    ("--stage opd --tasks text", ALL_REAL),  # nothing is asked there
+    ("--stage opd --tasks text", {"text": {"ocr": 1.0}}),
+    ("--stage curate --tasks edit", {"edit": {"instruction": 0.6, "identity": 0.4}}),
 ]
 
 
@@ -64,7 +66,8 @@ DEFAULTS = [
 def test_without_rewards_each_task_that_is_drawn_is_paid_by_its_own(line, weights):
     asked = read(line)
     names = {name for row in weights.values() for name in row}
-    assert asked == R.Recipe({name: {"kind": name} for name in names}, weights, {})
+    known = {} if "tiny" in line else {"instruction": INSTRUCTION, "identity": {"kind": "face", "no_face": "skip"}}
+    assert asked == R.Recipe({name: known.get(name, {"kind": name}) for name in names}, weights, {})
     assert list(asked.weights) == list(weights), "in the order of the tasks"
 
 
@@ -88,7 +91,38 @@ def test_every_kind_that_needs_nothing_more_has_a_short_form(name):
     assert read(f"{FLOW} --rewards {name}=3").weights == {"default": {name: 3.0}}
 
 
-ANY, REAL = (", ".join(k for k in R.kinds(S.parse(line.split())[0]) if k not in R.REQUIRED) for line in (TINY, FLOW))
+@pytest.mark.parametrize("name", R.NAMED)
+def test_a_named_judge_is_the_same_one_by_default_in_the_short_form_and_in_a_file(tmp_path, name):
+    expected = {name: R.NAMED[name]}
+    assert read(f"{FLOW} --rewards {name}=2").scorers == expected
+    assert read(f"{FLOW} {write(tmp_path, {'weights': {'portrait': {name: 1}}})}").scorers == expected
+    watched = {"weights": {"default": {"jpeg": 1}}, "watch": {name: {"drop": 0.1}}}
+    assert read(f"{FLOW} {write(tmp_path, watched)}").scorers == {"jpeg": {"kind": "jpeg"}, **expected}
+    own = {"scorers": {name: {"kind": "hps"}}, "weights": {"default": {name: 1}}}
+    assert read(f"{FLOW} {write(tmp_path, own)}").scorers == {name: {"kind": "hps"}}, "the user's comes first"
+    assert name in {n for rows in R.DEFAULTS.values() for row in rows.values() for n in row}
+
+
+def test_no_name_means_two_things_and_no_category_two_weights():
+    assert not set(R.NAMED) & set(R.KINDS)
+    for table in (R.DEFAULTS, R.TINY_DEFAULTS):
+        categories = [category for rows in table.values() for category in rows]
+        assert len(categories) == len(set(categories)), "one task's row would replace another's"
+        assert all(sum(row.values()) == pytest.approx(1) for rows in table.values() for row in rows.values())
+
+
+def test_the_tiny_worlds_judges_are_its_own_eyes(tmp_path):
+    line = "--preset tiny-qwen --stage grpo --task edit"
+    assert read(line).scorers == {name: {"kind": name} for name in ("instruction", "identity")}
+    assert read(f"{line} --rewards identity=1").scorers == {"identity": {"kind": "identity"}}
+    flag = write(tmp_path, {"weights": {"default": {"portrait": 1}}})
+    assert "portrait is not under scorers, and no kind; choose from geneval, ocr" in refusal(f"{line} {flag}")
+
+
+ANY, REAL = (
+    ", ".join([*(k for k in R.kinds(s) if k not in R.REQUIRED), *R.named(s)])
+    for s in (S.parse(line.split())[0] for line in (TINY, FLOW))
+)
 SHORT = [
     (f"{TINY} --rewards orc=1", r"orc=1: no reward 'orc'; did you mean 'ocr'\?"),
     (f"{TINY} --rewards qqqq=1", rf"qqqq=1: no reward 'qqqq'; choose from {ANY}"),
@@ -118,8 +152,8 @@ def test_a_short_form_that_cannot_work_is_refused_in_one_line(line, message):
 
 def test_the_tiny_world_has_more_kinds_and_its_own_eyes_have_no_options():
     tiny, real = (R.kinds(S.parse(line.split())[0]) for line in (TINY, FLOW))
-    assert set(tiny) - set(real) == {"quality", "preference", "task"} and real == R.KINDS
-    assert tiny == {**R.KINDS, **dict.fromkeys(("geneval", "ocr", "quality", "preference", "task"), ())}
+    assert set(tiny) - set(real) == {*S.TINY_REWARDS} - {"geneval", "ocr"} and real == R.KINDS
+    assert tiny == {**R.KINDS, **dict.fromkeys(S.TINY_REWARDS, ())}
 
 
 # ----------------------------------------------------------------------------------------------------- the file
@@ -194,8 +228,9 @@ FILES = [
     ('{"weights": {"text": {"ocr": NaN}}}', r" weights\.text\.ocr is nan; it must be a number"),
     ('{"weights": {"text": {"ocr": -1e999}}}', r" weights\.text\.ocr is -inf; it must be a number"),
     ({"weights": {"text": {"orc": 1}}},
-     r" orc \(not under scorers, hence a kind\): no reward of the kind 'orc'; did you mean 'ocr'\?"),
-    ({"weights": {"text": {"judge": 1}}}, r" judge \(not under scorers, hence a kind\) needs 'rubric'"),
+     r" orc is not under scorers, and no kind; did you mean 'ocr'\?"),
+    ({"weights": {"text": {"aligment": 1}}}, r" aligment is not under scorers.*; did you mean 'alignment'\?"),
+    ({"weights": {"text": {"judge": 1}}}, r" judge \(not under scorers\) needs 'rubric'"),
     # scorers
     (given(scorers={"x": "ocr"}), r" scorers\.x must be an object, not 'ocr'"),
     (given(scorers={"x": None}), r" scorers\.x must be an object, not None"),
@@ -237,7 +272,7 @@ FILES = [
     (watch(drop=1, stop=1), r" watch\.ocr\.stop is 1; it must be true or false"),
     ('{"weights": {"a": {"jpeg": 1}}, "watch": {"ocr": {"drop": NaN}}}',
      r" watch\.ocr\.drop is nan; it must be a positive number"),
-    (given(watch={"orc": {"drop": 1}}), r" orc \(not under scorers.*did you mean 'ocr'\?"),
+    (given(watch={"orc": {"drop": 1}}), r" orc is not under scorers.*did you mean 'ocr'\?"),
 ]  # fmt: skip
 
 
@@ -320,23 +355,26 @@ def test_the_options_are_the_real_factories_own_arguments():
 def test_the_dtypes_and_the_tiny_worlds_eyes_are_the_real_ones():
     import torch
 
+    import judges
     import scorers
     import tiny
+    import tiny_edit
     from rewards import RewardError
 
     assert all(isinstance(getattr(torch, name), torch.dtype) for name in R.DTYPES)
     assert [scorers.make("jpeg", dtype=name).name for name in R.DTYPES] == ["jpeg"] * 3
     with pytest.raises(RewardError, match="choose one of float32, bfloat16, float16$"):
         scorers.make("jpeg", dtype="zzzzzz")
-    assert set(S.TINY_REWARDS) == {*tiny.SCORERS, "task"}
-    assert set(R.DEFAULTS) == set(R.TINY_DEFAULTS) == set(S.TASKS) == set(tiny.TASKS)
+    assert set(S.TINY_REWARDS) == {*tiny.SCORERS, "task", *tiny_edit.SCORERS}
+    assert set(R.DEFAULTS) == set(R.TINY_DEFAULTS) == set(S.TASKS) == {*tiny.TASKS, *tiny_edit.TASKS}
+    assert all(judges.named(entry["rubric"]) for entry in R.NAMED.values() if entry["kind"] == "vlm")
 
 
 def test_reading_a_recipe_needs_nothing_but_the_standard_library_and_settings():
     code = (
         "import sys; before = set(sys.modules); import recipe, settings; "
         "[recipe.read(settings.parse(['--stage', 'grpo', '--rewards', r])[0]) for r in ('', 'geneval=1')]; "
-        "new = {m.split('.')[0] for m in set(sys.modules) - before} - {'recipe', 'settings'}; "
+        "new = {m.split('.')[0] for m in set(sys.modules) - before} - {'recipe', 'settings', 'presets'}; "
         "print(sorted(new - set(sys.stdlib_module_names)))"
     )
     done = subprocess.run([sys.executable, "-S", "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)

@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 import report
 import tiny
+from data import Prompt
 
 
 @pytest.fixture
@@ -152,3 +153,39 @@ def test_a_report_without_scores_has_no_table(tmp_path):
     assert text.startswith("# unscored\n") and "|" not in text
     assert json.loads((tmp_path / "new/results.json").read_text()) == {"student": row}
     assert "|" not in report.write_report(tmp_path / "new", "nothing", {}).read_text()
+
+
+# ------------------------------------------------------------------------------------------------ pictures of edits
+def edits(sources, results, scores=()):
+    prompts = {"edit": [Prompt(f"edit {i}", "edit", {}, "x:1") for i in range(len(results))]}
+    return {"images": {"edit": (results, list(scores))}, "sources": {"edit": sources}}, prompts
+
+
+def test_each_source_stands_before_what_was_made_of_it(tmp_path, written):
+    results = torch.arange(1, 4)[:, None, None, None].expand(3, 3, 24, 24) / 4
+    result, prompts = edits([1 - image for image in results], results, [0.5, 0.25, 1.0])
+    report.save_samples(tmp_path, "final", result, prompts, count=2)
+    assert [line for *_, line in written] == ["source", "edit 0", "0.50", "source", "edit 1", "0.25"]
+    sheet = Image.open(tmp_path / "samples/final-edit.png").convert("RGB")
+    assert [sheet.getpixel((68 + 128 * i, 68))[0] for i in range(4)] == [191, 64, 128, 128]
+    del result["sources"]
+    report.save_samples(tmp_path, "plain", result, prompts, count=2)
+    sheet = Image.open(tmp_path / "samples/plain-edit.png").convert("RGB")
+    assert [sheet.getpixel((68 + 128 * i, 68))[0] for i in range(3)] == [64, 128, 255], "and without them as ever"
+
+
+def test_a_source_of_another_size_and_shape_is_shown_whole_and_undistorted(tmp_path):
+    wide = torch.zeros(3, 100, 400)
+    wide[:, :, 200:] = 0.5  # black on the left, grey on the right
+    result, prompts = edits([wide], torch.zeros(1, 3, 128, 128))
+    report.save_samples(tmp_path, "s", result, prompts)
+    sheet = np.asarray(Image.open(tmp_path / "samples/s-edit.png").convert("L"))
+    assert sheet.shape == (128 + 88 + 8, 4 * 136 + 8), "as large as the result asks for"
+    assert (sheet[8:40, 8:68] < 9).all() and (abs(sheet[8:40, 76:136].astype(int) - 128) < 9).all(), "128 x 32"
+    assert (sheet[42:130, 10:134] > 250).all()
+
+
+def test_a_source_is_needed_for_every_result(tmp_path):
+    result, prompts = edits([torch.zeros(3, 24, 24)], torch.zeros(2, 3, 24, 24))
+    with pytest.raises(ValueError, match="zip"):
+        report.save_samples(tmp_path, "s", result, prompts)

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from conftest import same, stored
 from PIL import Image
+from qwen_hub import SPECIAL, build_vlm
 
 import adapters
 import data
@@ -523,58 +524,14 @@ def test_a_folder_that_is_no_reward_model_is_named(trained, tmp_path):
 
 
 # ------------------------------------------------------------------------------------- a VLM of the real classes, tiny
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
-           "<|video_pad|>")  # fmt: skip
-
-
-def build_qwen(folder, family="qwen2_5_vl", seed=0):
-    """Write a tiny random Qwen VLM: the real network, tokenizer (single bytes) and image processor -> the folder."""
-    import transformers
-    from tokenizers.pre_tokenizers import ByteLevel
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
-    vocabulary = {token: i for i, token in enumerate([*sorted(ByteLevel.alphabet()), *SPECIAL])}
-    tokenizer = transformers.Qwen2Tokenizer(vocab=vocabulary, merges=[], additional_special_tokens=list(SPECIAL[1:]))
-    tokenizer.save_pretrained(folder)
-    patch = 16 if family == "qwen3_vl" else 14
-    edge = 2 * patch
-    Qwen2VLImageProcessorPil(
-        patch_size=patch, size={"shortest_edge": edge**2, "longest_edge": 9 * edge**2}
-    ).save_pretrained(folder)
-    text = dict(vocab_size=len(vocabulary) + 3, hidden_size=32, intermediate_size=40, num_hidden_layers=2,
-                num_attention_heads=4, num_key_value_heads=2, bos_token_id=None, eos_token_id=vocabulary["<|im_end|>"],
-                rope_parameters={"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4})  # fmt: skip
-    vision = dict(depth=2, hidden_size=16, intermediate_size=24, num_heads=2, out_hidden_size=32)
-    if family == "qwen3_vl":
-        text |= dict(head_dim=8)
-        vision |= dict(deepstack_visual_indexes=[0], num_position_embeddings=16)
-        kind = transformers.Qwen3VLConfig, transformers.Qwen3VLForConditionalGeneration
-    elif family == "qwen2_vl":
-        vision = dict(depth=2, embed_dim=16, mlp_ratio=2, num_heads=2, hidden_size=32)
-        kind = transformers.Qwen2VLConfig, transformers.Qwen2VLForConditionalGeneration
-    else:
-        vision |= dict(fullatt_block_indexes=[1], window_size=56)
-        kind = transformers.Qwen2_5_VLConfig, transformers.Qwen2_5_VLForConditionalGeneration
-    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-    marks = dict(zip(names, (vocabulary[SPECIAL[i]] for i in (5, 6, 3, 4)), strict=True))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        network = kind[1](kind[0](text_config=text, vision_config=vision, **marks))
-        for name, p in network.named_parameters():  # the stock initialisation hardly depends on its input
-            scale = 1.0 if "embed" in name else p[0].numel() ** -0.5 if p.ndim > 1 else 0.2
-            p.data = scale * torch.randn(p.shape) + (1.0 if p.ndim == 1 and name.endswith("weight") else 0.0)
-    network.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="module", params=["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 def any_qwen(request, tmp_path_factory):
-    return build_qwen(tmp_path_factory.mktemp(request.param) / "base", request.param)
+    return build_vlm(tmp_path_factory.mktemp(request.param) / "base", request.param)
 
 
 @pytest.fixture(scope="module")
 def qwen(tmp_path_factory):
-    return build_qwen(tmp_path_factory.mktemp("qwen") / "base")
+    return build_vlm(tmp_path_factory.mktemp("qwen") / "base")
 
 
 @pytest.fixture(scope="module")
@@ -736,7 +693,7 @@ def test_a_saved_reward_model_scores_as_it_did_and_stock_peft_reads_it_too(qwen,
 def test_a_reward_model_is_refused_on_other_weights_or_without_its_base(qwen, tmp_path):
     random_lora(R.VLMJudge(str(qwen))).save(tmp_path, "pointwise")
     about = json.loads((tmp_path / R.ABOUT).read_text())
-    other = build_qwen(tmp_path / "other", seed=1)
+    other = build_vlm(tmp_path / "other", seed=1)
     for model, told in ((str(other), "trained on another base"), (str(tmp_path / "gone"), "no such file or folder")):
         (tmp_path / R.ABOUT).write_text(json.dumps(about | {"model": model}))
         with pytest.raises(R.ModelError, match=told) as error:

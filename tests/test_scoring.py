@@ -21,6 +21,7 @@ import reward_model
 import scorers
 import scoring as S
 import tiny
+import tiny_edit
 from data import Prompt
 from rewards import RewardError, Scorer
 from settings import TINY_REWARDS
@@ -155,6 +156,35 @@ def test_a_watched_scorer_is_asked_about_everything_and_pays_nothing():
     for combine in ("sum", "normalised"):
         a, b = (x.advantages(y, batch(*MIXED), G, combine, "batch") for x, y in ((some, found), (alone, quiet)))
         assert torch.equal(a, b) and a.abs().sum() > 1
+
+
+def test_a_batch_of_edits_and_others_is_asked_about_one_after_the_other():
+    """A scorer sees a source for every picture or none at all; answers go back to their rows."""
+    fake = Fake("a", [7.0, 5.0, 3.0, 2.0, 11.0, 13.0])
+    some, prompts = panel({"text": {"a": 1.0}}, fake), [prompt(i) for i in range(6)]
+    order = [5, 0, 3, 1, 4, 2]
+    found = some.ask(pictures()[order], prompts, 1, ["s0", None, None, "s3", None, "s5"])
+    assert fake.calls == [([5, 1, 2], ["p0", "p3", "p5"], ["s0", "s3", "s5"]), ([0, 3, 4], ["p1", "p2", "p4"], None)]
+    assert found.values.tolist() == [[13.0, 7.0, 2.0, 5.0, 11.0, 3.0]] and not found.lost.any()
+
+
+def test_a_scorer_that_counts_for_other_prompts_alone_is_handed_no_sources_at_all():
+    edits, others = Fake("a"), Fake("b")
+    some = panel({"edit": {"a": 1.0}, "t2i": {"b": 1.0}}, edits, others)
+    prompts = [prompt(0, "t2i"), prompt(1, "edit"), prompt(2, "t2i"), prompt(3, "edit")]
+    found = some.ask(pictures(4), prompts, 1, [None, "s1", None, "s3"])
+    assert edits.calls == [([1, 3], ["p1", "p3"], ["s1", "s3"])] and others.calls == [([0, 2], ["p0", "p2"], None)]
+    np.testing.assert_array_equal(found.values, [[math.nan, 2, math.nan, 4], [1, math.nan, 3, math.nan]])
+
+
+def test_a_group_of_edits_is_lost_alone_where_others_are_drawn_with_it():
+    fake = Fake("a", fails=refuses(4))
+    some = panel({"default": {"a": 1.0}}, fake, drop=True)
+    sources = [None] * G + ["s1"] * G + [None] * G + ["s3"] * G
+    found = some.ask(pictures(), batch(*(prompt(i) for i in range(P))), G, sources)
+    assert found.lost.tolist() == [False] * G + [True] * G + [False] * 2 * G
+    kept = [b for b in range(B) if b not in (3, 4, 5)]
+    assert found.values[0, kept].tolist() == [float(b + 1) for b in kept]
 
 
 def test_sources_go_with_their_pictures():
@@ -634,6 +664,30 @@ def test_the_tiny_worlds_names_are_others_outside_of_it(monkeypatch):
     for name in TINY_REWARDS:
         assert built({"default": {name: 1.0}}).scorers[name].high == 1
     assert built({"default": {"ocr": 1.0}}, False).scorers["ocr"].high == 9
+
+
+def test_the_editing_worlds_default_recipe_judges_both_tasks_of_one_batch():
+    """Perfect pictures of every category and kind, by --rewards' defaults: every answer is 1, from its own eyes."""
+    import settings
+
+    s, _ = settings.parse(["--preset", "tiny-qwen", "--stage", "grpo", "--task", "mix"])
+    some = S.build(recipe.read(s), "cpu", True, False)
+    assert list(some.scorers) == ["preference", "quality", "instruction", "identity"]
+    drawn = tiny_edit.make_prompts("t2i", "test", 6)
+    rows = [(p, None, tiny.draw({"word": p.text[-4:-1], "color": "red"} if '"' in p.text else
+             tiny.scene_of(p.metadata, random.Random(0), 0))) for p in drawn]  # fmt: skip
+    for kind in tiny_edit.EDITS:
+        source, result, text, asked = tiny_edit.sample_edit(kind, random.Random(3))
+        edit = Prompt(text, "edit", {"tag": kind, **asked, "prompt": text}, "x:1")
+        rows.insert(2, (edit, torch.from_numpy(tiny_edit.draw(source)), tiny_edit.draw(result)))
+    prompts, sources, images = zip(*rows, strict=True)
+    some.check(prompts)
+    found = some.ask(torch.stack([torch.from_numpy(image) for image in images]), prompts, 1, sources)
+    is_edit = np.array([p.task == "edit" for p in prompts])
+    np.testing.assert_allclose(found.values[:2], np.where(is_edit, math.nan, 1) * np.ones((2, 1)), atol=1e-6)
+    np.testing.assert_allclose(found.values[2:], np.where(is_edit, 1, math.nan) * np.ones((2, 1)), atol=1e-6)
+    words = next(p for p in drawn if p.metadata["category"] == "typography")
+    assert some.weight("preference", words) == 0.8 and some.weight("preference", drawn[0]) == 0.6
 
 
 def test_a_recipe_file_becomes_a_panel_that_weighs_by_category(tmp_path):

@@ -65,7 +65,7 @@ def test_the_shipped_presets_change_real_fields_and_every_stage_of_them_resolves
     for preset, stages in S.PRESETS.items():
         assert set(stages) <= {"", *S.STAGES}
         for stage in S.STAGES:
-            if (preset, stage) == ("flow-opd", "pretrain"):
+            if preset in ("flow-opd", "qwen-rl") and stage == "pretrain":
                 continue  # refused, see below
             s = parse(["--preset", preset, "--stage", stage])
             for name, value in {**stages[""], **stages.get(stage, {})}.items():
@@ -239,7 +239,7 @@ def test_the_scan_for_dead_options_sees_reads_and_only_reads():
 def test_importing_and_parsing_needs_nothing_but_the_standard_library():
     code = (
         "import sys; before = set(sys.modules); import settings; settings.parse([]); "
-        "new = {m.split('.')[0] for m in set(sys.modules) - before} - {'settings'}; "
+        "new = {m.split('.')[0] for m in set(sys.modules) - before} - {'settings', 'presets'}; "
         "print(sorted(new - set(sys.stdlib_module_names)))"
     )
     done = subprocess.run([sys.executable, "-S", "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
@@ -261,13 +261,13 @@ REFUSED = [
     ("--resume=yes", r"^--resume/--no-resume: ignored explicit 'yes'$"),
     ("--overlap=1", r"^--overlap/--no-overlap: ignored explicit '1'$"),
     # values
-    ("--stage train", r"^--stage train: choose from pretrain, curate, grpo, sft, merge, opd, all$"),
-    ("--preset big", r"^--preset big: choose from flow-opd, tiny$"),
+    ("--stage train", r"^--stage train: choose from pretrain, curate, grpo, nft, sft, merge, opd, all$"),
+    ("--preset big", r"^--preset big: choose from flow-opd, tiny, qwen-rl, tiny-qwen$"),
     ("--device gpu", r"^--device gpu: choose from auto, cuda, cpu$"),
     ("--precision float16", r"^--precision float16: choose from bfloat16, float32$"),
     ("--parallel zero", r"^--parallel zero: choose from ddp, fsdp, hsdp$"),
     ("--parameters some", r"^--parameters some: choose from lora, full$"),
-    ("--task words", r"^--task words: choose from composition, text, quality, mix$"),
+    ("--task words", r"^--task words: choose from composition, text, quality, t2i, edit, mix$"),
     ("--estimator kl", r"^--estimator kl: choose from literal, released, analytic"),
     ("--combine product", r"^--combine product: choose from sum, normalised$"),
     ("--on-reward-failure zero", r"^--on-reward-failure zero: choose from stop, drop$"),
@@ -295,12 +295,12 @@ REFUSED = [
     ("--window 0:1:2", r"^--window 0:1:2: write it as START:STOP"),
     ("--window 4:2", r"^--window 4:2: needs 0 <= START <= STOP$"),
     ("--window=-1:3", r"^--window -1:3: needs 0 <= START <= STOP$"),
-    ("--teachers text", r"^--teachers text: write it as TASK=PATH, TASK one of composition, text, quality$"),
+    ("--teachers text", r"^--teachers text: write it as TASK=PATH, TASK one of composition, text, quality, t2i, edit$"),
     ("--prompts text=a b.txt", r"^--prompts b\.txt: write it as TASK=PATH"),
-    ("--teachers words=x", r"^task 'words': choose from composition, text, quality$"),
-    ("--prompts poem=x", r"^task 'poem': choose from composition, text, quality$"),
-    ("--tasks text,poem", r"^task 'poem': choose from composition, text, quality$"),
-    ("--tasks ,", r"^--tasks ,: name at least one of composition, text, quality$"),
+    ("--teachers words=x", r"^task 'words': choose from composition, text, quality, t2i, edit$"),
+    ("--prompts poem=x", r"^task 'poem': choose from composition, text, quality, t2i, edit$"),
+    ("--tasks text,poem", r"^task 'poem': choose from composition, text, quality, t2i, edit$"),
+    ("--tasks ,", r"^--tasks ,: name at least one of composition, text, quality, t2i, edit$"),
     ("--stage opd --prompts-per-step 2", r"^--prompts-per-step 2: 3 tasks need one prompt each$"),
     # combinations
     *(
@@ -444,5 +444,5 @@ def test_the_window_is_cut_at_the_number_of_steps():
 
 
 def test_tasks_are_a_comma_separated_list():
-    assert S.task_list(parse("")) == ["composition", "text", "quality"] == list(S.TASKS)
+    assert S.task_list(parse("")) == ["composition", "text", "quality"] == list(S.FLOW_TASKS)
     assert S.task_list(parse("--tasks quality,,text")) == ["quality", "text"]

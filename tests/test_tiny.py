@@ -1,6 +1,7 @@
 """Oracles for the tiny world: eyes that read its own drawings, faults of known rates, disjoint splits."""
 
 import json
+import math
 import random
 import re
 from collections import Counter
@@ -545,6 +546,40 @@ def test_each_prompt_is_scored_by_its_own_tasks_scorer():
     back = tiny.score_task(images.flip(0), prompts[::-1])
     assert back[::-1] == pytest.approx(scores)
     assert tiny.score_task(images[1:2], prompts[1:2]) == pytest.approx(scores[1:2])
+
+
+def test_a_prompt_of_another_task_has_no_reward_of_its_own_and_no_silent_zero():
+    with pytest.raises(rewards.RewardError, match="^mine:1: the task 't2i' has no own reward; name some in --rewards$"):
+        tiny.score_task(torch.ones(1, 3, 24, 24), [Prompt("a photo of a circle", "t2i", {}, "mine:1")])
+
+
+def test_the_distance_of_a_faded_colour_is_to_itself_and_by_hand_for_a_full_one():
+    black, white = torch.zeros(3), torch.ones(3)
+    palette = {"black": (0.0, 0.0, 0.0), "white": (1.0, 1.0, 1.0)}
+    # unfaded black is nearest to white as it fades most, to 1 - 0.5 (1 - 0.62) = 0.81
+    np.testing.assert_allclose(tiny.color_distances(black, palette), [0, 3 * 0.81**2], atol=1e-6)
+    np.testing.assert_allclose(tiny.color_distances(white, palette), [3 * (1 - 0.31) ** 2, 0], atol=1e-6)
+    for i, color in enumerate(tiny.COLORS.values()):
+        for share in (0, 0.1, 0.5):
+            distances = tiny.color_distances(torch.tensor(color) * (1 - share) + 0.62 * share, tiny.COLORS)
+            assert distances[i] < 1e-9 and (distances > 0.01).sum() == 5
+
+
+def test_purity_by_hand():
+    image = torch.zeros(2, 3, 24, 24)
+    image[0, :, :12] = 1.0  # half white, half black
+    image[1, 0] = 0.3  # 0.3 from black everywhere
+    pure = [(0.0, 0.0, 0.0), (1.0, 1.0, 1.0)]
+    np.testing.assert_allclose(tiny.purity(image, pure), [1, math.exp(-6 * 0.3)], rtol=1e-5)
+    np.testing.assert_allclose(tiny.purity(image, pure[:1]), [math.exp(-6 * 3**0.5 / 2), math.exp(-1.8)], rtol=1e-5)
+
+
+def test_other_words_are_read_with_another_vocabulary_and_numbers_stay():
+    more = [*tiny.VOCABULARY, "make"]
+    assert tiny.tokenize("make a circle", more)[:3] == [len(more) - 1, *tiny.tokenize("a circle")[:2]]
+    for text in ("make a circle", "A circle"):  # a letter is no word in any vocabulary
+        with pytest.raises(ValueError, match=f"no word '{text.split()[0]}'"):
+            tiny.tokenize(text, tiny.VOCABULARY if text[0] == "m" else more)
 
 
 @pytest.mark.parametrize("name", [*tiny.SCORERS, "task"])

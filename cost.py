@@ -146,6 +146,10 @@ class Work(NamedTuple):
     rows: int
 
 
+ENCODING = "encoding prompts"
+LATER = ("gradients", "Adam moments", "bfloat16 copies", "trajectories", "text conditioning")
+
+
 class Memory(NamedTuple):
     """Bytes of one rank: what stays on the accelerator, what comes and goes there, what waits in host memory."""
 
@@ -153,10 +157,20 @@ class Memory(NamedTuple):
     moments: dict[str, int]
     host: dict[str, int]
 
+    def at(self, moment: str) -> int:
+        """Bytes at one of the moments: what stays, and it. Prompts are encoded before there is anything of a step."""
+        early = moment == ENCODING
+        return self.moments[moment] + sum(size for name, size in self.parts.items() if not (early and name in LATER))
+
+    @property
+    def largest(self) -> str:
+        """The moment that takes most; "" where there is none."""
+        return max(self.moments, key=self.at, default="")
+
     @property
     def total(self) -> int:
-        """What stays, and the largest moment."""
-        return sum(self.parts.values()) + max(self.moments.values(), default=0)
+        """The most that is there at once."""
+        return self.at(self.largest) if self.moments else sum(self.parts.values())
 
 
 # -------------------------------------------------------------------------------------------- what the files tell
@@ -470,7 +484,7 @@ def edits(s: Settings) -> bool:
 
 
 def judges(s: Settings) -> dict[str, Judge]:
-    """The VLM judges of this process by the scorer's name. `scoring.build` loads one for each scorer that asks one."""
+    """The VLM judges of this process by the scorer's name. Scorers that ask the same one share it (`judges._load`)."""
     asked = recipe.read(s).scorers if s.stage in SCORED else {}
     return {name: judge(entry) for name, entry in asked.items() if entry["kind"] == "vlm"}
 
@@ -524,7 +538,7 @@ def memory(s: Settings, base: Base, experts: dict[str, Expert], n: int, world: i
     held = most if s.stage in ("opd", "curate") else rows * steps  # RL keeps the whole step's, SFT its batch's
     guided = 2 if s.stage in ROLLOUTS and asks_empty(s) else 1
     parts["text conditioning"] = conditioning(base, b, "edit" in trained_tasks(s)) * held * guided
-    parts["judges"] = sum(map(judge_bytes, judges(s).values()))
+    parts["judges"] = sum(map(judge_bytes, {*judges(s).values()}))
     parts["VAE"] = 4 * base.vae * (pictured(s) or edits(s))
     # Beside an edit waits what guidance sets against it: the same picture, with an empty prompt.
     prompts = conditioning(base, b) * distinct_prompts(s)
@@ -556,13 +570,13 @@ def present(s: Settings, visitors: dict[str, int]) -> int:
 def stored_latents(s: Settings) -> int:
     """Latents that wait until they are trained on: x, v and the mean of every step, and the last x.
 
-    GRPO and NFT wait for the rewards of the whole step, with --overlap while the next one is drawn. OPD without the
-    single pass holds the trained steps of one micro-batch, with the labels beside them. Single-pass OPD and flow
-    matching store nothing.
+    GRPO and NFT wait for the rewards of the whole step, with --overlap while the next one is drawn; NFT keeps the last
+    transition alone. OPD without the single pass holds the trained steps of one micro-batch, with the labels beside
+    them. Single-pass OPD and flow matching store nothing.
     """
     rows, _, most = rows_in_step(s)
     if s.stage in TAUGHT:
-        return rows * (3 * s.num_steps + 1) * (2 if s.overlap else 1)
+        return rows * (3 * (1 if s.stage == "nft" else s.num_steps) + 1) * (2 if s.overlap else 1)
     labels = 2 if anchor_of(s) else 1
     return most * ((3 + labels) * trained_steps(s) + 1) if s.stage == "opd" and not is_single_pass(s) else 0
 
@@ -591,7 +605,7 @@ def moments(s: Settings, base: Base, weights: int, world: int) -> dict[str, int]
     kind = architecture(base.config)
     if not is_tiny(s) and distinct_prompts(s) + distinct_prompts(s, edits=True):
         source = 8 * base.source  # pixels a side; the source goes through the VAE beside the encoder
-        found["encoding prompts"] = base.encoders * b + VAE_READS[kind] * source**2 * edits(s)
+        found[ENCODING] = base.encoders * b + VAE_READS[kind] * source**2 * edits(s)
     if silent or drawn:
         walked = activations(base.config, *own, silent, trained, b, gradient=False)
         shown = activations(base.config, *(own if s.stage == "sft" else tests), drawn, trained, b, gradient=False)

@@ -33,6 +33,7 @@ import math
 import re
 import statistics
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -475,8 +476,12 @@ def _score(rubric: Rubric, prompt, tokens: Sequence[tuple[str, Mapping[str, floa
         raise RewardError(f"scorer {rubric.name!r}: {fault}, for the prompt {prompt.text!r}") from None
 
 
+@cache
 def _load(where: str, device: torch.device | str, dtype: torch.dtype):
-    """(tokenizer, image processor, model); of a wrong checkpoint nothing but its config.json is fetched."""
+    """(tokenizer, image processor, model); of a wrong checkpoint nothing but its config.json is fetched.
+
+    Scorers that ask one checkpoint by several rubrics share it.
+    """
     from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
 
     import adapters  # here, because it brings PEFT along, which judges behind an endpoint do not need

@@ -40,6 +40,7 @@ from cost import (
     rows_in_step,
     trained_parameters,
     trained_steps,
+    trained_tasks,
 )
 from settings import (
     Settings,
@@ -167,6 +168,8 @@ def _model_lines(s: Settings, base: Base | None) -> list[tuple[str, str]]:
         lines.append((name, f"{e.where}: {e.note}" + (f", {e.parameters:,} parameters" if e.parameters else "")))
     if anchor_of(s) not in ("", "anchor"):
         lines.append(("anchor", anchor_of(s)))
+    if "edit" in trained_tasks(s) and "edit" not in test_tasks(s):
+        lines.append(("prompts", "edit: MISSING, edits need source pictures: --prompts edit=FILE.jsonl"))
     return lines
 
 
@@ -264,11 +267,10 @@ def _cost_lines(s: Settings, base: Base | None, world: int, local: int) -> list[
         experts = experts_of(s, base)
         n = trained_parameters(s, base, expert(s.init, base, s.rank) if s.init else None, experts)
         found = memory(s, base, experts, n, world, local)
-        largest = max(found.moments, key=found.moments.get, default="")
         lines.append(("trained", f"{n:,} parameters"))
         lines += [("memory", f"{name}: {_size(value)}") for name, value in found.parts.items()]
         for name, value in found.moments.items():
-            lines.append(("moment", f"{name}: {_size(value)}{', the largest' if name == largest else ''}"))
+            lines.append(("moment", f"{name}: {_size(value)}{', the largest' if name == found.largest else ''}"))
         sentence = f"{_size(found.total)} a rank with the largest moment, an estimate: {verdict(s, found.total)}"
         lines.append(("memory", sentence))
         lines += [("host memory", f"{k}: {_size(v)} a rank, {_size(v * local)} a node") for k, v in found.host.items()]

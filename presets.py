@@ -46,7 +46,7 @@ PRESETS: dict[str, dict[str, dict]] = {
     "qwen-rl": {
         "": dict(
             model="Qwen/Qwen-Image-Edit-2509", tasks="t2i,edit", anchor="", mar=0.0, cfg=4.0, cfg_rescale=True,
-            teachers={t: f"runs/qwen-rl-grpo-{t}" for t in QWEN_TASKS}, text_length=512, micro_batch=4, rank=64,
+            teachers={t: f"./runs/qwen-rl-grpo-{t}" for t in QWEN_TASKS}, text_length=512, micro_batch=4, rank=64,
             alpha=128.0, lr=1e-4, prompts_per_step=4, group_size=12, num_steps=40, window="0:16", guidance="rollout",
             combine="normalised", overlap=True, train_steps="random", train_count=8, mix="joint", log_prob="mean",
         ),

@@ -16,6 +16,7 @@ QwenImagePipeline draws, QwenImageEditPipeline and QwenImageEditPlusPipeline edi
 
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 
@@ -275,6 +276,7 @@ def _digest(image: Tensor | None) -> str:
     return "" if image is None else sha256(str(tuple(image.shape)).encode() + image.numpy().tobytes()).hexdigest()
 
 
+@cache
 def _template(name: str) -> tuple[str, int]:
     """A stock pipeline's text around a prompt, and how many of its first tokens are dropped again."""
     kind = getattr(diffusers, name)

@@ -74,9 +74,10 @@ TINY_DEFAULTS = {
 }  # fmt: skip
 # Scorers that have a name and are no kinds of their own: Q 3.2-3.3's judges, a Qwen-VL on a rubric each, and a face
 # model that has nothing to say about a picture without a face. None has a kind's name ("aesthetic" is LAION's head).
+VLM = {"kind": "vlm", "dtype": "bfloat16"}  # one of 8 billion parameters serves them all
 NAMED = {
-    "alignment": {"kind": "vlm", "rubric": "alignment"}, "beauty": {"kind": "vlm", "rubric": "aesthetic"},
-    "portrait": {"kind": "vlm", "rubric": "portrait"}, "instruction": {"kind": "vlm", "rubric": "editing"},
+    "alignment": {**VLM, "rubric": "alignment"}, "beauty": {**VLM, "rubric": "aesthetic"},
+    "portrait": {**VLM, "rubric": "portrait"}, "instruction": {**VLM, "rubric": "editing"},
     "identity": {"kind": "face", "no_face": "skip"},
 }  # fmt: skip
 

@@ -10,6 +10,7 @@ A step's rows lie task by task and group by group, and go through the model in m
 with prompts that have no source picture: their token sequences differ in length.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import NamedTuple
@@ -212,7 +213,7 @@ def roll_out(run: Run, rows: Sequence[Row], stoppable: bool = True) -> tuple[lis
         plain: list[Tensor] = []  # v(x, t, c) without guidance, step by step, where only the rollout is guided
         walk = sde.rollout(policy(model, cond, uncond, s, plain), x, model.time_grid(s.num_steps), level, s.kernel,
                            window, noise)  # fmt: skip
-        path = list(walk)
+        path = [*deque(walk, maxlen=1 if deterministic(s) else None)]  # of an ODE nobody asks for more than its end
         images.append(model.decode(path[-1].x_next))
         if plain and not deterministic(s):
             path = [grpo.unguided(step, v, s.noise_level, s.kernel) for step, v in zip(path, plain, strict=True)]

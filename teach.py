@@ -208,7 +208,7 @@ def update_forward(run: Run, parts: Sequence[dict], advantage_PG: Tensor) -> dic
     s, steps, totals, ts = run.s, trained_steps(run), {}, run.model.time_grid(run.s.num_steps)
     r_B = nft.optimality(advantage_PG.flatten(), s.advantage_clip).to(run.model.device)
     weight = 1 / (len(steps) * len(r_B))
-    sizes = [len(part["path"][0].x) for part in parts]
+    sizes = [len(part["path"][-1].x) for part in parts]
     for part, r in zip(parts, r_B.split(sizes), strict=True):
         x0 = part["path"][-1].x_next
         eps = {n: sde.standard_normal(x0.shape, part["noise"]).to(x0) for n in steps}  # of each time and row its own

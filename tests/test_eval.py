@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import TASKS, the_one_line, tiny_settings, with_adapter
 
+import data
 import eval as evaluation
 import prompts as written
 import recipe
@@ -17,6 +18,7 @@ import rollout
 import scoring
 import settings
 import tiny
+import tiny_edit
 
 SMALL = tiny_settings()
 
@@ -241,3 +243,96 @@ def test_each_shipped_teacher_is_the_best_at_its_own_task(tmp_path, no_pictures)
         assert own == max(row[task] for row in scores.values()), task
         assert own > scores["base"][task] + 0.1, task
     assert 0.45 < scores["base"]["average"] < 0.7
+
+
+# ------------------------------------------------------------------------------------- Q's tasks in the tiny world
+def qwen_score(images, prompts, task):
+    return evaluation.score(torch.as_tensor(images), prompts, task, None, True)
+
+
+def test_two_sides_are_averaged_and_the_first_of_them_counted_by_category(monkeypatch):
+    """Four edits of kinds a, a, b, b; instruction 1, 0, 1/2, 1 and identity 0, 1, 1, 1/2: all worked by hand."""
+    meta = {"keep": [tiny_edit.WORD_BOX], "category": "no"}
+    prompts = [data.Prompt("x", "edit", {**meta, "tag": tag}, "here") for tag in ("a", "a", "b", "b")]
+    monkeypatch.setattr(tiny_edit, "score_instruction", lambda *_: [1.0, 0.0, 0.5, 1.0])
+    monkeypatch.setattr(tiny_edit, "score_identity", lambda images, prompts, sources: [0.0, 1.0, 1.0, 0.5])
+    named, each, tags = qwen_score(torch.zeros(4, 3, 24, 24), prompts, "edit")
+    assert named == {"edit": 0.625, "edit instruction": 0.625, "edit identity": 0.625}
+    assert each == [0.5, 0.5, 0.75, 0.75] and tags == {"a": 0.5, "b": 0.75}
+    untold = [*prompts[:3], prompts[3]._replace(metadata={})]  # a user's own, which says neither kind nor what stays
+    named, each, tags = qwen_score(torch.zeros(4, 3, 24, 24), untold, "edit")
+    assert named == {"edit": 0.625, "edit instruction": 0.625} and each == [1.0, 0.0, 0.5, 1.0]
+    assert tags == {"a": 0.5, "b": 0.5, "edit": 1.0}
+    prompts = [data.Prompt("x", "t2i", {"tag": "no", "category": c}, "here") for c in ("open", "typography", "open")]
+    monkeypatch.setattr(tiny_edit, "score_alignment", lambda *_: [1.0, 0.0, 0.0])
+    monkeypatch.setattr(tiny, "score_quality", lambda *_: [0.5, 0.25, 0.75])
+    named, each, tags = qwen_score(torch.zeros(3, 3, 24, 24), prompts, "t2i")
+    assert named == {"t2i": pytest.approx((1 / 3 + 0.5) / 2), "t2i alignment": pytest.approx(1 / 3),
+                     "t2i aesthetic": 0.5}  # fmt: skip
+    assert each == pytest.approx([0.75, 0.125, 0.375]) and tags == {"open": 0.5, "typography": 0.0}
+
+
+def test_an_untouched_source_keeps_its_identity_and_follows_no_instruction():
+    prompts = tiny_edit.make_prompts("edit", "test", 10)
+    sources = torch.stack(rollout.sources(prompts))
+    named, _, tags = qwen_score(sources, prompts, "edit")
+    assert named["edit identity"] == pytest.approx(1, abs=1e-3) and named["edit instruction"] < 0.5
+    assert set(tags) == set(tiny_edit.EDITS), "each kind of edit has its own number"
+    named, each, _ = qwen_score(torch.ones(10, 3, 24, 24), prompts, "edit")
+    assert named["edit identity"] == 0 and max(each) < 1
+    shuffled = qwen_score(sources.roll(1, 0), prompts, "edit")[0]
+    assert shuffled["edit identity"] < 0.9, "each row is held against its own source"
+
+
+def test_perfect_drawings_of_the_first_task_are_aligned():
+    prompts = tiny_edit.make_prompts("t2i", "test", 12)
+    by_task = {"typography": "text", "composition": "composition", "open": "quality"}
+    images = torch.stack([drawing(p._replace(task=by_task[p.metadata["category"]])) for p in prompts])
+    named, each, tags = qwen_score(images, prompts, "t2i")
+    assert named == pytest.approx({"t2i": 1, "t2i alignment": 1, "t2i aesthetic": 1}, abs=1e-4)
+    assert each == pytest.approx([1] * 12, abs=1e-4) and set(tags) == set(by_task)
+
+
+def test_an_evaluation_of_qs_tasks_has_their_columns_their_average_and_their_sources(world2):
+    model = with_adapter(world2, world2.teachers["edit"])
+    some = {task: tiny_edit.make_prompts(task, "test", 4) for task in ("t2i", "edit")}
+    s = tiny_settings(preset="tiny-qwen")
+    result = evaluation.evaluate(model, some, s, 2.0)
+    scores = result["scores"]
+    columns = ["t2i", "t2i alignment", "t2i aesthetic", "edit", "edit instruction", "edit identity", "average"]
+    assert list(scores) == columns
+    assert scores["average"] == pytest.approx((scores["t2i"] + scores["edit"]) / 2)
+    assert list(result["sources"]) == ["edit"]
+    assert torch.equal(torch.stack(result["sources"]["edit"]), torch.stack(rollout.sources(some["edit"])))
+    plain = evaluation.evaluate(model, some, s, 1.0)
+    for task in some:
+        assert not torch.allclose(plain["images"][task][0], result["images"][task][0], atol=1e-3), "guidance counts"
+    named, each, _ = qwen_score(result["images"]["edit"][0], some["edit"], "edit")
+    assert each == result["images"]["edit"][1] and named.items() <= scores.items()
+
+
+def test_real_edits_are_scored_beside_their_sources():
+    seen = []
+    like = rewards.Scorer("like", lambda images, prompts, sources: seen.append(sources) or [0.5] * len(images), 0, 1)
+    panel = scoring.Panel([like], {"edit": {"like": 2.0}})
+    edits = tiny_edit.make_prompts("edit", "test", 3)
+    named, each, _ = evaluation.score(torch.zeros(3, 3, 8, 8), edits, "edit", panel, False)
+    assert named == {"edit like": 0.5} and each == [1.0] * 3
+    assert torch.equal(torch.stack(seen[0]), torch.stack(rollout.sources(edits)))
+
+
+def test_eval_py_guides_base_and_teachers_and_a_compared_student_only_where_it_is_asked(
+    world2, tmp_path, monkeypatch, no_pictures
+):
+    cfgs, real = [], evaluation.evaluate
+    monkeypatch.setattr(evaluation, "evaluate", lambda *args: cfgs.append(args[3]) or real(*args))
+    compared = ["--compare", f"student={world2.teachers['t2i']}"]
+    for name, flags, expected in (("a", [], [2.0] * 3 + [1.0]), ("b", ["--guidance", "both"], [2.0] * 4)):
+        cfgs.clear()
+        assert evaluation.main([*world2.flags, "--out", str(tmp_path), "--name", name, *flags, *compared]) == 0
+        assert cfgs == expected
+    rows = json.loads((tmp_path / "b/results.json").read_text())
+    assert list(rows) == ["base", "teacher t2i", "teacher edit", "student"]
+    assert rows["student"] == rows["teacher t2i"] and rows["student"] != rows["teacher edit"]
+    unlike = json.loads((tmp_path / "a/results.json").read_text())["student"]
+    assert unlike != rows["student"], "without guidance its pictures are others"

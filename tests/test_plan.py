@@ -488,7 +488,10 @@ def test_the_default_distillations_memory_is_hand_added():
     assert found.moments["decoding a picture"] == 4096 * 512**2 == GIB
     # 300 steps of 3 prompts, 8 test prompts of each of three tasks, and the empty one
     assert found.host == {"prompts": row * (900 + 24 + 1)}
-    assert found.total == sum(found.parts.values()) + max(found.moments.values())
+    # Prompts are encoded before there are gradients, moments, copies and a batch's conditioning.
+    early = 14 * LORA + 16 * row
+    assert found.largest == "encoding prompts"
+    assert found.total == sum(found.parts.values()) - early + found.moments["encoding prompts"]
 
 
 QWEN_LORA = 480 * 2 * 64 * 3072
@@ -524,7 +527,8 @@ def test_what_the_forward_process_keeps_beside_the_student():
     more = nft.moments["forward without gradient"] - grpo.moments["forward without gradient"]
     assert more == weights, "while the old policy's stand in its place, the student's weights wait"
     latent = 4 * 16 * 64 * 64
-    assert nft.parts["trajectories"] == grpo.parts["trajectories"] == 48 * 121 * latent
+    assert grpo.parts["trajectories"] == 48 * 121 * latent
+    assert nft.parts["trajectories"] == 48 * 4 * latent, "the last transition alone"
     assert memory(f"{EDITS} --stage grpo --task edit --overlap").parts["trajectories"] == 2 * 48 * 121 * latent
     full = f"{EDITS} --stage nft --task edit --parameters full --parallel fsdp"
     assert "frozen backbone" not in memory(f"{full} --beta 0", 16, 8).parts
@@ -548,7 +552,7 @@ def test_a_teacher_of_t2i_meets_edits_in_the_final_evaluation_only():
     assert found.moments["encoding prompts"] > 2 * Z.QWEN_VL_7B, "test edits have sources"
 
 
-def test_each_judge_on_this_machine_is_loaded_for_itself(tmp_path):
+def test_judges_on_this_machine_are_counted_once_a_checkpoint_and_type(tmp_path):
     import judges
 
     asked = {name: rubric.model for name, rubric in judges.RUBRICS.items() if name not in ("unifiedreward", "deqa")}
@@ -557,7 +561,8 @@ def test_each_judge_on_this_machine_is_loaded_for_itself(tmp_path):
     write_safetensors(tmp_path / "own" / "model.safetensors", {"a": (3, 5)})
     vlm = {"kind": "vlm", "rubric": "alignment"}
     scorers = {
-        "a": vlm, "b": {**vlm, "rubric": "portrait", "dtype": "bfloat16"}, "c": {**vlm, "device": "cpu"},
+        "a": vlm, "again": {**vlm, "rubric": "aesthetic"},
+        "b": {**vlm, "rubric": "portrait", "dtype": "bfloat16"}, "c": {**vlm, "device": "cpu"},
         "d": {**vlm, "model": str(tmp_path / "own")}, "e": {**vlm, "model": "owner/judge"},
         "f": {"kind": "judge", "rubric": "alignment", "model": "x", "endpoints": ["http://a:1"]},
     }  # fmt: skip
@@ -568,8 +573,8 @@ def test_each_judge_on_this_machine_is_loaded_for_itself(tmp_path):
     found = lines(line)["judge"]
     whole = "a: Qwen/Qwen2.5-VL-7B-Instruct, 8.29 billion parameters, float32, on the run's own accelerator"
     assert found[0] == f"{whole}, 30.88 GiB a rank"
-    assert found[1].endswith("bfloat16, on the run's own accelerator, 15.44 GiB a rank")
-    assert found[2].endswith("on cpu, not counted") and "of unknown size" in found[4] and len(found) == 5
+    assert found[2].endswith("bfloat16, on the run's own accelerator, 15.44 GiB a rank")
+    assert found[3].endswith("on cpu, not counted") and "of unknown size" in found[5] and len(found) == 6
     assert "judges" not in memory(f"{EDITS} --stage opd --rewards {file}").parts, "a distillation asks nobody"
     worst = P.verdict(parse(line), 99 * GIB)
     assert "judges in bfloat16" in worst and "judges behind endpoints" in worst
@@ -1215,3 +1220,12 @@ def test_a_plan_needs_nothing_but_the_standard_library():
     )
     done = subprocess.run([sys.executable, "-S", "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+@pytest.mark.parametrize(("line", "missing"), [
+    ("--stage opd", True), ("--stage grpo --task edit", True), ("--stage all", True),
+    ("--stage grpo --task t2i", False), ("--stage opd --tasks t2i", False), ("--stage opd --prompts edit=x.jsonl", False),
+])  # fmt: skip
+def test_a_plan_says_that_edits_need_pictures_where_they_are_trained(line, missing):
+    said = lines(f"--preset qwen-rl {line}").get("prompts", [])
+    assert any("edit: MISSING" in text and "--prompts edit=FILE.jsonl" in text for text in said) == missing

@@ -39,7 +39,7 @@ def refusal(line):
 
 
 # ------------------------------------------------------------------------------------------------- by default
-INSTRUCTION = {"kind": "vlm", "rubric": "editing"}
+INSTRUCTION = {"kind": "vlm", "dtype": "bfloat16", "rubric": "editing"}
 BLEND = {"quality": 0.4, "preference": 0.6}
 ALL_TINY = {"composition": {"task": 1.0}, "text": {"task": 1.0}, "quality": BLEND}
 ALL_REAL = {"composition": {"geneval": 1.0}, "text": {"ocr": 1.0}, "quality": {"pickscore": 1.0}}

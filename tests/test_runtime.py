@@ -641,3 +641,47 @@ def test_an_extra_that_is_not_installed_is_one_line(monkeypatch):
     monkeypatch.setattr(runtime, "find_spec", lambda name: None)
     with pytest.raises(SettingsError, match=r"^--wandb needs the extra 'wandb': pip install .*\[wandb\]'$"):
         runtime.require_extra("wandb", "wandb", "--wandb")
+
+
+# ------------------------------------------------------------------------------- DiffusionNFT's old policy (Q Eq. 7)
+NFT = {"stage": "nft", "task": "text"}
+
+
+def test_the_old_policy_follows_the_student_by_its_own_schedule_and_not_by_the_averages(toy, monkeypatch):
+    run, schedule = toy(**NFT, ema_decay=0.9), [0.0, 0.5, 0.25]
+    monkeypatch.setattr(runtime.nft, "old_policy_decay", lambda step: schedule[step])
+    old = flat(run.old)
+    assert (old == flat(START)).all() and not toy(name="grpo", stage="grpo", task="text").old, "of no other stage"
+    for step, decay in enumerate(schedule):
+        run.step = step
+        set_gradients(run, step)
+        run.update()
+        old = decay * old + (1 - decay) * flat(run.parameters)
+        assert flat(run.old) == pytest.approx(old, abs=1e-6)
+    assert not np.allclose(old, flat(run.parameters), atol=1e-3) and not np.allclose(old, flat(run.average), atol=1e-3)
+
+
+def test_the_old_policy_is_inside_its_context_and_nowhere_else(toy):
+    run = toy(**NFT)
+    now = flat(run.parameters)
+    for value in run.old.values():
+        value += 1
+    with pytest.raises(KeyError), run.old_policy():
+        assert (flat(run.parameters) == now + 1).all()
+        raise KeyError
+    assert (flat(run.parameters) == now).all() and (flat(run.old) == now + 1).all()
+
+
+def test_a_run_with_an_old_policy_is_resumed_with_it(toy, tmp_path):
+    train(toy(**NFT, name="whole", steps=5, save_every=2))
+    train(toy(**NFT, steps=2, save_every=2))
+    state = stored(tmp_path / "toy")
+    assert {"old.vector", "old.matrix"} <= set(state)
+    assert not torch.equal(state["old.matrix"], state["weights.matrix"])
+    run = toy(**NFT, steps=5, save_every=2)
+    assert same({f"old.{n}": value for n, value in run.old.items()}, {k: v for k, v in state.items() if k[:4] == "old."})
+    train(run)
+    assert same(stored(tmp_path / "toy"), stored(tmp_path / "whole"))
+    without(shard(run.checkpoint), "old.matrix")
+    with pytest.raises(adapters.ModelError, match=r"cannot resume.*old\.matrix"):
+        toy(**NFT, steps=5, save_every=2)

@@ -15,7 +15,7 @@ import settings as S
 ROOT = Path(__file__).resolve().parents[1]
 FIELDS = {f.name: f for f in fields(S.Settings)}
 FREE = ["--stage", "grpo", "--parameters", "full", "--name", "given"]  # here any one other field may change alone
-FLOW = "--preset flow-opd"
+FLOW, QWEN = "--preset flow-opd", "--preset qwen-rl"
 
 
 def flag(name):
@@ -323,6 +323,27 @@ REFUSED = [
     ("--teachers text=x", r"^task 'composition' has no teacher: give --teachers composition=PATH, or leave"),
     ("--stage sft --tasks text --teachers quality=x", r"^task 'text' has no teacher"),
     ("--stage grpo --kernel cps --window 0:6", r"^--kernel cps has no noise in the last step: let --window stop at 5$"),
+    ("--stage nft --group-size 1", r"^--group-size 1: a group of one has no advantage and no range; use at"),
+    ("--stage nft --prompts-per-step 7 --updates 2", r"^--updates 2 must divide --prompts-per-step 7$"),
+    ("--stage nft --interpolation 0", r"^--interpolation 0\.0: must be at least 1e-06$"),
+    ("--mix shares", r"^--mix shares: choose from turns, joint$"),
+    ("--guidance half", r"^--guidance half: choose from both, rollout, teacher, neither$"),
+    ("--source-resolution -1", r"^--source-resolution -1: must be at least 0$"),
+    *(
+        (f"--stage {stage} --guidance teacher", rf"^--guidance teacher: --stage {stage} knows both, rollout, neither$")
+        for stage in ("grpo", "nft", "curate")
+    ),
+    ("--guidance rollout", r"^--guidance rollout: --stage opd knows both, teacher, neither$"),
+    *(
+        (f"{QWEN} --stage {stage} --task mix --prompts-per-step 1", r"^--prompts-per-step 1: 2 tasks need one prompt e")
+        for stage in ("grpo", "nft")
+    ),
+    (f"{QWEN} --prompts-per-step 1", r"^--prompts-per-step 1: 2 tasks need one prompt each$"),
+    (f"{QWEN} --teachers t2i=x", r"^task 'edit' has no teacher: give --teachers edit=PATH, or leave it out"),
+    (f"{QWEN} --stage pretrain", r"^--stage pretrain makes the tiny world's base: add --preset tiny"),
+    (f"{QWEN} --stage opd --estimator analytic --window 0:0", r"^--estimator analytic needs noise"),
+    (f"{QWEN} --stage grpo --window 3:3", r"^--stage grpo needs noise"),
+    (f"{QWEN} --stage all --guidance rollout", r"^--guidance rollout: --stage opd knows both, teacher, neither$"),
     ("--stage grpo --kernel cps --noise-level 1.5", r"^--noise-level 1\.5: must be at most 1 with --kernel cps$"),
     ("--parallel fsdp", r"^--parallel fsdp shards full parameters: add --parameters full, or use ddp$"),
     ("--stage merge --parameters full", r"^--stage merge merges LoRA teachers: use --parameters lora$"),
@@ -431,6 +452,17 @@ def test_a_resolved_configuration_is_a_config_that_gives_itself(tmp_path):
         f"{FLOW} --stage grpo",
         f"{FLOW} --stage curate",
         f"{FLOW} --stage grpo --kernel cps --beta 0",
+        "--stage nft --noise-level 0 --window 0:0",  # the forward process needs no noisy sampler
+        "--stage nft --kernel cps --beta 1",  # and its distance to the base is no KL
+        "--stage pretrain --guidance rollout",  # guides nothing
+        "--stage sft --guidance rollout",
+        "--preset tiny-qwen --stage grpo --task mix --mix turns --prompts-per-step 1",
+        "--preset tiny-qwen --stage all",
+        QWEN,
+        f"{QWEN} --stage all",
+        f"{QWEN} --stage nft --task edit",
+        f"{QWEN} --stage grpo --task mix --prompts-per-step 2",
+        f"{QWEN} --tasks t2i --teachers t2i=x --prompts-per-step 1",
     ],
 )
 def test_what_can_work_is_let_through(line):
@@ -446,3 +478,58 @@ def test_the_window_is_cut_at_the_number_of_steps():
 def test_tasks_are_a_comma_separated_list():
     assert S.task_list(parse("")) == ["composition", "text", "quality"] == list(S.FLOW_TASKS)
     assert S.task_list(parse("--tasks quality,,text")) == ["quality", "text"]
+
+
+# ------------------------------------------------------------------------------------ whose guidance, which tasks
+SCALES = [  # guidance, stage -> (the student's pictures, the teachers', the objective)
+    ("both", "grpo", (3.0, 3.0, 3.0)),
+    ("rollout", "grpo", (3.0, 3.0, 1.0)),
+    ("neither", "grpo", (1.0, 1.0, 1.0)),
+    ("rollout", "nft", (3.0, 3.0, 1.0)),
+    ("both", "opd", (3.0, 3.0, 3.0)),
+    ("teacher", "opd", (1.0, 3.0, 1.0)),
+    ("neither", "opd", (1.0, 1.0, 1.0)),
+]
+
+
+@pytest.mark.parametrize(("guidance", "stage", "scales"), SCALES)
+def test_each_strategy_guides_whom_it_names(guidance, stage, scales):
+    for cfg in (3.0, 1.0):
+        s = parse(f"--stage {stage} --guidance {guidance} --cfg {cfg}")
+        expected = scales if cfg == 3.0 else (1.0, 1.0, 1.0)
+        assert (S.student_cfg(s), S.teacher_cfg(s), S.trained_cfg(s)) == expected
+        assert S.draws_guided(s) == (expected[0] != 1)
+
+
+def test_the_qwen_presets_are_qs_methods():
+    """Q 4.1-4.3, read from the paper: a 40-step sampler, hybrid guidance, mostly noisy steps, normalised rewards; then
+    velocities of guided teachers into a student without guidance. The tiny preset has the same methods."""
+    for preset in ("qwen-rl", "tiny-qwen"):
+        for stage in ("grpo", "nft"):
+            s = parse(f"--preset {preset} --stage {stage}")
+            found = (s.guidance, s.combine, s.mix, s.train_steps, s.updates, S.task_list(s))
+            assert found == ("rollout", "normalised", "joint", "random", 1, ["t2i", "edit"])
+            assert S.window_of(s)[1] < s.num_steps and s.cfg > 1 and s.train_count < s.num_steps
+        s = parse(f"--preset {preset}")
+        assert (s.guidance, s.estimator, s.mar, s.train_steps) == ("teacher", "velocity", 0.0, "all")
+        assert set(s.teachers) == {"t2i", "edit"} and s.cfg > 1
+    assert s.preset == "tiny-qwen" and parse("--preset qwen-rl --stage grpo").num_steps == 40
+    assert parse("--preset qwen-rl").model.startswith("Qwen/Qwen-Image-Edit") and parse("--preset qwen-rl").cfg_rescale
+
+
+def test_only_edits_that_have_pictures_are_evaluated():
+    assert S.test_tasks(parse(QWEN)) == ["t2i"]
+    for prompts in ("edit=e.jsonl", "auto=a.jsonl"):
+        assert S.test_tasks(parse(f"{QWEN} --prompts {prompts}")) == ["t2i", "edit"]
+    assert S.test_tasks(parse(f"{QWEN} --prompts t2i=a.txt")) == ["t2i"]
+    assert S.test_tasks(parse(f"{QWEN} --tasks edit --prompts edit=e.jsonl")) == ["edit"]
+    assert S.test_tasks(parse("--preset tiny-qwen")) == ["t2i", "edit"], "the tiny world draws its own"
+    assert S.test_tasks(parse("")) == ["composition", "text", "quality"]
+
+
+def test_a_plans_parts_follow_the_paper_of_its_tasks():
+    assert S.parts_of(parse("--stage all")) == ("pretrain", "grpo", "merge", "sft", "opd")
+    assert S.parts_of(parse(f"{FLOW} --stage all")) == ("merge", "sft", "opd")
+    assert S.parts_of(parse("--preset tiny-qwen --stage all")) == ("pretrain", "grpo", "opd")
+    assert S.parts_of(parse(f"{QWEN} --stage all")) == ("grpo", "opd")
+    assert S.parts_of(parse(f"{QWEN} --stage all --tasks t2i --teachers t2i=x")) == ("grpo", "opd")

@@ -384,10 +384,13 @@ def test_the_whole_pipeline_runs_from_nothing_and_a_second_call_trains_nothing(
     assert len(updates) == trained and capsys.readouterr().out == out, "the same table from the same checkpoints"
 
 
-def test_qs_pipeline_trains_its_own_teachers_and_distils_them(tmp_path, monkeypatch, small_pretraining, updates, capsys):
+def test_qs_pipeline_trains_its_own_teachers_and_distils_them(
+    tmp_path, monkeypatch, small_pretraining, updates, capsys
+):
     """pretrain, a GRPO teacher a task, OPD, the table: no cold start, and a student that draws without guidance."""
     flags = [*SMALL2, "--stage", "all", "--out", str(tmp_path), "--name", "all", "--steps", "2"]
     cfgs, real = [], evaluation.evaluate
+    monkeypatch.setattr(report, "plot_metrics", lambda folder: [])
     monkeypatch.setattr(evaluation, "evaluate", lambda *args: cfgs.append(args[3]) or real(*args))
     assert train.main(flags) == 0
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]

@@ -27,13 +27,13 @@ QWEN = ["--preset", "tiny-qwen"]
 
 
 def trained(name: str, seed: int, *flags: str) -> Path:
-    """The run bench-q-NAME-SEED, trained if it is not there."""
+    """The run bench-q-NAME-SEED, trained (or trained on) unless it has been evaluated."""
     import train
 
-    folder = f"bench-q-{name}-{seed}"
-    if train.main([*QWEN, "--name", folder, "--seed", str(seed), *flags]):
+    run = Path("runs", f"bench-q-{name}-{seed}")
+    if not (run / "results.json").exists() and train.main([*QWEN, "--name", run.name, "--seed", str(seed), *flags]):
         raise SystemExit(2)
-    return Path("runs", folder)
+    return run
 
 
 def teacher(task: str, seed: int) -> Path:
@@ -83,19 +83,25 @@ def opd_student(seed: int) -> Path:
     return trained("opd", seed, "--stage", "opd", "--teachers", *teachers)
 
 
-def mixed(seed: int) -> Path:
-    """Mix-RL: both tasks in every step, as many trajectories of each as its own teacher has seen."""
+def mixed(seed: int, share: int) -> Path:
+    """Mix-RL, both tasks in every step. share 1: as many steps as a teacher has, hence half as many trajectories of
+    each task; 2: twice as many steps, as many trajectories of each task as its own teacher has seen."""
     import settings
 
-    steps = settings.parse([*QWEN, "--stage", "grpo", "--task", "t2i"])[0].steps
-    return trained("grpo-mix", seed, "--stage", "grpo", "--task", "mix", "--steps", str(2 * steps))
+    steps = share * settings.parse([*QWEN, "--stage", "grpo", "--task", "t2i"])[0].steps
+    name = "grpo-mix" if share == 2 else f"grpo-mix{steps}"
+    return trained(name, seed, "--stage", "grpo", "--task", "mix", "--steps", str(steps))
 
 
 def merging() -> None:
     rows = {"base, guided": [scores_at(None, "both")], "base, not guided": [scores_at(None, "neither")]}
     for seed in SEEDS:
-        for name, run in (("t2i teacher", teacher("t2i", seed)), ("edit teacher", teacher("edit", seed)),
-                          ("Mix-RL", mixed(seed)), ("OPD student, not guided", opd_student(seed))):  # fmt: skip
+        runs = {
+            "t2i teacher": teacher("t2i", seed), "edit teacher": teacher("edit", seed),
+            "Mix-RL, a teacher's steps": mixed(seed, 1), "Mix-RL, both teachers' steps": mixed(seed, 2),
+            "OPD student, not guided": opd_student(seed),
+        }  # fmt: skip
+        for name, run in runs.items():
             rows.setdefault(name, []).append(scores_of(run))
     table(rows, COLUMNS)
 
@@ -140,8 +146,9 @@ def curation(share: float = 0.75) -> None:
         run = f"bench-q-curate-{seed}"
         if train.main([*QWEN, "--stage", "curate", "--tasks", "t2i", "--name", run, "--seed", str(seed)]):
             raise SystemExit(2)
-        drawn = s.train_prompts / s.prompts_per_step  # batches of rollouts, of which a training step takes `share`
-        steps = full.steps - round(share * drawn * s.group_size / full.group_size)
+        lines = (Path("runs", run, "ranges") / "rank-0.jsonl").read_text().splitlines()
+        groups = sum(bool(line) for line in lines)  # distinct candidates; drawing one is `share` of training on one
+        steps = full.steps - round(share * groups * s.group_size / (full.prompts_per_step * full.group_size))
         own = ["--stage", "grpo", "--task", "t2i", "--steps", str(steps), "--prompts", f"t2i=runs/{run}/prompts/t2i"]
         rows.setdefault("all prompts", []).append(scores_of(teacher("t2i", seed)))
         rows.setdefault(f"curated, {steps} steps", []).append(scores_of(trained("curated", seed, *own)))

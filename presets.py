@@ -75,7 +75,7 @@ PRESETS: dict[str, dict[str, dict]] = {
         ),
         "curate": dict(train_prompts=480, eval_prompts=0, threshold=0.4),
         "grpo": dict(steps=80, lr=1.5e-3),
-        "nft": dict(steps=80, lr=1.5e-3, beta=1e-4, advantage_clip=1.0),
+        "nft": dict(steps=80, lr=4e-4, beta=1e-4, advantage_clip=1.0),
         "sft": dict(steps=100, batch_size=96, guidance="both"),
         "merge": dict(steps=0),
         "opd": dict(

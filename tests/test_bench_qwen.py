@@ -37,7 +37,7 @@ def test_w2_prints_what_quadrature_of_the_flows_themselves_gives(capsys):
         return (position(m, c, t + h, z_of_x) - position(m, c, t - h, z_of_x)) / (2 * h)
 
     for names in rows:
-        (m_t, c_t), (m, c) = ([float(v) for v in re.findall(r"[\d.]+(?=[,)])", name)] for name in names[:2])
+        (m_t, c_t), (m, c) = (map(float, re.match(r"N\(([\d.]+), ([\d.]+)\^2\)", name).groups()) for name in names[:2])
         x = position(m, c, t, z)
         gap_sq = 3 * (((velocity(m, c, x) - velocity(m_t, c_t, x)) ** 2) @ weight)
         slope = np.abs(velocity(m_t, c_t, x + 0.5) - velocity(m_t, c_t, x - 0.5)).max(1)

@@ -68,7 +68,7 @@ def sd(tmp_path_factory):
     return flags
 
 
-def torchrun(script, *arguments, ranks=2, env=None, timeout=240, **more):
+def torchrun(script, *arguments, ranks=2, env=None, timeout=480, **more):
     """Start `script` on that many ranks of this machine and wait; (exit code, output, seconds)."""
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"]
     began = time.monotonic()
@@ -117,35 +117,9 @@ WHOLE = "transformer/diffusion_pytorch_model.safetensors"
 CURATE = "--stage curate --tasks text --threshold 0.0045 --prompts-per-step 2".split()
 
 
-# Q's two tasks: name -> flags. On two ranks each has half the prompts of a step.
-QUICK = "--steps 2 --eval-prompts 0 --lr 1e-3 --prompts-per-step 2".split()
-TINY_QWEN = {
-    "nft": ["--stage", "nft", "--task", "mix", "--beta", "0.1", *QUICK],
-    "opd": ["--stage", "opd", "--micro-batch", "3", *QUICK],
-    "sft": ["--stage", "sft", *QUICK],
-    "curate": "--stage curate --threshold 0 --train-prompts 4 --prompts-per-step 2".split(),
-}
-REAL_QWEN = {
-    "grpo": "--stage grpo --task mix --rewards jpeg=1 --guidance both".split() + QUICK,
-    "opd": ["--stage", "opd", *QUICK],
-    "full": ["--stage", "nft", "--task", "edit", "--rewards", "jpeg=1", "--parameters", "full", *QUICK,
-             "--parallel", "fsdp"],
-    "sft": ["--stage", "sft", *QUICK, "--eval-prompts", "1", "--rewards", "jpeg=1"],
-}  # fmt: skip
-
-
-def two_of(base, out, *flags, ranks=2):
-    """The flags of a run on a fixture's base: NAME-RANKS; one rank alone has the prompts of both."""
-    kind = "tiny" if "tiny-qwen" in base.flags else "real"
-    jobs = TINY_QWEN if kind == "tiny" else REAL_QWEN
-    name = next(name for name, job in jobs.items() if job == [*flags])
-    whole = [] if ranks == 2 or "curate" in flags else ["--prompts-per-step", "4", "--parallel", "ddp"]
-    return [*base.flags, "--out", str(out), "--name", f"{kind}-{name}-{ranks}", *flags, *whole]
-
-
 # ------------------------------------------------------------------------------------------ two ranks equal one rank
 @pytest.fixture(scope="module")
-def pair(sd, world2, qwen, tmp_path_factory):
+def pair(sd, tmp_path_factory):
     """Every two-rank run that the tests below look at, made in one go; the folder that holds the runs."""
     out = tmp_path_factory.mktemp("pair")
     flags = [*sd, "--out", str(out)]
@@ -165,8 +139,6 @@ def pair(sd, world2, qwen, tmp_path_factory):
     torn = [*flags, *grpo, "--name", "torn", "--prompts-per-step", "1", "--steps", "3"]
     jobs += [{"argv": torn, "code": 2, "broken": 1}, {"argv": torn}]
     jobs.append({"argv": [*flags, *CURATE, "--name", "curate-2"]})
-    jobs += [{"argv": two_of(world2, out, *job)} for job in TINY_QWEN.values()]
-    jobs += [{"argv": two_of(qwen, out, *job)} for job in REAL_QWEN.values()]
     # two nodes of one rank each: parameters whole on each, gradients averaged between them
     hsdp = [*flags, *full, "--name", "full-hsdp", "--parallel", "hsdp"]
     jobs.append({"argv": hsdp, "env": {"LOCAL_WORLD_SIZE": "1"}})
@@ -246,34 +218,70 @@ def test_two_ranks_keep_the_prompts_that_one_rank_keeps(sd, pair):
     assert [share.count('"scores"') for share in shares] == [6, 6], "each rank looked at its half"
 
 
+# ------------------------------------------------------------------------------------ Q's two tasks on two ranks
+# Q's two tasks: name -> flags. On two ranks each has half the prompts of a step.
+QUICK = "--steps 2 --eval-prompts 0 --lr 1e-3 --prompts-per-step 2".split()
+TINY_QWEN = {
+    "nft": ["--stage", "nft", "--task", "mix", "--beta", "0.1", *QUICK],
+    "opd": ["--stage", "opd", "--micro-batch", "3", *QUICK],
+    "sft": ["--stage", "sft", *QUICK],
+    "curate": "--stage curate --threshold 0 --train-prompts 4 --prompts-per-step 2".split(),
+}
+REAL_QWEN = {
+    "grpo": "--stage grpo --task mix --rewards jpeg=1 --guidance both".split() + QUICK,
+    "opd": ["--stage", "opd", *QUICK],
+    "full": ["--stage", "nft", "--task", "edit", "--rewards", "jpeg=1", "--parameters", "full", *QUICK,
+             "--parallel", "fsdp"],
+    "sft": ["--stage", "sft", *QUICK, "--eval-prompts", "1", "--rewards", "jpeg=1"],
+}  # fmt: skip
+
+
+def two_of(base, out, *flags, ranks=2):
+    """The flags of a run on a fixture's base: NAME-RANKS; one rank alone has the prompts of both."""
+    kind = "tiny" if "tiny-qwen" in base.flags else "real"
+    jobs = TINY_QWEN if kind == "tiny" else REAL_QWEN
+    name = next(name for name, job in jobs.items() if job == [*flags])
+    whole = [] if ranks == 2 or "curate" in flags else ["--prompts-per-step", "4", "--parallel", "ddp"]
+    return [*base.flags, "--out", str(out), "--name", f"{kind}-{name}-{ranks}", *flags, *whole]
+
+
+@pytest.fixture(scope="module")
+def pair2(world2, qwen, tmp_path_factory):
+    """The two-rank runs on Q's two tasks, in one go; the folder that holds the runs."""
+    out = tmp_path_factory.mktemp("pair2")
+    jobs = [two_of(base, out, *job) for base, jobs in ((world2, TINY_QWEN), (qwen, REAL_QWEN)) for job in jobs.values()]
+    work(out, [{"argv": job} for job in jobs])
+    return out
+
+
 @pytest.mark.parametrize("name", ["nft", "opd"])
-def test_two_ranks_learn_both_of_qs_tasks_as_one_rank_does(world2, pair, name):
-    alone(*two_of(world2, pair, *TINY_QWEN[name], ranks=1))
-    one, two = pair / f"tiny-{name}-1", pair / f"tiny-{name}-2"
+def test_two_ranks_learn_both_of_qs_tasks_as_one_rank_does(world2, pair2, name):
+    alone(*two_of(world2, pair2, *TINY_QWEN[name], ranks=1))
+    one, two = pair2 / f"tiny-{name}-1", pair2 / f"tiny-{name}-2"
     assert furthest(tensors(one), tensors(two)) < 1e-5
     keys = ("loss", "grad_norm", *(("moved", "distance", "reward") if name == "nft" else ("gap",)))
     assert sum(lines(two, *keys), []) == pytest.approx(sum(lines(one, *keys), []), rel=1e-4, abs=1e-7)
 
 
-def test_two_ranks_draw_and_keep_edits_as_one_does(world2, pair):
-    alone(*two_of(world2, pair, *TINY_QWEN["curate"], ranks=1))
-    one, two = (sorted((pair / f"tiny-curate-{n}" / "prompts").rglob("*.*")) for n in (1, 2))
+def test_two_ranks_draw_and_keep_edits_as_one_does(world2, pair2):
+    alone(*two_of(world2, pair2, *TINY_QWEN["curate"], ranks=1))
+    one, two = (sorted((pair2 / f"tiny-curate-{n}" / "prompts").rglob("*.*")) for n in (1, 2))
     assert [file.read_text() for file in one] == [file.read_text() for file in two] and len(one) == 2
-    assert len(lines(pair / "tiny-sft-2", "loss")) == 2
+    assert len(lines(pair2 / "tiny-sft-2", "loss")) == 2
 
 
 @pytest.mark.parametrize("name", ["grpo", "opd", "full"])
-def test_two_ranks_train_qwen_image_edit_as_one_rank_does(qwen, pair, name):
-    alone(*two_of(qwen, pair, *REAL_QWEN[name], ranks=1))
-    one, two = pair / f"real-{name}-1", pair / f"real-{name}-2"
+def test_two_ranks_train_qwen_image_edit_as_one_rank_does(qwen, pair2, name):
+    alone(*two_of(qwen, pair2, *REAL_QWEN[name], ranks=1))
+    one, two = pair2 / f"real-{name}-1", pair2 / f"real-{name}-2"
     inner = [WHOLE] if name == "full" else []
     assert furthest(tensors(one, *inner), tensors(two, *inner)) < 1e-5
     assert lines(two, "grad_norm") == [pytest.approx(row, rel=1e-4) for row in lines(one, "grad_norm")]
 
 
-def test_two_ranks_draw_qwens_edits_and_one_of_them_scores(pair):
-    scores = json.loads((pair / "real-sft-2/results.json").read_text())["real-sft-2"]["scores"]
-    assert set(scores) == {"t2i jpeg", "edit jpeg"} and len(lines(pair / "real-sft-2", "loss")) == 2
+def test_two_ranks_draw_qwens_edits_and_one_of_them_scores(pair2):
+    scores = json.loads((pair2 / "real-sft-2/results.json").read_text())["real-sft-2"]["scores"]
+    assert set(scores) == {"t2i jpeg", "edit jpeg"} and len(lines(pair2 / "real-sft-2", "loss")) == 2
 
 
 # --------------------------------------------------------------------------------------------------- the command line

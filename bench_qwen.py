@@ -147,7 +147,7 @@ def curation(share: float = 0.75) -> None:
         if train.main([*QWEN, "--stage", "curate", "--tasks", "t2i", "--name", run, "--seed", str(seed)]):
             raise SystemExit(2)
         lines = (Path("runs", run, "ranges") / "rank-0.jsonl").read_text().splitlines()
-        groups = sum(bool(line) for line in lines)  # distinct candidates; drawing one is `share` of training on one
+        groups = len({json.loads(line)["text"] for line in lines if line})  # drawing one is `share` of training on one
         steps = full.steps - round(share * groups * s.group_size / (full.prompts_per_step * full.group_size))
         own = ["--stage", "grpo", "--task", "t2i", "--steps", str(steps), "--prompts", f"t2i=runs/{run}/prompts/t2i"]
         rows.setdefault("all prompts", []).append(scores_of(teacher("t2i", seed)))

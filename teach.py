@@ -55,7 +55,7 @@ def curate(s: Settings) -> Path:
     panel.check(p for some in prompts.values() for p in some)
     run = student_run(s)
     # Other rewards, samples or weights give other ranges: what an earlier run found with them does not count.
-    moves_nothing = (*runtime.FREE, "threshold", "train_prompts", "prompts", "rewards")
+    moves_nothing = (*runtime.FREE, "threshold", "train_prompts", "prompts", "rewards", "threads", "out", "config")
     alike, asked = {k: v for k, v in asdict(s).items() if k not in moves_nothing}, recipe.read(s)
     where = ("device", "endpoints", "key_env", *recipe.LIMITS)  # what a --rewards file says of the way to a scorer
     alike["scorers"] = {n: {k: v for k, v in e.items() if k not in where} for n, e in asked.scorers.items()}

@@ -1224,7 +1224,8 @@ def test_a_plan_needs_nothing_but_the_standard_library():
 
 @pytest.mark.parametrize(("line", "missing"), [
     ("--stage opd", True), ("--stage grpo --task edit", True), ("--stage all", True),
-    ("--stage grpo --task t2i", False), ("--stage opd --tasks t2i", False), ("--stage opd --prompts edit=x.jsonl", False),
+    ("--stage grpo --task t2i", False), ("--stage opd --tasks t2i", False),
+    ("--stage opd --prompts edit=x.jsonl", False),
 ])  # fmt: skip
 def test_a_plan_says_that_edits_need_pictures_where_they_are_trained(line, missing):
     said = lines(f"--preset qwen-rl {line}").get("prompts", [])

@@ -1,5 +1,5 @@
 # make demo        merge + OPD from the shipped teachers, then the table and the pictures (about 3 minutes on 2 idle cores)
-# make test        the proofs, in two processes (about four and a half minutes on 2 idle cores)
+# make test        the proofs, in two processes (about five and a half minutes on 2 cores)
 # make reproduce   the README's learning results, three seeds each (hours)
 # make bench       the README's speed figures and the estimator table
 # Each builds .venv on first use.

@@ -69,15 +69,20 @@ def test_a_table_has_the_mean_and_deviation_of_seeds_and_a_single_number_without
     assert rows == [["base", "2.000", "0.250"], ["trained", "0.500 ± 0.500", "2.000 ± 1.000"]]
 
 
-def test_what_is_trained_is_named_by_seed_and_a_refusal_ends_the_benchmark(monkeypatch):
+def test_what_is_trained_is_named_by_seed_and_not_again_once_it_was_evaluated(tmp_path, monkeypatch):
     import train
 
     asked = []
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "main", lambda argv: asked.append(argv) or 0)
     run = bench_qwen.trained("guidance-both", 2, "--stage", "grpo", "--task", "t2i")
     assert run.name == "bench-q-guidance-both-2"
     flags = ["--name", run.name, "--seed", "2", "--stage", "grpo", "--task", "t2i"]
     assert asked == [["--preset", "tiny-qwen", *flags]]
+    run.mkdir(parents=True)  # begun, not evaluated: it is gone on with
+    assert bench_qwen.trained("guidance-both", 2) == run and len(asked) == 2
+    (run / "results.json").write_text("{}")
+    assert bench_qwen.trained("guidance-both", 2) == run and len(asked) == 2
     monkeypatch.setattr(train, "main", lambda argv: 2)
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit):  # train.py has said why
         bench_qwen.trained("opd", 0)

@@ -71,7 +71,7 @@ def read_own_prompts(s: Settings, split: str) -> dict[str, list[Prompt]]:
                 prompt = prompt._replace(task="t2i" if own != "edit" and "t2i" in task_list(s) else own)
             if is_tiny(s):
                 (tiny_edit if s.preset == "tiny-qwen" else tiny).check_prompt(prompt)
-            known = settings.QWEN_TASKS if set(task_list(s)) & set(settings.QWEN_TASKS) else settings.FLOW_TASKS
+            known = settings.known_tasks(s)
             if prompt.task not in known:
                 at = f"{prompt.source}: a prompt of the task {prompt.task!r}"
                 raise data.DataError(f"{at}; this model knows {', '.join(known)}")
@@ -168,7 +168,7 @@ def prepare(run: Run, prompts: Mapping[str, list[Prompt]], more: Iterable[Prompt
     tests = load_prompts(s, "test", s.eval_prompts, settings.test_tasks(s)) if s.eval_prompts else {}
     wanted = [p for step in range(run.step, s.steps) for p, _, _ in batch(run, prompts, step)]
     wanted += [*(p for some in tests.values() for p in some), *more]
-    encode_all(run.model, wanted, s.cfg != 1 and s.guidance != "neither")
+    encode_all(run.model, wanted, settings.teacher_cfg(s) != 1)  # with guidance anywhere, that of teachers is on
 
 
 # ----------------------------------------------------------------------------------------------------- trajectories
@@ -204,18 +204,19 @@ def roll_out(run: Run, rows: Sequence[Row], stoppable: bool = True) -> tuple[lis
     """
     s, model, parts, images = run.s, run.model, [], []
     level, window = (0.0, None) if deterministic(s) else (s.noise_level, settings.window_of(s))
+    ends = deterministic(s) or s.stage == "curate"  # nobody asks for more than the end of the trajectory
     for part in micro_batches(rows, s.micro_batch):
         if stoppable:
             run.stop_if_asked()
         noise = [row.source() for row in part]
         x = sde.standard_normal((len(part), *model.latent_shape), noise).to(model.device)
         cond, uncond = conditions(model, [row.prompt for row in part], settings.student_cfg(s))
-        plain: list[Tensor] = []  # v(x, t, c) without guidance, step by step, where only the rollout is guided
+        plain: deque[Tensor] = deque(maxlen=0 if ends else None)  # v(x, t, c), where the rollout alone is guided
         walk = sde.rollout(policy(model, cond, uncond, s, plain), x, model.time_grid(s.num_steps), level, s.kernel,
                            window, noise)  # fmt: skip
-        path = [*deque(walk, maxlen=1 if deterministic(s) else None)]  # of an ODE nobody asks for more than its end
+        path = [*deque(walk, maxlen=1 if ends else None)]
         images.append(model.decode(path[-1].x_next))
-        if plain and not deterministic(s):
+        if plain:
             path = [grpo.unguided(step, v, s.noise_level, s.kernel) for step, v in zip(path, plain, strict=True)]
         cfg = settings.trained_cfg(s)
         parts.append({"path": path, "velocity": field(model, cond, uncond, cfg), "noise": noise})
@@ -227,7 +228,7 @@ def field(model: flow.FlowModel, cond: flow.Cond, uncond: flow.Cond | None, cfg:
     return lambda x, t: model.velocity(x, t, cond, uncond, cfg)
 
 
-def policy(model: flow.FlowModel, cond: flow.Cond, uncond: flow.Cond | None, s: Settings, plain: list) -> Callable:
+def policy(model: flow.FlowModel, cond: flow.Cond, uncond: flow.Cond | None, s: Settings, plain: deque) -> Callable:
     """The field that draws. Where the objective is without guidance and this is not, v(x, t, c) is left in `plain`:
     from a forward of its own, because the objective's has as many rows, and rows computed otherwise differ in the last
     bits, so that the first ratio would not be 1."""
@@ -236,8 +237,9 @@ def policy(model: flow.FlowModel, cond: flow.Cond, uncond: flow.Cond | None, s: 
         return field(model, cond, uncond, cfg)
 
     def guided(x: Tensor, t: float) -> Tensor:
-        plain.append(model.velocity(x, t, cond))
-        return model.guide(model.velocity(x, t, uncond), plain[-1], cfg)
+        v_cond = model.velocity(x, t, cond)
+        plain.append(v_cond)
+        return model.guide(model.velocity(x, t, uncond), v_cond, cfg)
 
     return guided
 

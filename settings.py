@@ -300,7 +300,8 @@ def _check_rollout(s: Settings) -> None:
         raise SettingsError(f"--updates {s.updates} must divide --prompts-per-step {s.prompts_per_step}")
     if s.stage in ("curate", "grpo", "nft") and s.group_size < 2:
         raise SettingsError("--group-size 1: a group of one has no advantage and no range; use at least 2")
-    if s.stage == "opd" and s.prompts_per_step < len(task_list(s)):
+    joint = s.stage == "opd" or (s.stage in ("grpo", "nft") and s.task == "mix" and s.mix == "joint")
+    if joint and s.prompts_per_step < len(task_list(s)):
         raise SettingsError(f"--prompts-per-step {s.prompts_per_step}: {len(task_list(s))} tasks need one prompt each")
     if s.stage == "opd" and s.estimator != "velocity" and silent:
         raise SettingsError(f"--estimator {s.estimator} needs noise: widen --window, or use --estimator velocity (ODE)")
@@ -318,8 +319,6 @@ def _check_guidance(s: Settings) -> None:
     known = ("both", "teacher", "neither") if s.stage == "opd" else ("both", "rollout", "neither")
     if s.guidance not in known:
         raise SettingsError(f"--guidance {s.guidance}: --stage {s.stage} knows {', '.join(known)}")
-    if s.stage in ("grpo", "nft") and s.task == "mix" and s.mix == "joint" and s.prompts_per_step < len(task_list(s)):
-        raise SettingsError(f"--prompts-per-step {s.prompts_per_step}: {len(task_list(s))} tasks need one prompt each")
 
 
 def _check_teachers(s: Settings) -> None:
@@ -367,6 +366,11 @@ def task_list(s: Settings) -> list[str]:
     return [t for t in s.tasks.split(",") if t]
 
 
+def known_tasks(s: Settings) -> tuple[str, ...]:
+    """All tasks of the paper that the run follows: Q's where it draws any of them."""
+    return QWEN_TASKS if set(task_list(s)) & set(QWEN_TASKS) else FLOW_TASKS
+
+
 def test_tasks(s: Settings) -> list[str]:
     """The tasks that an evaluation draws: all, but for edits of which there are no source pictures."""
     pictures = is_tiny(s) or "edit" in s.prompts or "auto" in s.prompts
@@ -375,19 +379,14 @@ def test_tasks(s: Settings) -> list[str]:
 
 def parts_of(s: Settings) -> tuple[str, ...]:
     """The stages of --stage all in their order. Merging takes seconds and is picky about its teachers: it is first."""
-    if set(task_list(s)) & set(QWEN_TASKS):
+    if known_tasks(s) == QWEN_TASKS:
         return (*(("pretrain",) if is_tiny(s) else ()), "grpo", "opd")
     return (*(("pretrain", "grpo") if is_tiny(s) else ()), "merge", "sft", "opd")
 
 
-def draws_guided(s: Settings) -> bool:
-    """Are rollouts, and pictures of a student, drawn with guidance?"""
-    return s.cfg != 1 and s.guidance in ("both", "rollout")
-
-
 def student_cfg(s: Settings) -> float:
-    """The guidance scale with which the student's pictures are drawn; 1: without guidance."""
-    return s.cfg if draws_guided(s) else 1.0
+    """The guidance scale of rollouts, and of the student's pictures; 1: without guidance."""
+    return s.cfg if s.guidance in ("both", "rollout") else 1.0
 
 
 def teacher_cfg(s: Settings) -> float:

@@ -61,10 +61,10 @@ def curate(s: Settings) -> Path:
     alike["scorers"] = {n: {k: v for k, v in e.items() if k not in where} for n, e in asked.scorers.items()}
     alike["weights"] = asked.weights
     known = curation.Ranges(run.folder / "ranges", run.rank, data.seed_for(json.dumps(alike, sort_keys=True)))
-    unknown = {(p.task, p.text): p for some in prompts.values() for p in some if not known.has(p)}  # each of them once
+    unknown = {curation.key(p): p for some in prompts.values() for p in some if not known.has(p)}  # each of them once
     mine = list(unknown.values())[run.rank :: run.world]
     ranks.wait()  # nobody writes before everybody has read
-    rollout.encode_all(run.model, mine, settings.draws_guided(s))
+    rollout.encode_all(run.model, mine, settings.student_cfg(s) != 1)
     for part in tqdm(batches(mine, s.prompts_per_step), s.name, disable=run.rank > 0):
         rows = [Row(p, data.seed_for("row", s.seed, s.stage, p.text, g)) for p in part for g in range(s.group_size)]
         _, images = roll_out(run, rows, stoppable=False)
@@ -200,7 +200,6 @@ def policy_step(run: Run, old: sde.Transition, velocity: Callable, advantage_B: 
             v_base = velocity(old.x, old.t)
         kl_B = kl.velocity_kl(v, v_base, old.t, old.dt, old.sigma, s.log_prob)
     return grpo.policy_loss(log_prob, log_prob_old, advantage_B, s.clip, s.advantage_clip, kl_B, s.beta, ratio)
-
 
 
 def update_forward(run: Run, parts: Sequence[dict], advantage_PG: Tensor) -> dict[str, float]:

@@ -23,15 +23,15 @@ test: .venv/installed
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 
 reproduce: .venv/installed
-	$(PY) bench.py learning
-	$(PY) bench.py judges
-	for job in merging guidance timesteps curation student nft; do $(PY) bench_qwen.py $$job; done
+	$(PY) -m bench.flow_opd learning
+	$(PY) -m bench.flow_opd judges
+	for job in merging guidance timesteps curation student nft; do $(PY) -m bench.qwen_rl $$job; done
 
 bench: .venv/installed
-	$(PY) bench.py estimators
-	$(PY) bench.py speed
-	$(PY) bench.py overlap
-	$(PY) bench_qwen.py w2
+	$(PY) -m bench.flow_opd estimators
+	$(PY) -m bench.flow_opd speed
+	$(PY) -m bench.flow_opd overlap
+	$(PY) -m bench.qwen_rl w2
 
 # The shipped checkpoints, from nothing: what `assets` holds came out of this.
 assets: .venv/installed

@@ -14,9 +14,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import plan
-import recipe
 import settings
+from harness import plan
+from scorers import recipe
 from settings import Settings, is_tiny
 
 if __name__ == "__main__":
@@ -26,19 +26,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import adapters
-import data
-import flow
-import models
-import ranks
-import report
 import rewards
-import rollout
-import scoring
-import student
-import tiny
-import tiny_edit
-from data import Prompt
+from data import files as data
+from data.files import Prompt
+from harness import load as student
+from harness import ranks, report, rollout
+from models import flow
+from models import load as models
+from models import lora as adapters
+from scorers import panel as scoring
+from tiny import drawings as tiny
+from tiny import edits as tiny_edit
 
 # Every error that is the user's to mend: printed as one line, exit code 2.
 USER_ERRORS = (settings.SettingsError, data.DataError, adapters.ModelError, rewards.RewardError, FloatingPointError)

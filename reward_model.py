@@ -45,16 +45,16 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import Image
 from torch import Tensor, nn
 
-import adapters
-import data
-import flow
-import report
 import rewards
-import runtime
-import tiny
-from adapters import ModelError
-from data import DataError
+from data import files as data
+from data.files import DataError
+from harness import report
+from harness import run as runtime
+from models import flow
+from models import lora as adapters
+from models.lora import ModelError
 from settings import SettingsError
+from tiny import drawings as tiny
 
 transformers.logging.disable_progress_bar()
 

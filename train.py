@@ -24,9 +24,9 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import plan
-import recipe
 import settings
+from harness import plan
+from scorers import recipe
 from settings import Settings, task_list
 
 if __name__ == "__main__":
@@ -36,25 +36,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import adapters
-import data
-import distil
 import eval as evaluation
-import flow
 import merge
-import models
-import ranks
-import report
-import rollout
-import runtime
-import scoring
 import sde
-import student
-import teach
-import tiny
-import tiny_edit
-from rollout import batches
-from runtime import Run
+from data import files as data
+from harness import distil, ranks, report, rollout, teach
+from harness import load as student
+from harness import run as runtime
+from harness.rollout import batches
+from harness.run import Run
+from models import flow
+from models import load as models
+from models import lora as adapters
+from scorers import panel as scoring
+from tiny import drawings as tiny
+from tiny import edits as tiny_edit
 
 
 # --------------------------------------------------------------------------------------------------------- pretrain

@@ -39,7 +39,7 @@ def world(tmp_path_factory):
     """A random base (`base`), a random adapter a task (`teachers`), and the flags that choose them (`flags`)."""
     import torch
 
-    import models
+    from models import load as models
 
     root = tmp_path_factory.mktemp("world")
     model = models.new_tiny(0, width=32, layers=1)
@@ -59,10 +59,10 @@ def sd35(tmp_path_factory):
     """
     import torch
     from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
-    from sd3 import build_sd35, random_lora
 
-    import adapters
-    import flow
+    from models import flow
+    from models import lora as adapters
+    from tests.helpers.sd3 import build_sd35, random_lora
 
     torch.set_num_threads(1)
     root = tmp_path_factory.mktemp("sd35")
@@ -93,11 +93,11 @@ def qwen(tmp_path_factory):
     """
     import torch
     from diffusers import QwenImageTransformer2DModel
-    from qwen_hub import build_qwen
-    from sd3 import random_lora
 
-    import adapters
-    import flow
+    from models import flow
+    from models import lora as adapters
+    from tests.helpers.qwen_hub import build_qwen
+    from tests.helpers.sd3 import random_lora
 
     torch.set_num_threads(1)
     root = tmp_path_factory.mktemp("qwen")
@@ -143,9 +143,9 @@ def save_random_adapter(base, folder, seed, rank=4):
     """An adapter whose B factors are not zero: it draws other pictures than the base and than any other seed's."""
     import torch
 
-    import adapters
-    import flow
-    import models
+    from models import flow
+    from models import load as models
+    from models import lora as adapters
 
     model, config = models.load_tiny(base), adapters.lora_config(rank, 2.0 * rank)
     model.add_adapter(flow.STUDENT, config)
@@ -158,7 +158,7 @@ def save_random_adapter(base, folder, seed, rank=4):
 @pytest.fixture
 def no_pictures(monkeypatch):
     """Grids and curves take longer than such small runs do; test_train.py draws them."""
-    import report
+    from harness import report
 
     monkeypatch.setattr(report, "plot_metrics", lambda folder: [])
     monkeypatch.setattr(report, "save_samples", lambda *args: None)
@@ -204,7 +204,7 @@ def forwards(monkeypatch):
     """
     import torch
 
-    import flow
+    from models import flow
 
     found, select, run = [], flow.FlowModel._use, flow.FlowModel._forward
 
@@ -228,7 +228,7 @@ def forwards(monkeypatch):
 @pytest.fixture
 def updates(monkeypatch):
     """What every optimizer update found: the weights before it, and their gradients."""
-    from runtime import Run
+    from harness.run import Run
 
     found, real = [], Run.update
 
@@ -259,7 +259,7 @@ def world2(tmp_path_factory):
     """As `world`, in the tiny-qwen world: a random base, and a random adapter for each of Q's two tasks."""
     import torch
 
-    import models
+    from models import load as models
 
     root = tmp_path_factory.mktemp("world2")
     model = models.new_tiny(0, width=32, layers=1, qwen=True)
@@ -319,7 +319,7 @@ def stored(folder):
     """All that continuing a run needs, as its newest checkpoint has it: {name: tensor}, "step" and "updates"."""
     import safetensors.torch
 
-    import adapters
+    from models import lora as adapters
 
     last, found = adapters.last_checkpoint(folder), {}
     for shard in sorted((last / "training").iterdir()):
@@ -360,8 +360,8 @@ def close(a, b, tolerance=1e-5):
 
 def with_adapter(world, folder):
     """A tiny model of the test's own that runs as one adapter (and could train it)."""
-    import flow
-    import models
+    from models import flow
+    from models import load as models
 
     model = models.load_tiny(world.base)
     state, config = model.read_adapter(folder)

@@ -1,0 +1,450 @@
+"""Prompts: where do they come from when nobody has written any?
+
+F §6.1 trains on three prompt sets that have to be fetched, and Q §4.2's are not public. Here rules write their like,
+so that a real model can be trained and tested with no download:
+
+    composition   "a photo of a cow right of a laptop"             GenEval's own rules, with its checklist
+    text          'A film still of a dusty banner ... that reads "Open Market" in bold red letters, at dusk.'
+    quality       "a red fox in a birch forest, an oil painting, at sunrise, muted colours"
+    t2i           a mix of Q's categories: composition, typography and general as the three above, and portrait,
+                  "a close-up portrait of an elderly man with grey stubble, wearing a raincoat, at dusk, on a ferry"
+
+    python -m data.written FOLDER        writes them as files to look at and to edit; then --prompts text=FOLDER/text
+
+A prompt is a *key* (what it is about) and one choice from each of several lists (how it is put). A hash of the key
+alone decides the split, so train and test share no key, whatever the seed: no pair of classes (in either order, with
+any colours or relation), no counted or coloured class, no core of the quoted words, no subject in its setting, no
+person with the same looks. The tag `single_object` is only ever tested.
+
+Test prompts never come twice. Train prompts do where a kind is used up: GenEval's rules know only 240 prompts that
+count, 175 of them for training, and at the training mix they are all seen after `TRAIN` lines; then they begin again.
+
+DEVIATION: what is held out is a choice by hash, not GenEval's published file, whose prompts follow the same rules. Many
+of them, most of all those that count, are among ours for training; a score on that file then flatters the model.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import random
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from data.files import SPLITS, Prompt, seed_for
+from rewards import RELATIONS
+from tiny.drawings import NUMBERS, TAG_MIX, TEST_TAGS, in_test_split, include
+
+TASKS = ("composition", "text", "quality", "t2i")
+TRAIN, TEST = 595, 390  # the longest lists in which no composition prompt comes twice
+
+
+def _items(text: str) -> tuple[str, ...]:
+    return tuple(" ".join(item.split()) for item in text.split(","))  # a line may break inside an item
+
+
+# -------------------------------------------------------------------------------------- composition: the words
+# The 80 classes of COCO under GenEval's names; its colours are those that its colour classifier tells apart.
+CLASSES = _items("""
+    person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign,
+    parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack, umbrella,
+    handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard,
+    surfboard, tennis racket, bottle, wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange,
+    broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop,
+    computer mouse, tv remote, computer keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book,
+    clock, vase, scissors, teddy bear, hair drier, toothbrush
+""")
+COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
+COLORLESS = "person"  # GenEval never asks for a green person
+
+# -------------------------------------------------------------------------- text: the words and their scenes
+OPENERS = _items("""
+    Fresh, Open, Free, Grand, Last, First, Local, Secret, Golden, Quiet, Happy, Wild, Royal, Summer, Winter, Midnight,
+    Public, Private, Old, New, Silver, Northern, Lucky, Future, Hidden, Little, Express, Organic, Electric, Famous,
+    Lost, Blue
+""")
+NOUNS = _items("""
+    Coffee, Bakery, Garden, Market, Library, Museum, Harbor, Station, Bridge, Tickets, Parking, Flowers, Books, Music,
+    Festival, Theater, Kitchen, Workshop, Gallery, School, Hotel, Island, River, Forest, Mountain, Planet, Rocket,
+    Dragon, Tiger, Orchard, Honey, Bread, Pizza, Tea, Chess, Dance, Cinema, Laundry, Pharmacy, Beach, Castle, Tower,
+    Lighthouse, Observatory, Academy, Studio, Aquarium, Farm
+""")
+ENDINGS = _items("""
+    Today, Tonight, Tomorrow, Here, Ahead, Only, Inside, Now, Closed, Club, Tour, Zone, Sale, Guide, Party, Week,
+    Upstairs, 2025, 101, 24
+""")
+LONG_ENDINGS = _items("""
+    This Way, For Sale, Since 1962, Every Day, At Noon, Room 12, Under Repair, Until Sunday, Gate 7, On Tour,
+    Half Price, To Go, After Dark, For All, Keep Out, Level 3
+""")
+LOOKS = _items("""
+    a weathered, a brightly painted, a spotless, a dusty, an old-fashioned, a sleek, a dented, an enormous, a tiny,
+    a richly decorated
+""")
+THINGS = (  # each with where it is found: a neon sign hangs nowhere in a forest
+    ("chalkboard", "outside a small bakery"), ("street sign", "at a busy crossing"), ("neon sign", "in a rainy alley"),
+    ("book cover", "on a reading desk"), ("coffee mug", "on a kitchen counter"), ("billboard", "beside a motorway"),
+    ("train ticket", "in a gloved hand"), ("wooden signpost", "on a mountain trail"),
+    ("brass plaque", "on a brick wall"), ("cinema marquee", "above a crowded pavement"),
+    ("shop window", "on a cobbled lane"), ("birthday cake", "on a garden table"),
+    ("delivery van", "in front of a warehouse"), ("menu board", "in a diner"), ("banner", "across a village square"),
+    ("hot-air balloon", "over a valley"),
+)  # fmt: skip
+LETTERS = _items("""
+    bold red, hand-painted, glowing blue, elegant golden, plain black, chalky white, tall green, playful round,
+    narrow capital, carved
+""")
+# Every template uses every field: otherwise two choices would give one prompt, and the count of prompts be wrong.
+TEMPLATES = (
+    '{style} of {look} {thing} {place} that reads "{words}" in {letters} letters, {light}.',
+    '{style}: {look} {thing} {place}, with the words "{words}" in {letters} lettering, {light}.',
+    '{place}, {look} {thing} displays "{words}" in {letters} letters, {light}, as {style}.',
+    '{look} {thing} {place} says "{words}", written in {letters} letters, {light}, {style}.',
+    '{light}, {style} shows {look} {thing} marked "{words}" in {letters} letters, {place}.',
+    'The text "{words}" stands in {letters} letters on {look} {thing} {place}, {light}, {style}.',
+)
+
+# --------------------------------------------------------------------- quality, and what text shares with it
+STYLES = _items("""
+    a realistic photograph, a close-up, an oil painting, a watercolour, a pencil drawing, a film still,
+    a digital illustration, a woodcut print, a pastel sketch, a 3D render, a comic panel, a paper collage
+""")
+LIGHTS = _items("""
+    at dusk, in soft morning light, under a harsh noon sun, in golden evening light, by candlelight, under a full moon,
+    after heavy rain, lit by neon, in falling snow, under storm clouds, in the glow of street lamps, at sunrise
+""")
+SUBJECTS = _items("""
+    a red fox, an old fisherman, a clockwork owl, a girl with a paper kite, a sleeping dragon, a lone astronaut,
+    a glass teapot, a herd of wild horses, a bearded blacksmith, a ballerina, a tabby cat, an abandoned locomotive,
+    a giant tortoise, a street musician, a robot gardener, a flock of cranes, a bowl of ripe peaches, a sailing ship,
+    a beekeeper, a white wolf, a marble statue, a rusty motorcycle, a pair of elderly dancers, a snow leopard,
+    a lighthouse keeper, a carousel horse, a woman reading a letter, a mechanical whale, a hummingbird, a samurai,
+    a stack of old books, a baby elephant
+""")
+SETTINGS = _items("""
+    in a birch forest, on a rain-soaked rooftop, beside a frozen lake, in a crowded bazaar, on a cliff by the sea,
+    in a field of sunflowers, inside a ruined cathedral, on a distant moon, in an overgrown greenhouse,
+    under a stone bridge, in a quiet library, on a desert road, in a flooded city, at the edge of a volcano,
+    on a wooden pier, in an attic full of clocks, among floating islands, at a deserted fairground, in a coral reef,
+    on a night train, in a snow-covered village, behind a waterfall, in a sunlit courtyard, beneath the northern lights
+""")
+DETAILS = _items("""
+    muted colours, vivid colours, fine detail, shallow depth of field, seen from above, symmetrical composition,
+    visible brushwork, a calm mood, a sense of mystery, strong contrast, a limited palette, a dreamlike mood
+""")
+
+# -------------------------------------------------------------------------------------------------- portraits
+PEOPLE = _items("""
+    an elderly man, an elderly woman, a middle-aged man, a middle-aged woman, a young man, a young woman,
+    a teenage boy, a teenage girl, a small boy, a small girl, a grandmother, a grandfather, a fisherman, a dancer,
+    a farmer, a nurse, a violinist, a mountain guide, a schoolteacher, a boxer, a potter, a sailor, a cook, a painter
+""")
+FEATURES = _items("""
+    with freckles, with grey stubble, with long black braids, with a gap-toothed smile, with curly red hair,
+    with a weathered face, with silver hair, with a thoughtful look, with deep-set eyes, with a shaved head,
+    with a dimpled chin, with laughing eyes, with wet hair, with a scar on one cheek, with a crooked nose,
+    with bushy eyebrows, with high cheekbones, with short blond hair, with tired eyes, with flushed cheeks
+""")
+CLOTHES = _items("""
+    a raincoat, a thick wool jumper, a linen shirt, a velvet jacket, a straw hat, round glasses, a striped scarf,
+    a denim jacket, a silk blouse, a leather apron, a fur-lined hood, a plain black turtleneck, an embroidered shawl,
+    a yellow oilskin
+""")
+SHOTS = _items("""
+    a close-up portrait, a half-length portrait, a candid photograph, a studio portrait, a portrait in profile,
+    a black-and-white portrait, an oil portrait, a film still
+""")
+PLACES = _items("""
+    on a ferry, in a small kitchen, at a bus stop, before a plain grey wall, in a vineyard, at a window,
+    in a crowded market, on a snowy street, in a workshop, by a campfire, in a train compartment, on a windy beach
+""")
+
+TEXT_MIX = {1: 1, 2: 5, 3: 9, 4: 5}  # prompts by number of quoted words, about as in the OCR set of F §6.1
+QUALITY_MIX = {"short": 1, "listed": 2, "led": 2}
+PORTRAIT_MIX = {"plain": 1, "placed": 2}
+# Q 4.2's categories, each with the list that it is drawn from. DEVIATION: Q names categories and gives no mix of them;
+# this one is ours, and so is the choice of the four.
+CATEGORIES = {"composition": "composition", "typography": "text", "portrait": "portrait", "general": "quality"}
+T2I_MIX = {"composition": 3, "typography": 2, "portrait": 2, "general": 3}
+
+
+class Space(NamedTuple):
+    """All prompts of a kind: (text, metadata) = `write(*key, *choices)`, one choice from each of `parts`."""
+
+    keys: Sequence[tuple]
+    parts: Sequence[Sequence]
+    write: Callable[..., tuple[str, dict]]
+
+
+# ------------------------------------------------------------------------------------------ GenEval's sentences
+def sentence(entries: Sequence[Mapping]) -> str:
+    """GenEval's prompt for its `include` list, e.g. "a photo of a cow right of a laptop". F §6.1.
+
+    One object with a `position` is named first, then the one it refers to; all others are joined by "and".
+    Reproduces every line of GenEval's file. Raises KeyError for a count without a word (above four).
+    """
+    for entry in entries:
+        if "position" in entry:
+            relation, other = entry["position"]
+            return f"a photo of {phrase(entry)} {relation} {phrase(entries[other])}"
+    return "a photo of " + " and ".join(map(phrase, entries))
+
+
+def phrase(entry: Mapping) -> str:
+    """One object as GenEval names it: "a cow", "an orange tv", "three benchs".
+
+    ERRATUM: GenEval makes every plural with s, or es after an s, and so writes "four knifes" and "two sheeps".
+    Kept, since those are the sentences that models are tested on. It gives "a" to scissors and skis too.
+    """
+    name = f"{entry['color']} {entry['class']}" if "color" in entry else entry["class"]
+    if entry["count"] > 1:
+        return f"{NUMBERS[entry['count']]} {name}{'es' if name.endswith('s') else 's'}"
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
+def _checklist(tag: str, *entries: dict, **more: list) -> tuple[str, dict]:
+    text = sentence(entries)
+    return text, {"tag": tag, "include": list(entries), **more, "prompt": text}
+
+
+def _two_object(a: str, b: str, swap: bool) -> tuple[str, dict]:
+    return _checklist("two_object", *(map(include, (b, a) if swap else (a, b))))
+
+
+def _counting(name: str, count: int) -> tuple[str, dict]:
+    return _checklist("counting", include(name, count), exclude=[include(name, count + 1)])
+
+
+def _color_attr(a: str, b: str, swap: bool, colors: tuple[str, str]) -> tuple[str, dict]:
+    names = (b, a) if swap else (a, b)
+    return _checklist("color_attr", *(include(n, color=c) for n, c in zip(names, colors, strict=True)))
+
+
+def _position(a: str, b: str, swap: bool, relation: str) -> tuple[str, dict]:
+    a, b = (b, a) if swap else (a, b)
+    return _checklist("position", include(b), include(a, position=[relation, 0]))
+
+
+def _composition() -> dict[str, Space]:
+    """GenEval's six tags. Pairs come sorted, one key for both orders: "a and b" and "b and a" are one content."""
+    pairs = list(itertools.combinations(sorted(CLASSES), 2))
+    colored_pairs = [pair for pair in pairs if COLORLESS not in pair]
+    colored = [(name, color) for name in CLASSES if name != COLORLESS for color in COLORS]
+    counted = [(name, count) for name in CLASSES for count in NUMBERS if count > 1]
+    swap = (False, True)
+    return {
+        "single_object": Space([(c,) for c in CLASSES], (), lambda c: _checklist("single_object", include(c))),
+        "position": Space(pairs, (swap, RELATIONS), _position),
+        "counting": Space(counted, (), _counting),
+        "color_attr": Space(colored_pairs, (swap, list(itertools.permutations(COLORS, 2))), _color_attr),
+        "colors": Space(colored, (), lambda c, color: _checklist("colors", include(c, color=color))),
+        "two_object": Space(pairs, (swap,), _two_object),
+    }
+
+
+# ------------------------------------------------------------------------------- text, quality and portraits
+def _text() -> dict[int, Space]:
+    """One to four quoted words; the key is their core, ("Fresh", "Bread") or ("", "Bread"), without the ending."""
+    cores = list(itertools.product(OPENERS, NOUNS))
+    scene = (TEMPLATES, LOOKS, THINGS, LETTERS, LIGHTS, STYLES)
+    return {
+        1: Space([("", noun) for noun in NOUNS], (("",), *scene), _sign),
+        2: Space(cores, (("",), *scene), _sign),
+        3: Space(cores, (ENDINGS, *scene), _sign),
+        4: Space(cores, (LONG_ENDINGS, *scene), _sign),
+    }
+
+
+def _sign(opener, noun, ending, template, look, thing, letters, light, style) -> tuple[str, dict]:
+    fields = {"look": look, "thing": thing[0], "place": thing[1], "letters": letters, "light": light, "style": style}
+    text = template.format(words=" ".join(filter(None, (opener, noun, ending))), **fields)
+    return text[0].upper() + text[1:], {}
+
+
+def _quality() -> dict[str, Space]:
+    """From a bare line to a full one; the key is who is where."""
+    keys = list(itertools.product(SUBJECTS, SETTINGS))
+
+    def listed(subject, setting, *more):
+        return ", ".join((f"{subject} {setting}", *more)), {}
+
+    def led(subject, setting, style, *more):
+        return listed(f"{style} of {subject}", setting, *more)
+
+    return {
+        "short": Space(keys, (STYLES,), listed),
+        "listed": Space(keys, (STYLES, LIGHTS, DETAILS), listed),
+        "led": Space(keys, (STYLES, LIGHTS, DETAILS), led),
+    }
+
+
+def _portrait() -> dict[str, Space]:
+    """The key is who, and how this person looks; clothes, light and place are anybody's."""
+    keys = list(itertools.product(PEOPLE, FEATURES))
+
+    def placed(person, feature, shot, clothes, *more):
+        return ", ".join((f"{shot} of {person} {feature}", f"wearing {clothes}", *more)), {}
+
+    return {
+        "plain": Space(keys, (SHOTS, CLOTHES), placed),
+        "placed": Space(keys, (SHOTS, CLOTHES, LIGHTS, PLACES), placed),
+    }
+
+
+# ----------------------------------------------------------------------------------------------------- drawing
+def make_prompts(task: str, split: str, count: int, seed: int = 0) -> list[Prompt]:
+    """`count` prompts of "composition", "text", "quality" or "t2i" for "train" or "test". F §6.1; Q §4.2.
+
+    A function of (task, split, seed): the first k of a longer list are the list of k. Composition has GenEval's
+    metadata, in train at its mix (each 17 prompts hold 7 position, 5 counting, 3 color_attr, 1 colors, 1 two_object),
+    in test six tags alike. T2i has its category in the metadata, in train each 10 prompts at `T2I_MIX`, in test the
+    four in turn. `source` is "generated TASK:NUMBER".
+    Raises ValueError for an unknown task or split, for "edit", whose pictures no rule can draw, for a negative count,
+    or for more test prompts than are distinct.
+    """
+    if task == "edit":
+        raise ValueError("edits need pictures: give both with --prompts edit=FILE.jsonl")
+    for name, value, allowed in (("task", task, TASKS), ("split", split, SPLITS)):
+        if value not in allowed:
+            raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(allowed)}")
+    shares = T2I_MIX if split == "train" else dict.fromkeys(T2I_MIX, 1)
+    most = _most(_spaces(task, split)) if task != "t2i" else sum(shares.values()) * min(
+        _most(_spaces(part, split)) // shares[category] for category, part in CATEGORIES.items()
+    )  # fmt: skip
+    if count < 0 or (split == "test" and count > most):
+        room = "0 or more" if split == "train" else f"0 to {most}, the distinct ones"
+        raise ValueError(f"no list of {count} {task} prompts to {split} on; ask for {room}")
+    drawn = itertools.islice((_mixed if task == "t2i" else _endless)(task, split, seed), count)
+    return [Prompt(text, task, meta, f"generated {task}:{n}") for n, (text, meta) in enumerate(drawn, start=1)]
+
+
+def _spaces(part: str, split: str) -> dict[object, tuple[Space, int]]:
+    """{kind: (its prompts of a split, its share)} of one of F's tasks or of the portraits."""
+    spaces, mix = {
+        "composition": (_composition, TAG_MIX if split == "train" else dict.fromkeys(TEST_TAGS, 1)),
+        "text": (_text, TEXT_MIX),
+        "quality": (_quality, QUALITY_MIX),
+        "portrait": (_portrait, PORTRAIT_MIX),
+    }[part]
+    return {kind: (_held(space, split, kind), mix[kind]) for kind, space in spaces().items() if kind in mix}
+
+
+def _room(space: Space) -> int:
+    return len(space.keys) * math.prod(map(len, space.parts))
+
+
+def _most(spaces: Mapping[object, tuple[Space, int]]) -> int:
+    """The longest list of these kinds, at these shares, in which nothing comes twice."""
+    return min(_room(space) // share for space, share in spaces.values()) * sum(share for _, share in spaces.values())
+
+
+def _endless(part: str, split: str, seed: int) -> Iterator[tuple[str, dict]]:
+    """Its prompts, for ever; a kind that is used up begins again."""
+    rng, spaces = random.Random(seed_for("generated", part, split, seed)), _spaces(part, split)
+    seen: dict[object, set[str]] = {kind: set() for kind in spaces}
+    for kind in _kinds({kind: share for kind, (_, share) in spaces.items()}, rng):
+        space = spaces[kind][0]
+        if len(seen[kind]) == _room(space):
+            seen[kind].clear()
+        yield _draw(space, seen[kind], rng)
+
+
+def _mixed(task: str, split: str, seed: int) -> Iterator[tuple[str, dict]]:
+    """The prompts of Q's categories, each with its own in the metadata: what a reward's weight goes by."""
+    rng = random.Random(seed_for("generated", task, split, seed))
+    lists = {category: _endless(part, split, seed) for category, part in CATEGORIES.items()}
+    for category in _kinds(T2I_MIX, rng) if split == "train" else itertools.cycle(CATEGORIES):
+        text, metadata = next(lists[category])
+        yield text, {**metadata, "prompt": text, "category": category}
+
+
+def _held(space: Space, split: str, kind: object) -> Space:
+    """The part of a space that belongs to a split; `single_object` is all test."""
+    if kind == "single_object":
+        return space
+    return space._replace(keys=[key for key in space.keys if in_test_split(*key) == (split == "test")])
+
+
+def _kinds(mix: Mapping, rng: random.Random) -> Iterator:
+    """What kind each prompt is of, for ever: shuffled blocks at exactly the mix."""
+    block = [kind for kind, share in mix.items() for _ in range(share)]
+    while True:
+        rng.shuffle(block)
+        yield from block
+
+
+def _draw(space: Space, seen: set[str], rng: random.Random) -> tuple[str, dict]:
+    """One prompt that is not in `seen`, which it joins. Ends, because a used-up `seen` is emptied before."""
+    while True:
+        text, metadata = space.write(*rng.choice(space.keys), *map(rng.choice, space.parts))
+        if text not in seen:
+            seen.add(text)
+            return text, metadata
+
+
+# ------------------------------------------------------------------------------------------------------- files
+def write(folder: Path, train: int = TRAIN, test: int = TEST, seed: int = 0) -> dict[str, list[Prompt]]:
+    """Write FOLDER/TASK/{train,test}.txt or, of composition and t2i, {train,test}_metadata.jsonl. F §6.1, Q §4.2.
+
+    Returns the prompts by file name. All are made before anything is written, and a task's folder appears complete
+    or not at all. Raises ValueError as `make_prompts`, for a count of 0, which would give a file that no run can
+    read, and for a folder that is a file or not empty; OSError where the disk refuses.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder}: not an empty folder; name a new one, so that no edited prompt is lost")
+    if min(train, test) < 1:
+        raise ValueError(f"--train {train} --test {test}: both must be 1 or more")
+    files = {}
+    for task, (split, count) in itertools.product(TASKS, (("train", train), ("test", test))):
+        ending = "_metadata.jsonl" if task in ("composition", "t2i") else ".txt"
+        files[f"{task}/{split}{ending}"] = make_prompts(task, split, count, seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".", dir=folder) as hidden:
+        for name, prompts in files.items():
+            file = Path(hidden, name)
+            file.parent.mkdir(exist_ok=True)
+            lines = (json.dumps(p.metadata) if p.metadata else p.text for p in prompts)
+            file.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        for task in TASKS:
+            Path(hidden, task).rename(folder / task)
+    return files
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; 0, or 2 after one line that says what is wrong."""
+    parser = argparse.ArgumentParser("prompts.py", description="Write prompts for four tasks.", allow_abbrev=False)
+    parser.add_argument("folder", metavar="FOLDER", help="a new or empty folder", type=Path)
+    parser.add_argument("--train", metavar="N", type=int, default=TRAIN, help=f"train prompts a task ({TRAIN})")
+    parser.add_argument("--test", metavar="N", type=int, default=TEST, help=f"test prompts a task ({TEST})")
+    parser.add_argument("--seed", metavar="S", type=int, default=0, help="other seeds give other prompts (0)")
+    parser.error = _refuse  # argparse's own would print its usage, too
+    try:
+        given = parser.parse_args(argv)
+        files = write(**vars(given))
+    except OSError as fault:
+        return _fail(f"{given.folder}: cannot be written ({fault.strerror}); name a folder that can")
+    except ValueError as fault:
+        return _fail(str(fault))
+    for name, prompts in files.items():
+        tags = Counter(p.metadata.get("category") or p.metadata["tag"] for p in prompts if p.metadata)
+        shown = ", ".join(f"{tag} {number}" for tag, number in tags.most_common())
+        print(f"{given.folder / name}: {len(prompts)} prompts" + (f" ({shown})" if shown else ""))
+    return 0
+
+
+def _refuse(message: str) -> None:
+    raise ValueError(f"{message}; see --help")
+
+
+def _fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,307 @@
+"""What is different in Qwen-Image and Qwen-Image-Edit?
+
+    packed latents     the transformer reads p x p patches of the latent as tokens of p^2 C channels: `pack`, `unpack`.
+                       All the rest of the project sees (B, C, H, W).
+    a masked text      prompts of unequal length are padded, and a mask says where (`flow.Cond.mask`)
+    source pictures    an edit's source becomes more tokens behind those of the picture that is being made
+                       (`flow.Cond.source`); the velocity of the first ones alone counts. It is read twice: by the VAE,
+                       which keeps every pixel, and by the text encoder, a Qwen2.5-VL, which says what is in it.
+    time in [0, 1]     where SD3 embeds [0, 1000]
+    rescaled guidance  the guided velocity keeps the length of the one with the prompt: `QwenFlow.guide`
+    a grid by size     the scheduler's shift grows with the number of tokens: `shift_of`
+
+`QwenFlow` is what the tiny-qwen world's model (models.py) shares with `QwenModel`, the published pipelines:
+QwenImagePipeline draws, QwenImageEditPipeline and QwenImageEditPlusPipeline edit as well as draw.
+"""
+
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import torch
+from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import AutoImageProcessor, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+
+from models.flow import Cond, FlowModel, fingerprint, first_line, joined, read_part, read_transformer, require_parts
+from models.lora import ModelError
+
+DRAWS = "QwenImagePipeline"
+# Pipeline -> what it puts before an edit's prompt (where its template has no place for the picture), and the side of a
+# square picture as its text encoder sees it: 1024 x 1024 and 384 x 384 pixels, whatever the source's size.
+PICTURE = "<|image_pad|>"
+EDITS = {
+    "QwenImageEditPipeline": ("", 1024),
+    "QwenImageEditPlusPipeline": (f"Picture 1: <|vision_start|>{PICTURE}<|vision_end|>", 384),
+}
+PIPELINES = (DRAWS, *EDITS)
+LONGEST_TEXT = 1024
+
+
+def pack(x: Tensor, p: int) -> Tensor:
+    """Latents (B, C, H, W) -> tokens (B, HW/p^2, C p^2): row by row, channels before the place within a patch."""
+    rows, channels, height, width = x.shape
+    x = x.reshape(rows, channels, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5)
+    return x.reshape(rows, (height // p) * (width // p), channels * p * p)
+
+
+def unpack(tokens: Tensor, p: int, height: int, width: int) -> Tensor:
+    """The inverse of `pack`, back to (B, C, height, width)."""
+    rows, _, channels = tokens.shape
+    x = tokens.reshape(rows, height // p, width // p, channels // p**2, p, p).permute(0, 3, 1, 4, 2, 5)
+    return x.reshape(rows, channels // p**2, height, width)
+
+
+def shift_of(config: Mapping, tokens: int) -> float:
+    """mu of a picture of that many tokens: linear between a small and a large picture's shift, and on beyond them.
+
+    exp(mu) takes the place of SD3's 3: t -> exp(mu) t / (1 + (exp(mu) - 1) t). A large picture needs more noise
+    before as little of it is left to be seen.
+    """
+    small, large = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    return low + (tokens - small) * (high - low) / (large - small)
+
+
+def square(image: Tensor, side: int) -> Image.Image:
+    """The middle of a picture (3, H, W) in [0, 1], side x side pixels of 8 bits, resized as diffusers does it."""
+    height, width = image.shape[1:]
+    short = min(height, width)
+    top, left = (height - short) // 2, (width - short) // 2
+    middle = image[:, top : top + short, left : left + short].clamp(0, 1).mul(255).round().byte()
+    return Image.fromarray(middle.permute(1, 2, 0).numpy()).resize((side, side), Image.Resampling.LANCZOS)
+
+
+class QwenFlow(FlowModel):
+    """A Qwen-Image transformer: what the tiny one and the published ones share.
+
+    TRAP: the frequencies of `pos_embed` are plain attributes, since a buffer would lose its imaginary part in a change
+    of type. A state dict lacks them, and a transformer that is made on the "meta" device, to be filled later, has none.
+    """
+
+    rescale = False  # --cfg-rescale
+
+    def _run(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        p, (height, width) = self.transformer.config.patch_size, x.shape[2:]
+        tokens = pack(x, p)
+        shapes, count = [(1, height // p, width // p)], tokens.shape[1]
+        if cond.source is not None:
+            shapes.append((1, cond.source.shape[2] // p, cond.source.shape[3] // p))
+            tokens = torch.cat([tokens, pack(cond.source, p)], 1)
+        v = self.active(
+            hidden_states=tokens,
+            encoder_hidden_states=cond.tokens,
+            encoder_hidden_states_mask=cond.mask,
+            # TRAP: the transformer rounds it to its own type: in bfloat16, as in the stock pipeline, 0.9 is 0.8984, and
+            # the embedding's highest frequency is 1000. Student and teachers see the same rounded times.
+            timestep=t,
+            img_shapes=[shapes] * len(x),
+            return_dict=False,
+        )[0]
+        return unpack(v[:, :count], p, height, width)
+
+    def guide(self, v_uncond: Tensor, v_cond: Tensor, cfg: float) -> Tensor:
+        """Guidance; with `rescale` every token of it is as long as v_cond's, as in the stock pipeline.
+
+        What that does to velocity matching (Q Eq. 14) with a guided teacher: its target has the length of the velocity
+        with the prompt, guidance changes the direction alone. It is affine in the two branches no more, so that it is
+        not the velocity of any tilted density; it is a function of (x, t, c) all the same, which a student can learn.
+        """
+        v = super().guide(v_uncond, v_cond, cfg)
+        if not self.rescale:
+            return v
+        p, (height, width) = self.transformer.config.patch_size, v.shape[2:]
+        tokens, length = pack(v, p), pack(v_cond, p).norm(dim=-1, keepdim=True)
+        return unpack(tokens * (length / tokens.norm(dim=-1, keepdim=True).clamp_min(1e-12)), p, height, width)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """As any model's, but for what the last block does to the text after the attention: nobody reads that.
+
+        TRAP: such parameters never get a gradient, and DDP would wait for it.
+        """
+        last = f"transformer_blocks.{self.transformer.config.num_layers - 1}."
+        unread = tuple(last + part for part in ("attn.to_add_out.", "txt_mlp."))
+        return {name: p for name, p in super().trainable().items() if not any(part in name for part in unread)}
+
+
+class QwenModel(QwenFlow):
+    """A published Qwen-Image: a text encoder (8 B) that is used once, a VAE that is loaded when a picture is there.
+
+    A model that edits draws too, with QwenImagePipeline's template: one transformer for both of Q's tasks.
+    """
+
+    empty = " "  # what the published pipelines are guided away from
+
+    def __init__(self, folder: Path, name: str, transformer: QwenImageTransformer2DModel, scheduler, device,
+                 side: int, source_side: int, text_length: int):  # fmt: skip
+        super().__init__(transformer, device)
+        self.folder, self.pipeline, self.scheduler = folder, name, scheduler
+        self.source_side, self.text_length = source_side, text_length
+        self.latent_shape = (transformer.config.out_channels, side // 8, side // 8)
+        self.train_shift = shift_of(scheduler.config, (side // 8 // transformer.config.patch_size) ** 2)
+        self.known: dict[tuple[str, str], Cond] = {}  # (prompt, picture's digest) -> its Cond of one row, on the host
+        self.sources: dict[str, Tensor] = {}  # picture's digest -> its latents (1, C, h, w), on the host
+        self._vae: AutoencoderKLQwenImage | None = None
+
+    def prepare(self, prompts: Iterable[str], images: Iterable[Tensor | None] | None = None) -> None:
+        """Encode each distinct prompt (of an edit, with its picture) not known yet; then the text encoder may go.
+
+        One prompt at a time: a row computed in another batch differs in its last bits, and a resumed run, which
+        has fewer prompts left to encode, would not be the same run. `images` may be made one by one, for none is kept.
+        ModelError where a picture cannot be used.
+        """
+        self._rows(prompts, images)
+
+    def encode(self, prompts: Sequence[str], images: Sequence[Tensor | None] | None = None) -> Cond:
+        """Prompts, and the source pictures of edits, -> Cond on the device; what `prepare` has not seen, now."""
+        return joined(self._rows(prompts, images)).to(self.device)
+
+    @torch.no_grad()
+    def _rows(self, prompts: Iterable[str], images: Iterable[Tensor | None] | None) -> list[Cond]:
+        prompts, encoder, rows = list(prompts), None, []
+        images = [None] * len(prompts) if images is None else images
+        shown = tqdm(prompts, desc="encoding prompts", leave=False, delay=1)  # no bar for what is known
+        for prompt, image in zip(shown, images, strict=True):
+            digest = _digest(image)
+            if (prompt, digest) not in self.known:
+                if image is not None and self.pipeline == DRAWS:
+                    raise ModelError(f"{self.source}: this model takes no source picture; use Qwen-Image-Edit")
+                encoder = encoder or _Encoder(self.folder, self.pipeline, self._dtype(), self.device)
+                tokens = encoder.tokens(prompt, image, self.text_length).cpu()
+                if image is not None and digest not in self.sources:
+                    self.sources[digest] = self.latents(image).cpu()
+                self.known[prompt, digest] = Cond(tokens, None, None, self.sources.get(digest))
+            rows.append(self.known[prompt, digest])
+        if encoder and self.device.type == "cuda":
+            del encoder
+            torch.cuda.empty_cache()
+        return rows
+
+    @torch.no_grad()
+    def latents(self, image: Tensor) -> Tensor:
+        """A source picture (3, H, W) in [0, 1] -> normalised latents (1, C, h, w) of its middle.
+
+        DEVIATION: the stock pipelines read a source at about a megapixel and in its own shape. Here it is the middle
+        square, `source_side` pixels a side: the tokens of a source cost as much as those of the picture that is made,
+        and all rows of a batch have the same shape. For a square of 1024 pixels both are the same.
+        """
+        pixels = torch.from_numpy(np.array(square(image, self.source_side))).permute(2, 0, 1) / 127.5 - 1
+        mean, std = self._scale()
+        frame = pixels[None, :, None].to(self.device)  # the VAE is a video's: a picture is one frame
+        z = self._read_vae().encode(frame, return_dict=False)[0].mode()  # no sample: the same picture, the same tokens
+        return (z[:, :, 0] - mean) / std
+
+    @torch.no_grad()
+    def decode(self, x: Tensor) -> Tensor:
+        """Latents -> images (B, 3, H, W) in [0, 1] on the CPU, through the VAE in float32 (bfloat16 shows bands)."""
+        (mean, std), images = self._scale(), []
+        for row in x.float().to(self.device).split(1):  # one at a time: its memory, not its speed, is what matters here
+            decoded = self._read_vae().decode((row * std + mean)[:, :, None], return_dict=False)[0][:, :, 0]
+            images.append((decoded / 2 + 0.5).clamp(0, 1).cpu())
+        return torch.cat(images)
+
+    def _read_vae(self) -> AutoencoderKLQwenImage:
+        if self._vae is None:
+            self._vae = read_part(AutoencoderKLQwenImage, self.folder / "vae", torch.float32).to(self.device)
+        return self._vae
+
+    def _scale(self) -> tuple[Tensor, Tensor]:
+        config = self._read_vae().config
+        mean, std = (torch.tensor(row, device=self.device) for row in (config.latents_mean, config.latents_std))
+        return mean[:, None, None], std[:, None, None]
+
+    def time_grid(self, num_steps: int) -> Tensor:
+        """The scheduler's own grid (N+1,) for the stock pipeline's even steps: shifted by the picture's size.
+
+        The published schedulers then stretch it so that the last step begins at `shift_terminal`, 0.02.
+        """
+        if num_steps == 1:  # stretched, it would be 0 / 0
+            return torch.tensor([1.0, 0.0])
+        self.scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / num_steps, num_steps), mu=self.train_shift)
+        return self.scheduler.sigmas.clone()
+
+
+class _Encoder:
+    """The published text encoder, a Qwen2.5-VL, asked as the stock pipelines ask it."""
+
+    def __init__(self, folder: Path, pipeline: str, dtype: torch.dtype, device: torch.device):
+        self.pipeline, self.folder = pipeline, folder
+        try:
+            self.tokenizer = Qwen2Tokenizer.from_pretrained(folder / "tokenizer")
+            self.picture = self.tokenizer.convert_tokens_to_ids(PICTURE)
+            # Qwen2VLProcessor wants torchvision for its video half; its image half does not.
+            self.processor = (
+                AutoImageProcessor.from_pretrained(folder / "processor", backend="pil") if pipeline in EDITS else None
+            )
+        except Exception as fault:
+            raise ModelError(
+                f"{folder}: its tokenizer or image processor is not readable ({first_line(fault)})"
+            ) from fault
+        self.vlm = read_part(Qwen2_5_VLForConditionalGeneration, folder / "text_encoder", dtype).to(device)
+        if self.vlm.config.image_token_id != self.picture:
+            raise ModelError(f"{folder}: its tokenizer is not its text encoder's: they disagree about {PICTURE}")
+
+    def tokens(self, prompt: str, image: Tensor | None, longest: int) -> Tensor:
+        """The last hidden states of prompt and picture (1, S, C), of the text at most `longest`.
+
+        The pipelines' templates tell the encoder what to look for and are dropped from its answer; they differ between
+        drawing and editing, and so do the tokens of one and the same prompt.
+        """
+        template, drop = _template(DRAWS if image is None else self.pipeline)
+        before, side = EDITS[self.pipeline] if image is not None else ("", 0)
+        text, seen, count = template.format(before + prompt), {}, 0
+        if image is not None:
+            seen = self.processor([square(image, side)], return_tensors="pt")
+            count = int(seen["image_grid_thw"].prod()) // self.processor.merge_size**2
+            text = text.replace(PICTURE, PICTURE * count, 1)  # as many marks as the picture has tokens
+        ids = torch.tensor([self.tokenizer(text).input_ids])
+        if image is not None and int((ids == self.picture).sum()) != count:
+            raise ModelError(f"the prompt {prompt!r} contains {PICTURE}, Qwen's mark for a picture; take it out")
+        # TRAP: without the token types the encoder silently gives a picture the positions of text. The stock pipelines
+        # of diffusers 0.42 leave them out, though transformers 5 needs them (diffusers issue 14194).
+        # ERRATUM: hence the stock pipeline's edits differ a little from ours and from what the model was trained on.
+        inputs = {"input_ids": ids, "mm_token_type_ids": (ids == self.picture).int(), **seen}
+        # `model` alone: the head would add the logits of 152,000 words to every token.
+        out = self.vlm.model(**{key: value.to(self.vlm.device) for key, value in inputs.items()}, use_cache=False)
+        return out.last_hidden_state[:, drop:][:, : longest + count]
+
+
+def _digest(image: Tensor | None) -> str:
+    return "" if image is None else sha256(str(tuple(image.shape)).encode() + image.numpy().tobytes()).hexdigest()
+
+
+@cache
+def _template(name: str) -> tuple[str, int]:
+    """A stock pipeline's text around a prompt, and how many of its first tokens are dropped again."""
+    kind = getattr(diffusers, name)
+    empty = kind(**dict.fromkeys(list(inspect.signature(kind).parameters)))
+    return empty.prompt_template_encode, empty.prompt_template_encode_start_idx
+
+
+def load_qwen(
+    folder: Path, name: str, device: torch.device | str = "cpu", precision: str = "float32", resolution: int = 512,
+    text_length: int = 512, source_resolution: int = 0, rescale: bool = False,
+) -> QwenModel:  # fmt: skip
+    """Read one of `PIPELINES` from a folder in the Hub's layout: now the transformer, the rest when it is needed.
+
+    ModelError, one line, for what is missing or cannot be, before anything heavy is read.
+    """
+    require_parts(folder, ("tokenizer", "text_encoder", "vae", *(["processor"] if name in EDITS else [])))
+    if text_length > LONGEST_TEXT:
+        raise ModelError(f"--text-length {text_length}: Qwen-Image reads at most {LONGEST_TEXT} tokens")
+    if source_resolution % 16:
+        raise ModelError(f"--source-resolution {source_resolution}: must be a multiple of 16 (VAE 8 x patch 2)")
+    scheduler = read_part(FlowMatchEulerDiscreteScheduler, folder / "scheduler")
+    like = {"_class_name": QwenImageTransformer2DModel.__name__}
+    transformer = read_transformer(folder / "transformer", getattr(torch, precision), like)
+    sides = resolution, source_resolution or resolution
+    model = QwenModel(folder, name, transformer, scheduler, device, *sides, text_length)
+    model.precision, model.source, model.fingerprint = precision, str(folder), fingerprint(folder / "transformer")
+    model.rescale = rescale
+    return model

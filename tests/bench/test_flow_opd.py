@@ -1,0 +1,96 @@
+"""bench.py makes the figures of the README: what it counts is counted here by hand, on shapes that take a blink."""
+
+import math
+
+import pytest
+
+from bench import flow_opd as bench
+from harness import sizes
+
+SMALL = {
+    "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16, "caption_projection_dim": 32,
+    "joint_attention_dim": 48, "pooled_projection_dim": 32, "patch_size": 2, "in_channels": 16, "out_channels": 16,
+    "dual_attention_layers": (), "qk_norm": None, "pos_embed_max_size": 12, "sample_size": 8,
+}  # fmt: skip
+SMALL_QWEN = {
+    "_class_name": "QwenImageTransformer2DModel", "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16,
+    "joint_attention_dim": 48, "patch_size": 2, "in_channels": 64, "out_channels": 16, "axes_dims_rope": (4, 6, 6),
+}  # fmt: skip
+
+
+def test_the_flops_of_a_forward_are_those_of_its_products():
+    """Two FLOPs a multiplication of every linear layer and of attention's two products, by hand."""
+    w, image, text = 32, 16, 77 + 10
+    tokens = image + text
+    flops = 2 * image * 16 * 4 * w  # patches in
+    flops += 2 * (256 * w + w * w) + 2 * (w * w + w * w)  # time, pooled text
+    flops += 2 * text * 48 * w
+    for last in (False, True):
+        flops += 2 * w * 6 * w + 2 * w * (2 if last else 6) * w  # adaptive norms
+        flops += 2 * image * 4 * w * w + 2 * text * (3 if last else 4) * w * w  # projections
+        flops += 2 * 2 * tokens * tokens * w  # q k^T and its product with v
+        flops += 2 * (image if last else tokens) * 2 * 4 * w * w  # feed-forward
+    flops += 2 * w * 2 * w + 2 * image * w * 4 * 16  # last norm, patches out
+    assert bench.forward_flops(SMALL, 64, text) == flops
+
+
+def test_the_flops_of_a_qwen_forward_are_those_of_its_products_sources_included():
+    """As above; the tokens of an edit's source go all the way, and the last block does as much as the others."""
+    w, image, text = 32, 16, 21
+    found = []
+    for source in (0, 9):  # 48 pixels a side: 3 x 3 tokens
+        pictures, flops = image + source, 2 * (256 * w + w * w)
+        flops += 2 * pictures * 64 * w + 2 * text * 48 * w  # patches and text in
+        flops += 2 * 2 * 2 * w * 6 * w  # two layers' norms of both streams
+        flops += 2 * 2 * 4 * (pictures + text) * w * w  # projections
+        flops += 2 * 2 * 2 * (pictures + text) ** 2 * w  # q k^T and its product with v
+        flops += 2 * 2 * (pictures + text) * 2 * 4 * w * w  # feed-forward
+        flops += 2 * w * 2 * w + 2 * pictures * w * 64  # last norm, patches out
+        found.append(flops)
+    assert [bench.forward_flops(SMALL_QWEN, 64, text, side) for side in (0, 48)] == found
+
+
+def test_a_step_on_both_of_qs_tasks_is_timed_on_random_weights(capsys):
+    flags = "--preset qwen-rl --resolution 64 --source-resolution 48 --text-length 10 --num-steps 3 --window 0:2"
+    flags += " --prompts-per-step 2 --group-size 3 --micro-batch 3 --threads 1 --rank 4 --device cpu"
+    found = bench.step(*flags.split(), "--precision", "float32", config=SMALL_QWEN, rounds=1)
+    text = 10 + sizes.PICTURE_TOKENS
+    a_row = (bench.forward_flops(SMALL_QWEN, 64, 10) + bench.forward_flops(SMALL_QWEN, 64, text, 48)) / 2
+    # Three rows of each task, three ODE steps: the student walks and learns without guidance, the teachers are guided.
+    assert found["flops"] == pytest.approx(a_row * 3 * (6 * 2 + 6 * 2))
+    assert 0 < found["seconds"] < 60 and "processor, 6 trajectories a step and rank" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("more", [[], ["--parameters", "full"], ["--precision", "bfloat16", "--no-single-pass"]])
+def test_a_step_of_real_shapes_is_timed_on_random_weights(capsys, more):
+    flags = "--resolution 64 --text-length 10 --num-steps 3 --window 0:2 --prompts-per-step 3 --group-size 2"
+    flags = [*flags.split(), *"--micro-batch 3 --threads 1 --rank 4 --device cpu --precision float32".split(), *more]
+    found = bench.step(*flags, config=SMALL, rounds=1)
+    a_row = bench.forward_flops(SMALL, 64, 77 + 10)
+    # 12 rows (6 trajectories with guidance), three steps of which two train: the student's, the teachers' 4 rows of 6
+    # that the anchor does not teach, and the anchor's 6; in a stored trajectory the student walks all three before.
+    free = 3 if "--no-single-pass" in more else 1
+    back = 2 if "full" in more else 1
+    assert found["flops"] == a_row * 2 * (6 * 2 * (1 + back) + 6 * free + 4 * 2 + 6 * 2)
+    assert 0 < found["seconds"] < 60 and math.isfinite(found["seconds"])
+    assert "processor, 6 trajectories a step and rank" in capsys.readouterr().out
+
+
+def test_a_step_of_qwen_images_shapes_counts_edits_with_their_sources(capsys):
+    qwen = {
+        "_class_name": "QwenImageTransformer2DModel", "patch_size": 2, "in_channels": 64, "out_channels": 16,
+        "num_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": 24,
+        "axes_dims_rope": (4, 6, 6), "guidance_embeds": False,
+    }  # fmt: skip
+    flags = "--preset qwen-rl --resolution 64 --text-length 8 --num-steps 3 --prompts-per-step 2 --group-size 2"
+    flags = [*flags.split(), *"--micro-batch 2 --threads 1 --rank 4 --device cpu --precision float32".split()]
+    found = bench.step(*flags, config=qwen, rounds=1)
+    text, edit = bench.forward_flops(qwen, 64, 8), bench.forward_flops(qwen, 64, 8 + 196, 64)
+    assert edit > 2 * text, "twice the picture's tokens, and the source's own among those of the text"
+    # Two rows of each task and three steps: the student's without guidance, forward and back, the teachers' with it.
+    assert found["flops"] == (text + edit) * 2 * 3 * (1 + 1 + 2)
+    assert "processor, 4 trajectories a step and rank" in capsys.readouterr().out
+
+
+def test_a_spread_is_the_mean_and_the_sample_deviation():
+    assert bench.spread([1.0, 2.0, 3.0]) == "2.000 ± 1.000"

@@ -1,0 +1,150 @@
+"""Where do the tests get a Qwen-Image, a Qwen-Image-Edit and a Qwen-VL without a download?
+
+`build_qwen` makes one of the real pipelines, in the Hub's own layout, with random weights and tiny widths. What makes
+Qwen-Image special is all there: a Qwen2.5-VL as the text encoder, templates whose first 34 or 64 tokens are dropped
+(the tokenizer here has the templates' words, so that these are the same 34 and 64 tokens as in the real one), a
+scheduler whose shift depends on the picture's size and that ends early, a video VAE with a mean and a standard
+deviation for each of 16 channels. `build_vlm` is the VLM alone, which judges and reward models are made of.
+Nothing heavy is imported at the top.
+"""
+
+import json
+import re
+from pathlib import Path
+
+WIDTH = 32  # of the text encoder
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
+           "<|video_pad|>")  # fmt: skip
+PIPELINES = {"": "QwenImagePipeline", "edit": "QwenImageEditPipeline", "plus": "QwenImageEditPlusPipeline"}
+# The published scheduler_config.json, as far as it says anything.
+SCHEDULER = dict(
+    num_train_timesteps=1000, shift=1.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9,
+    base_image_seq_len=256, max_image_seq_len=8192, shift_terminal=0.02, time_shift_type="exponential",
+)  # fmt: skip
+
+
+def build_qwen(folder: Path, edit: str = "", seed: int = 0, **transformer_changes) -> Path:
+    """Write a tiny random Qwen-Image pipeline to `folder`, a function of `seed` -> the folder. `edit`: see PIPELINES.
+
+    It draws 64 x 64 pictures unless told otherwise. `transformer_changes` replace entries of the transformer's
+    configuration, e.g. zero_cond_t=True. The global generator is left as it was.
+    """
+    import torch
+    from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
+
+    folder = Path(folder)
+    shape = {
+        "patch_size": 2, "in_channels": 64, "out_channels": 16, "num_layers": 2, "attention_head_dim": 16,
+        "num_attention_heads": 2, "joint_attention_dim": WIDTH, "axes_dims_rope": (4, 6, 6),
+    }  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        parts = {
+            "transformer": QwenImageTransformer2DModel(**{**shape, **transformer_changes}),
+            "vae": AutoencoderKLQwenImage(base_dim=4, dim_mult=[1, 1, 2, 2], num_res_blocks=1),
+        }
+        for part in parts.values():
+            _randomise(part)
+        # Random pictures would leave [-1, 1] and be clipped, and clipping hides differences.
+        parts["vae"].decoder.conv_out.weight.data *= 0.1
+    parts["scheduler"] = FlowMatchEulerDiscreteScheduler(**SCHEDULER)
+    for name, part in parts.items():
+        part.save_pretrained(folder / name)
+    build_vlm(folder / "text_encoder", seed=seed, words=_words(), apart=(folder / "tokenizer", folder / "processor"))
+    kinds = {name: ["diffusers", type(part).__name__] for name, part in parts.items()}
+    kinds |= {"text_encoder": ["transformers", "Qwen2_5_VLForConditionalGeneration"]}
+    kinds |= {"tokenizer": ["transformers", "Qwen2Tokenizer"]}
+    if edit:
+        tokenizer(_words()).save_pretrained(folder / "processor")
+        kinds |= {"processor": ["transformers", "Qwen2VLProcessor"]}
+    else:
+        for file in (folder / "processor").iterdir():
+            file.unlink()
+        (folder / "processor").rmdir()
+    index = {"_class_name": PIPELINES[edit], "_diffusers_version": "0.36.0", **kinds}
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2))
+    return folder
+
+
+def build_vlm(folder: Path, family: str = "qwen2_5_vl", seed: int = 0, words=(), apart=()) -> Path:
+    """Write a tiny random Qwen VLM: the real network, tokenizer and image processor -> the folder.
+
+    `apart`: folders of their own for tokenizer and image processor. `words`: see `tokenizer`.
+    """
+    import torch
+    import transformers
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    read = tokenizer(words)
+    beside, pictures = apart or (folder, folder)
+    read.save_pretrained(beside)
+    patch = 16 if family == "qwen3_vl" else 14
+    edge = 2 * patch
+    Qwen2VLImageProcessorPil(
+        patch_size=patch, size={"shortest_edge": edge**2, "longest_edge": 9 * edge**2}
+    ).save_pretrained(pictures)
+    text = dict(vocab_size=len(read) + 3, hidden_size=WIDTH, intermediate_size=40, num_hidden_layers=2,
+                num_attention_heads=4, num_key_value_heads=2, bos_token_id=None,
+                eos_token_id=read.convert_tokens_to_ids("<|im_end|>"),
+                rope_parameters={"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4})  # fmt: skip
+    vision = dict(depth=2, hidden_size=16, intermediate_size=24, num_heads=2, out_hidden_size=WIDTH)
+    if family == "qwen3_vl":
+        text |= dict(head_dim=8)
+        vision |= dict(deepstack_visual_indexes=[0], num_position_embeddings=16)
+        kind = transformers.Qwen3VLConfig, transformers.Qwen3VLForConditionalGeneration
+    elif family == "qwen2_vl":
+        vision = dict(depth=2, embed_dim=16, mlp_ratio=2, num_heads=2, hidden_size=WIDTH)
+        kind = transformers.Qwen2VLConfig, transformers.Qwen2VLForConditionalGeneration
+    else:
+        vision |= dict(fullatt_block_indexes=[1], window_size=56)
+        kind = transformers.Qwen2_5_VLConfig, transformers.Qwen2_5_VLForConditionalGeneration
+    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    marks = dict(zip(names, (read.convert_tokens_to_ids(SPECIAL[i]) for i in (5, 6, 3, 4)), strict=True))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = kind[1](kind[0](text_config=text, vision_config=vision, **marks))
+        for name, p in network.named_parameters():  # the stock initialisation hardly depends on its input
+            scale = 1.0 if "embed" in name else p[0].numel() ** -0.5 if p.ndim > 1 else 0.2
+            p.data = scale * torch.randn(p.shape) + (1.0 if p.ndim == 1 and name.endswith("weight") else 0.0)
+    network.save_pretrained(folder)
+    return folder
+
+
+def tokenizer(words=()):
+    """Qwen's own tokenizer over single bytes, with Qwen's control tokens and one token for each of `words`.
+
+    A blank before a word is written as in the vocabulary's own files, a G with a dot.
+    """
+    import transformers
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    tokens, merges = sorted(ByteLevel.alphabet()), []
+    for word in sorted(words, key=lambda word: word[0] != "\u0120"):  # blanks first: a word alone must not split them
+        for end in range(1, len(word)):
+            if word[: end + 1] not in tokens:
+                tokens.append(word[: end + 1])
+                merges.append((word[:end], word[end]))
+    vocabulary = {token: number for number, token in enumerate([*tokens, *SPECIAL])}
+    return transformers.Qwen2Tokenizer(vocab=vocabulary, merges=merges, additional_special_tokens=list(SPECIAL[1:]))
+
+
+def _words() -> list[str]:
+    """The words of the stock pipelines' templates, as the tokenizer spells them."""
+    from models import qwen
+
+    text = " ".join(qwen._template(name)[0] for name in PIPELINES.values()) + "\nPicture 1:"
+    for mark in (*SPECIAL, "{}"):
+        text = text.replace(mark, "\n")
+    return sorted({word.replace(" ", "\u0120") for word in re.findall(r" ?[A-Za-z]+|'s| \(|\),", text)})
+
+
+def _randomise(module) -> None:
+    """Random values everywhere, norms and biases included, that keep activations near one: each weight matters."""
+    import torch
+
+    for name, p in module.named_parameters():
+        if p.ndim > 1 and "gamma" not in name:
+            p.data = torch.randn(p.shape) / p[0].numel() ** 0.5
+        else:
+            p.data = 0.2 * torch.randn(p.shape) + (0.0 if name.endswith("bias") else 1.0)
+    module.eval()

@@ -1,0 +1,830 @@
+"""Oracles for student and experts: guidance by hand, teachers that leave no trace, weights that go and come back.
+
+Everything runs on three architectures: the tiny world's, SD3.5's with its second attention and normalised queries, and
+Qwen-Image's with masked texts and source pictures.
+"""
+
+import hashlib
+import json
+import re
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import safetensors.torch
+import torch
+from diffusers import QwenImageTransformer2DModel
+from safetensors import safe_open
+from torch.utils.checkpoint import CheckpointError
+
+from models import flow
+from models import load as models
+from models import lora as adapters
+from models.flow import STUDENT, Cond, FlowModel, Visitor, joined, read_transformer
+from models.lora import ModelError
+from models.qwen import QwenFlow, pack, unpack
+from tests.conftest import same
+from tests.helpers import qwen_hub, sd3
+
+ROOT = Path(__file__).resolve().parents[2]
+RANK, ALPHA = 4, 12.0  # alpha / rank = 3: an adapter that loses its alpha is seen
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """{(architecture, seed): a folder with transformer/}."""
+    root, made = tmp_path_factory.mktemp("flow"), {}
+    for seed in (0, 1):
+        small = models.new_tiny(seed, width=32, layers=2)
+        made["tiny", seed] = root / f"tiny-{seed}"
+        small.save_full(made["tiny", seed], small.transformer.state_dict())
+        made["sd35", seed] = sd3.build_sd35(root / f"sd35-{seed}", seed)
+        made["qwen", seed] = qwen_hub.build_qwen(root / f"qwen-{seed}", "plus", seed, num_layers=3)
+    return made
+
+
+@pytest.fixture(params=["tiny", "sd35", "qwen"])
+def kind(request):
+    return request.param
+
+
+@pytest.fixture
+def base(folders, kind):
+    return folders[kind, 0]
+
+
+@pytest.fixture
+def other(folders, kind):
+    """A full checkpoint of the same architecture with other weights."""
+    return folders[kind, 1]
+
+
+def load(folder, precision="float32"):
+    transformer = read_transformer(folder, getattr(torch, precision))
+    model = (QwenFlow if isinstance(transformer, QwenImageTransformer2DModel) else FlowModel)(transformer)
+    model.precision, model.source = precision, str(folder)
+    model.fingerprint = flow.fingerprint(folder / "transformer")
+    return model
+
+
+def random_lora(model, seed):
+    return sd3.random_lora(model.backbone, RANK, ALPHA, seed)
+
+
+@pytest.fixture
+def model(base):
+    """The base with a student as it begins and a LoRA teacher that differs from it."""
+    model = load(base)
+    state, config = random_lora(model, 1)
+    model.add_adapter(STUDENT, adapters.lora_config(RANK, ALPHA))
+    model.add_adapter("text", config, state)
+    return model
+
+
+@pytest.fixture
+def lora(base, tmp_path):
+    """A folder with a LoRA of the base, in PEFT's layout."""
+    model = load(base)
+    adapters.save_adapter(tmp_path / "lora", *random_lora(model, 2), model.source, model.fingerprint)
+    return tmp_path / "lora"
+
+
+def inputs(model, seed=0):
+    """Three samples that are taller than wide, their times, a text of five tokens each, and the empty prompt's."""
+    config, rng = model.transformer.config, torch.Generator().manual_seed(seed)
+    if isinstance(model, QwenFlow):
+        return qwen_inputs(config, rng)
+    shape = (3, config.in_channels, config.sample_size, config.sample_size - config.patch_size)
+    texts = [
+        Cond(
+            torch.randn(3, 5, config.joint_attention_dim, generator=rng),
+            torch.randn(3, config.pooled_projection_dim, generator=rng),
+        )
+        for _ in range(2)
+    ]
+    return torch.randn(shape, generator=rng), torch.tensor([0.9, 0.5, 0.1]), *texts
+
+
+def qwen_inputs(config, rng):
+    """The same for Qwen-Image: texts with a mask, and of another length for the empty prompt, and source pictures."""
+    mask, source = torch.ones(3, 5, dtype=torch.bool), torch.randn(3, config.out_channels, 4, 6, generator=rng)
+    mask[1, 3:] = False
+    cond = Cond(torch.randn(3, 5, config.joint_attention_dim, generator=rng), None, mask, source)
+    uncond = Cond(torch.randn(3, 4, config.joint_attention_dim, generator=rng), None, None, source)
+    x = torch.randn(3, config.out_channels, 8, 6, generator=rng)
+    # Eighths are exact in bfloat16, to which the half-precision transformer rounds its times.
+    return x, torch.tensor([0.875, 0.5, 0.125]), cond, uncond
+
+
+def unread(model, names):
+    """The names of parameters that do not matter: after its last attention Qwen-Image has no use for the text."""
+    last = f"transformer_blocks.{model.transformer.config.num_layers - 1}."
+    lost = (f"{last}attn.to_add_out.", f"{last}txt_mlp.") if isinstance(model, QwenFlow) else ()
+    return {name for name in names if name.startswith(lost)}
+
+
+def velocity(model, name="unchanged"):
+    """v of three fixed samples, without gradient; `name` selects an expert first."""
+    x, t, cond, _ = inputs(model)
+    with torch.no_grad():
+        if name == "unchanged":
+            return model.velocity(x, t, cond)
+        with model.adapter(name):
+            return model.velocity(x, t, cond)
+
+
+def gap(a, b):
+    return (a - b).abs().max().item()
+
+
+def refusal(call, *arguments):
+    """The message of the ModelError that a call gives; it is one line."""
+    with pytest.raises(ModelError) as error:
+        call(*arguments)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# -------------------------------------------------------------------------------------------------- velocity
+@torch.no_grad()
+def test_guidance_is_the_two_branch_formula(base):
+    model = load(base)
+    x, t, cond, uncond = inputs(model)
+    v_cond, v_uncond = model.velocity(x, t, cond), model.velocity(x, t, uncond)
+    assert gap(v_cond, v_uncond) > 1e-2, "the prompt matters"
+    for cfg in (4.5, 0.5, 0.0):
+        guided = model.velocity(x, t, cond, uncond, cfg)
+        torch.testing.assert_close(guided, v_uncond + cfg * (v_cond - v_uncond), atol=5e-5, rtol=1e-4)
+    swapped = v_cond + 4.5 * (v_uncond - v_cond)  # planted: the branches in the other order
+    assert gap(model.velocity(x, t, cond, uncond, 4.5), swapped) > 1e-2
+
+
+@torch.no_grad()
+def test_without_guidance_the_empty_prompt_plays_no_part(base):
+    model = load(base)
+    x, t, cond, uncond = inputs(model)
+    poison = Cond(*(part if part is None or part.dtype == torch.bool else part * float("nan") for part in uncond))
+    assert torch.equal(model.velocity(x, t, cond, poison, 1.0), model.velocity(x, t, cond))
+
+
+def test_guidance_without_an_empty_prompt_is_refused(base):
+    model = load(base)
+    x, t, cond, _ = inputs(model)
+    with pytest.raises(ValueError, match=r"guidance scale 2\.5 needs the conditioning of the empty prompt"):
+        model.velocity(x, t, cond, cfg=2.5)
+
+
+@torch.no_grad()
+def test_time_is_one_for_all_or_one_a_sample_and_reaches_the_transformer_in_its_own_unit(base):
+    model = load(base)
+    x, t, cond, _ = inputs(model)
+    if isinstance(model, QwenFlow):  # packed, the source behind; time from 0 to 1
+        tokens = torch.cat([pack(x, 2), pack(cond.source, 2)], 1)
+        given = {"img_shapes": [[(1, 4, 3), (1, 2, 3)]] * 3, "encoder_hidden_states_mask": cond.mask, "timestep": t}
+    else:
+        tokens, given = x, {"pooled_projections": cond.pooled, "timestep": torch.tensor([900.0, 500.0, 100.0])}
+    raw = model.transformer(hidden_states=tokens, encoder_hidden_states=cond.tokens, **given).sample
+    raw = unpack(raw[:, :12], 2, 8, 6) if isinstance(model, QwenFlow) else raw
+    torch.testing.assert_close(model.velocity(x, t, cond), raw)
+    for half in (0.5, torch.tensor(0.5), torch.tensor(0.5, dtype=torch.float64)):
+        assert torch.equal(model.velocity(x, half, cond), model.velocity(x, torch.full((3,), 0.5), cond))
+    assert gap(model.velocity(x, 0.5, cond)[0], raw[0]) > 1e-4, "time matters"
+    assert raw.shape == x.shape
+
+
+@torch.no_grad()
+def test_every_sample_has_its_own_velocity(base):
+    model = load(base)
+    x, t, cond, uncond = inputs(model)
+    x2, t2, cond2, uncond2 = inputs(model)  # the same once more
+    x2[1], t2[1], cond2.tokens[1], uncond2.tokens[1] = -x[1], 0.3, -cond.tokens[1], -uncond.tokens[1]
+    before, after = model.velocity(x, t, cond, uncond, 3.0), model.velocity(x2, t2, cond2, uncond2, 3.0)
+    torch.testing.assert_close(before[[0, 2]], after[[0, 2]])
+    assert gap(before[1], after[1]) > 1e-2
+
+
+@torch.no_grad()
+def test_the_branches_of_guidance_are_computed_at_once_and_guided_in_one_place(base, monkeypatch):
+    model = load(base)
+    x, t, cond, uncond = inputs(model)
+    seen = []
+    monkeypatch.setattr(model, "guide", lambda *args: (seen.append(args), args[0])[1])
+    v_uncond, v_cond = model.branches(x, t, cond, uncond)
+    torch.testing.assert_close(v_uncond, model.velocity(x, t, uncond), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(v_cond, model.velocity(x, t, cond), atol=1e-5, rtol=1e-4)
+    assert seen == [], "neither of them is guided"
+    assert torch.equal(model.velocity(x, t, cond, uncond, 3.0), v_uncond), "a model's own guide is asked"
+    assert len(seen) == 1 and torch.equal(seen[0][1], v_cond) and seen[0][2] == 3.0
+
+
+def test_rows_of_a_conditioning_keep_all_of_its_parts_together(base):
+    cond = inputs(load(base))[2]
+    for index in (torch.tensor([2, 0]), slice(1, 3)):
+        some = cond.rows(index)
+        assert isinstance(some, Cond)
+        for part, whole in zip(some, cond, strict=True):
+            assert (part is None) == (whole is None) and (part is None or torch.equal(part, whole[index]))
+    moved = cond.to("meta")
+    assert all(part is None or part.device.type == "meta" for part in moved) and moved.tokens.shape == cond.tokens.shape
+
+
+def test_conditioning_is_joined_row_by_row_with_a_mask_where_lengths_differ():
+    a = Cond(torch.ones(2, 3, 5), None, None, torch.ones(2, 1, 4, 4))
+    b = Cond(2 * torch.ones(1, 4, 5), None, torch.tensor([[True, True, False, True]]), 2 * torch.ones(1, 1, 4, 4))
+    both = joined([a, b])
+    assert both.mask.int().tolist() == [[1, 1, 1, 0]] * 2 + [[1, 1, 0, 1]]
+    assert both.tokens.shape == (3, 4, 5) and (both.tokens[:2, 3] == 0).all()
+    assert torch.equal(both.tokens[:2, :3], a.tokens) and torch.equal(both.tokens[2:], b.tokens)
+    assert both.source[:, 0, 0, 0].tolist() == [1, 1, 2] and both.pooled is None
+    assert joined([a, a]).mask is None, "where none was padded there is none"
+    assert joined([b, b]).mask.int().tolist() == [[1, 1, 0, 1]] * 2, "one that was there stays"
+    pooled = joined([Cond(torch.zeros(1, 3, 5), torch.ones(1, 2)), Cond(torch.zeros(2, 3, 5), torch.zeros(2, 2))])
+    assert pooled.pooled.tolist() == [[1, 1], [0, 0], [0, 0]] and pooled.source is None
+    with pytest.raises(ValueError, match="edits and prompts without a source picture do not fit into one batch"):
+        joined([a, b._replace(source=None)])
+
+
+# ------------------------------------------------------------------------------------------------ half precision
+def last_attention(model):
+    """SD3 drops the text's side of its last attention: the queries of the text have no effect there."""
+    return f"transformer_blocks.{len(model.transformer.transformer_blocks) - 1}.attn"
+
+
+def half_student(base):
+    """A bfloat16 backbone with a student whose factors are both non-zero."""
+    model = load(base, "bfloat16")
+    state, config = random_lora(model, 3)
+    model.add_adapter(STUDENT, config, state)
+    return model
+
+
+def test_a_float32_lora_on_a_bfloat16_backbone_gives_float32_velocities_and_gradients(base):
+    model = half_student(base)
+    assert {p.dtype for p in model.trainable().values()} == {torch.float32}
+    frozen = {p.dtype for name, p in model.transformer.named_parameters() if "lora_" not in name}
+    assert frozen == {torch.bfloat16}
+    x, t, cond, _ = inputs(model)
+    v = model.velocity(x, t, cond)
+    v.square().sum().backward()
+    grads = gradients(model)
+    assert v.dtype == torch.float32 and {g.dtype for g in grads.values()} == {torch.float32}
+    silent = {name.partition(".lora_")[0] for name, g in grads.items() if not g.abs().sum() > 0}
+    assert silent == {f"{last_attention(model)}.add_q_proj"}, "all else learns"
+
+
+def test_half_precision_is_near_the_float32_model_and_text_in_half_precision_will_do(base):
+    half, whole = half_student(base), load(base)
+    state, config = random_lora(whole, 3)
+    whole.add_adapter(STUDENT, config, state)
+    v, exact = velocity(half), velocity(whole)
+    assert 0 < gap(v, exact) < 0.05 * exact.abs().max(), "bfloat16 has 8 bits"
+    x, t, cond, _ = inputs(half)
+    with torch.no_grad():
+        low = half.velocity(x, t, Cond(*(p if p is None or p.dtype == torch.bool else p.bfloat16() for p in cond)))
+    assert low.dtype == torch.float32 and gap(low, exact) < 0.05 * exact.abs().max()
+
+
+@torch.no_grad()
+def test_guidance_is_computed_in_float32(base):
+    model = load(base, "bfloat16")
+    x, t, cond, uncond = inputs(model)
+
+    def fits(v):  # into bfloat16 without rounding
+        return torch.equal(v.bfloat16().float(), v)
+
+    assert fits(model.velocity(x, t, cond)), "each branch leaves the transformer in bfloat16"
+    assert not fits(model.velocity(x, t, cond, uncond, 4.5))
+
+
+# ------------------------------------------------------------------------------------------------ LoRA experts
+def test_a_new_adapter_is_the_base_exactly_and_adapter_none_is_always_the_base(base, model):
+    plain = velocity(load(base))
+    assert torch.equal(velocity(model), plain), "B = 0"
+    assert torch.equal(velocity(model, None), plain)
+    assert gap(velocity(model, "text"), plain) > 1e-2
+    with torch.no_grad():
+        for p in model.trainable().values():
+            p.add_(0.3)
+    assert gap(velocity(model), plain) > 1e-2, "the student has moved"
+    assert torch.equal(velocity(model, None), plain), "the base has not"
+
+
+def test_an_adapter_adds_alpha_over_rank_times_b_a_to_every_target(base, model):
+    merged = load(base)
+    state = model.adapter_state("text")
+    touched = {key.rpartition(".lora_")[0] for key in state}
+    with torch.no_grad():
+        for name in touched:
+            a, b = state[f"{name}.lora_A.weight"], state[f"{name}.lora_B.weight"]
+            merged.transformer.get_submodule(name).weight += 3.0 * b @ a  # 12 / 4
+    torch.testing.assert_close(velocity(merged), velocity(model, "text"), atol=1e-4, rtol=1e-4)
+    names = dict(merged.transformer.named_modules())
+    assert touched == {n for n in names if any(n.endswith(f".{target}") for target in adapters.TARGETS)}
+
+
+def trained(model):
+    return {name for name, p in model.backbone.named_parameters() if p.requires_grad}
+
+
+@pytest.fixture
+def experts(model, other):
+    """The student, a LoRA teacher and a full-checkpoint teacher."""
+    model.add_expert("whole", str(other))
+    return model
+
+
+def test_leaving_an_expert_restores_the_student_whatever_happened(experts):
+    model = experts
+    before, student = velocity(model), trained(model)
+    assert student and all(f".{STUDENT}." in name for name in student)
+    for name in ("text", "whole", None):
+        with model.adapter(name):
+            assert torch.is_grad_enabled() is False
+        assert torch.equal(velocity(model), before) and trained(model) == student
+        with pytest.raises(ZeroDivisionError), model.adapter(name):
+            assert name is None or gap(velocity(model), before) > 1e-2
+            raise ZeroDivisionError
+        assert torch.equal(velocity(model), before) and trained(model) == student and torch.is_grad_enabled()
+
+
+def test_an_unknown_expert_is_refused_and_changes_nothing(experts):
+    before = velocity(experts)
+    with pytest.raises(KeyError, match=r"no adapter 'words'; there are \['student', 'text', 'whole'\]"):
+        velocity(experts, "words")
+    assert torch.equal(velocity(experts), before)
+
+
+def test_without_a_student_the_base_is_restored(base):
+    model = load(base)
+    plain = velocity(model)
+    assert torch.equal(velocity(model, None), plain), "no adapter at all"
+    for number, name in enumerate(("a", "a2")):  # one name begins the other
+        state, config = random_lora(load(base), number)
+        model.add_adapter(name, config, state)
+        assert torch.equal(velocity(model), plain)
+    assert gap(velocity(model, "a2"), velocity(model, "a")) > 1e-2 and gap(velocity(model, "a2"), plain) > 1e-2
+    assert torch.equal(velocity(model), plain) and trained(model) == set() and model.trains == ""
+
+
+def student_loss(model, seed=3):
+    x, t, cond, uncond = inputs(model, seed)
+    return model.velocity(x, t, cond, uncond, 2.0).square().sum()
+
+
+def gradients(model):
+    """The student's gradients, taken away from it."""
+    found = {name: p.grad for name, p in model.trainable().items()}
+    for p in model.trainable().values():
+        p.grad = None
+    return found
+
+
+def test_teachers_between_forward_and_backward_cost_the_student_no_gradient(experts):
+    """With and without gradient checkpointing, which runs the student's forward once more inside backward."""
+    model = experts
+    student_loss(model).backward()
+    expected = gradients(model)
+    assert sum(g.abs().sum() for g in expected.values()) > 0
+    for _ in range(2):
+        loss = student_loss(model)
+        for name in ("text", "whole", None):
+            with model.adapter(name):
+                x, t, cond, _ = inputs(model)
+                assert not model.velocity(x, t, cond).requires_grad
+        loss.backward()
+        everyone = [*model.backbone.named_parameters(), *model.visitors["whole"].module.named_parameters()]
+        assert all(p.grad is None for name, p in everyone if f".{STUDENT}." not in name), "nobody else learns"
+        assert same(gradients(model), expected)
+        model.transformer.enable_gradient_checkpointing()
+
+
+def test_planted_a_teacher_that_stays_selected_is_met_again_by_a_checkpointed_backward(model):
+    model.transformer.enable_gradient_checkpointing()
+    loss = student_loss(model)
+    model._select("text")
+    with pytest.raises(CheckpointError, match="different number of tensors"):
+        loss.backward()
+
+
+def test_planted_a_teacher_that_stays_selected_takes_the_gradient_away(model):
+    """The trap itself: PEFT's own `set_adapter`, as one would write it without the context."""
+    student, loss = model.trainable(), student_loss(model)
+    model.transformer.set_adapter("text")
+    loss.backward()
+    assert student and all(p.grad is None for p in student.values())
+
+
+def test_the_student_trains_alone_and_by_name(model):
+    trainable = model.trainable()
+    names = set(model.adapter_state())
+    assert model.trains == "lora" and len(trainable) == len(names - unread(model, names))
+    assert all(f".{STUDENT}.weight" in name for name in trainable)
+    assert all(model.transformer.get_parameter(name) is p for name, p in trainable.items())
+
+
+def test_an_adapters_state_is_a_copy_without_gradient(model):
+    state = model.adapter_state()
+    assert state and not any(value.requires_grad for value in state.values())
+    with torch.no_grad():
+        for p in model.trainable().values():
+            p.add_(1.0)
+    kept = unread(model, state)
+    assert all(torch.equal(model.adapter_state()[key], value + (key not in kept)) for key, value in state.items())
+
+
+def test_a_state_that_does_not_fill_the_adapter_is_refused(model):
+    state, config = random_lora(model, 4)
+    first = next(iter(state))
+    lacking = {key: value for key, value in state.items() if key != first}
+    message = refusal(model.add_adapter, "more", config, lacking)
+    assert re.match(r"adapter more: there is no value for .*lora_", message)
+    message = refusal(model.add_adapter, "most", config, state | {first.replace("to_", "go_"): state[first]})
+    assert re.match(r"adapter most: the model has no place for .*go_", message)
+
+
+def test_a_new_lora_is_gaussian_in_a_and_zero_in_b_and_float32_on_any_backbone(base):
+    torch.manual_seed(0)
+    model = load(base, "bfloat16")
+    model.add_adapter(STUDENT, adapters.lora_config(16, 32.0))
+    state = model.adapter_state()
+    a = torch.cat([value.flatten() for key, value in state.items() if "lora_A" in key])
+    assert all((value == 0).all() for key, value in state.items() if "lora_B" in key)
+    assert {value.dtype for value in state.values()} == {torch.float32}
+    # PEFT draws A from N(0, (1/r)^2); the sample sd of n draws has standard error sd / sqrt(2n). bfloat16 keeps it.
+    assert abs(a.std().item() - 1 / 16) < 5 / 16 / (2 * a.numel()) ** 0.5
+
+
+@pytest.mark.parametrize("pipeline", ["", "StableDiffusion3Pipeline"], ids=["peft", "diffusers"])
+def test_a_lora_on_disk_is_the_same_expert_as_in_memory(base, model, tmp_path, pipeline):
+    state, config = random_lora(load(base), 5)
+    adapters.save_adapter(tmp_path, state, config, model.source, model.fingerprint, pipeline)
+    if pipeline:
+        for name in adapters.PEFT_FILES:
+            (tmp_path / name).unlink()
+    model.add_expert("disk", str(tmp_path))
+    model.add_adapter("memory", config, state)
+    assert torch.equal(velocity(model, "disk"), velocity(model, "memory")) and not model.visitors
+    assert gap(velocity(model, "disk"), velocity(model)) > 1e-2
+    state, config = model.read_adapter(tmp_path)  # also where the backbone carries adapters already
+    assert same(state, model.adapter_state("disk")) and (config.r, config.lora_alpha) == (RANK, ALPHA)
+
+
+def test_a_lora_of_another_base_is_refused_by_its_fingerprint(other, lora):
+    stranger = load(other)
+    message = refusal(stranger.add_expert, "teacher", str(lora))
+    assert re.search(rf"trained on another base \(\w+\) than {other} \({stranger.fingerprint}\)$", message)
+    assert stranger.adapters == {}
+
+
+# ------------------------------------------------------------------------------------------------ full experts
+def test_a_full_expert_is_its_own_checkpoint_whatever_the_student_has_learnt(experts, other):
+    model = experts
+    expected = velocity(load(other))
+    assert torch.equal(velocity(model, "whole"), expected) and gap(expected, velocity(model)) > 1e-2
+    with torch.no_grad():
+        for p in model.trainable().values():
+            p.add_(0.3)
+    assert torch.equal(velocity(model, "whole"), expected)
+    assert not any(p.requires_grad for p in model.visitors["whole"].module.parameters())
+    assert set(model.adapters) == {STUDENT, "text"} and set(model.visitors) == {"whole"}
+
+
+def test_a_full_expert_has_the_models_precision(base, other):
+    model = load(base, "bfloat16")
+    model.add_expert("whole", str(other))
+    assert {p.dtype for p in model.visitors["whole"].module.parameters()} == {torch.bfloat16}
+    assert torch.equal(velocity(model, "whole"), velocity(load(other, "bfloat16")))
+
+
+def test_a_full_expert_of_another_architecture_is_refused_by_the_entry_that_differs(folders, tmp_path):
+    model = load(folders["sd35", 0])
+    short = sd3.build_sd35(tmp_path / "short", num_layers=2)
+    message = f"{short}/transformer/config.json: another architecture: num_layers is 2, the model's is 3"
+    assert refusal(model.add_expert, "short", str(short)) == message
+    message = refusal(load(folders["tiny", 0]).add_expert, "large", str(folders["sd35", 0]))
+    assert re.search(r"config\.json: another architecture: \w+ is .+, the model's is ", message)
+    assert model.visitors == {}
+
+
+# ----------------------------------------------------------------------- visitors: going to a device and coming back
+@pytest.fixture
+def far(monkeypatch):
+    """A device with memory of its own, as an accelerator has: what is sent there is a copy that can be computed with.
+
+    (A meta tensor will not do: `tensor.data` takes only what computes.)
+    """
+    place, plain = SimpleNamespace(type="far"), torch.Tensor.to
+
+    def to(tensor, *where, **options):
+        return tensor.clone() if where and where[0] is place else plain(tensor, *where, **options)
+
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    return place
+
+
+def tensors(module):
+    return [*module.parameters(), *module.buffers()]
+
+
+def places(module):
+    return [tensor.data_ptr() for tensor in tensors(module)]
+
+
+def test_a_visitors_weights_go_and_come_back_bit_identical(other, far):
+    module = read_transformer(other, torch.float32)
+    home, values = places(module), [tensor.clone() for tensor in tensors(module)]
+    visitor = Visitor(module, far)
+    assert not visitor.present and places(module) == home, "it waits in host memory"
+    visitor.fetch()
+    away = places(module)
+    assert visitor.present and not set(away) & set(home), "every parameter and buffer has gone"
+    assert all(map(torch.equal, tensors(module), values))
+    visitor.fetch()
+    assert places(module) == away, "what is there is not copied again"
+    assert visitor.ready() is module and places(module) == away
+    for tensor in tensors(module):
+        tensor.data.zero_()  # whatever happens over there
+    visitor.leave()
+    assert not visitor.present and places(module) == home and all(map(torch.equal, tensors(module), values))
+    visitor.leave()
+    assert visitor.ready() is module and visitor.present and not set(places(module)) & set(home), "ready fetches"
+
+
+def test_on_a_processor_a_visitor_is_always_there_and_nothing_is_copied(other):
+    module = read_transformer(other, torch.float32)
+    home = places(module)
+    visitor = Visitor(module, torch.device("cpu"))
+    for call in (visitor.fetch, visitor.ready, visitor.leave, visitor.ready):
+        call()
+        assert visitor.present and places(module) == home
+
+
+@pytest.fixture
+def visited(model, base, other, far):
+    """A model with three full experts that live elsewhere: "a" and "c" are `other`, "b" is the base."""
+    model.device = far
+    for name, folder in (("a", other), ("b", base), ("c", other)):
+        model.add_expert(name, str(folder))
+    model.device = torch.device("cpu")  # what computes here is the processor
+    return model
+
+
+def present(model):
+    return {name for name, visitor in model.visitors.items() if visitor.present}
+
+
+def test_keep_has_the_named_experts_there_and_no_others(visited):
+    assert present(visited) == set()
+    for names in (["a"], {"a", "b"}, ["b", "c"], ["c", "c"], []):
+        before = {name: places(visited.visitors[name].module) for name in present(visited) & set(names)}
+        visited.keep(iter(names))
+        assert present(visited) == set(names)
+        assert all(places(visited.visitors[name].module) == where for name, where in before.items()), "who stays, stays"
+    visited.keep(["text", STUDENT, "", "b"])
+    assert present(visited) == {"b"}, "LoRAs and the absence of an anchor are nothing to carry"
+
+
+def test_an_expert_that_is_asked_is_fetched_and_computes_with_what_was_fetched(visited, base, other):
+    expected = velocity(load(other))
+    assert torch.equal(velocity(visited, "a"), expected) and present(visited) == {"a"}
+    assert torch.equal(velocity(visited, "b"), velocity(load(base))) and present(visited) == {"a", "b"}
+    for _, host in visited.visitors["a"].pairs:
+        host.zero_()
+    assert torch.equal(velocity(visited, "a"), expected), "the copy, not the original"
+    visited.keep(["c"])
+    assert torch.equal(velocity(visited, "c"), expected) and present(visited) == {"c"}
+    assert torch.equal(velocity(visited), velocity(load(base))), "the student begins as the base"
+
+
+# ------------------------------------------------------------------------------------- full-parameter students
+@pytest.mark.parametrize("keep_base", [True, False])
+@pytest.mark.parametrize("start", ["base", "full", "lora"])
+def test_a_full_student_starts_as_what_it_starts_from_and_trains_entirely(base, other, lora, start, keep_base):
+    frozen, plain = load(base), velocity(load(base))
+    frozen.add_expert("init", str(lora))
+    expected = {"base": plain, "full": velocity(load(other)), "lora": velocity(frozen, "init")}
+    model = load(base)
+    model.train_fully({"base": "", "full": str(other), "lora": str(lora)}[start], keep_base)
+    assert gap(velocity(model), expected[start]) <= (1e-5 if start == "lora" else 0.0)
+    assert start == "base" or gap(velocity(model), plain) > 1e-2
+    names = {name for name, _ in load(base).transformer.named_parameters()}
+    assert set(model.trainable()) == names - unread(model, names), "all of it, and no trace of a LoRA"
+    assert {p.dtype for p in model.trainable().values()} == {torch.float32} and model.trains == "full"
+    assert (model.backbone is not model.transformer) == keep_base
+    with torch.no_grad():
+        for p in model.trainable().values():
+            p.add_(0.05)
+    assert gap(velocity(model), expected[start]) > 1e-2
+    assert torch.equal(velocity(model, None), plain) == keep_base, "a kept base does not move with the student"
+
+
+def test_a_lora_is_fused_in_float32_whatever_the_backbone_is_in(base, lora):
+    model = load(base, "bfloat16")
+    state, _ = model.read_adapter(lora)
+    model.train_fully(str(lora))
+    for name in {key.rpartition(".lora_")[0] for key in state}:
+        update = 3.0 * state[f"{name}.lora_B.weight"] @ state[f"{name}.lora_A.weight"]
+        frozen = model.backbone.get_submodule(name).weight
+        assert frozen.dtype == torch.bfloat16
+        torch.testing.assert_close(model.transformer.get_submodule(name).weight.data, frozen.float() + update)
+
+
+def test_a_full_student_on_a_bfloat16_base_has_float32_weights_and_gradients(base):
+    model = load(base, "bfloat16")
+    model.train_fully()
+    student_loss(model).backward()
+    assert {p.dtype for p in model.backbone.parameters()} == {torch.bfloat16}
+    grads = gradients(model)
+    assert {g.dtype for g in grads.values() if g is not None} == {torch.float32}
+    silent = {name for name, g in grads.items() if g is None or not g.abs().sum() > 0}
+    parts = ("add_q_proj.weight", "add_q_proj.bias", "norm_added_q.weight")
+    assert silent == {f"{last_attention(model)}.{part}" for part in parts} & set(grads), "all else learns"
+
+
+@pytest.mark.parametrize("start", ["base", "full", "lora"])
+def test_gradient_checkpointing_is_the_students_wherever_it_starts(base, other, lora, start):
+    for asked in (True, False):
+        model = load(base)
+        if asked:
+            model.transformer.enable_gradient_checkpointing()
+        model.train_fully({"base": "", "full": str(other), "lora": str(lora)}[start])
+        assert model.transformer.is_gradient_checkpointing == asked
+
+
+def test_experts_of_both_kinds_beside_a_full_student_leave_it_its_gradients(base, other, lora):
+    model = load(base)
+    model.train_fully()
+    model.add_expert("part", str(lora))
+    model.add_expert("whole", str(other))
+    student_loss(model).backward()
+    expected = gradients(model)
+    loss = student_loss(model)
+    found = {name: velocity(model, name) for name in ("part", "whole", None)}
+    loss.backward()
+    assert all(p.grad is None for p in (*model.backbone.parameters(), *model.visitors["whole"].module.parameters()))
+    assert same(gradients(model), expected) and any(g is not None and g.abs().sum() > 0 for g in expected.values())
+    alone = load(base)
+    alone.add_expert("part", str(lora))
+    assert torch.equal(found["part"], velocity(alone, "part")) and torch.equal(found["whole"], velocity(load(other)))
+    assert torch.equal(found[None], velocity(load(base)))
+    assert torch.equal(velocity(model), found[None]), "the student is selected again, and has not moved yet"
+
+
+def test_a_full_student_comes_before_the_adapters(model):
+    with pytest.raises(ValueError, match=r"train_fully must come before the adapters \['student', 'text'\]"):
+        model.train_fully()
+
+
+def test_a_full_student_of_another_architecture_is_refused(folders, tmp_path):
+    short = sd3.build_sd35(tmp_path / "short", num_layers=2)
+    assert "another architecture: num_layers is 2" in refusal(load(folders["sd35", 0]).train_fully, str(short))
+
+
+# ------------------------------------------------------------------------------------------------------- files
+def test_a_saved_transformer_comes_back_bitwise_and_stock_diffusers_reads_it(base, tmp_path):
+    model = load(base)
+    model.train_fully()
+    with torch.no_grad():
+        for p in model.trainable().values():
+            p.mul_(1.5)
+    state = {key: value.clone() for key, value in model.transformer.state_dict().items()}
+    model.save_full(tmp_path, model.transformer.state_dict())
+    assert same(dict(read_transformer(tmp_path, torch.float32).state_dict()), state)
+    stock = type(model.transformer).from_pretrained(tmp_path / "transformer")
+    assert same(dict(stock.state_dict()), state) and same(dict(model.transformer.state_dict()), state)
+    assert torch.equal(velocity(load(tmp_path)), velocity(model))
+
+
+def test_a_transformer_is_saved_in_the_models_precision_and_whole_or_not_at_all(base, tmp_path):
+    model = load(base, "bfloat16")
+    model.train_fully(keep_base=False)
+    state = model.transformer.state_dict()
+    model.save_full(tmp_path / "half", state)
+    with safe_open(tmp_path / "half/transformer/diffusion_pytorch_model.safetensors", "pt") as file:
+        assert {file.get_tensor(key).dtype for key in file.keys()} == {torch.bfloat16}  # noqa: SIM118
+    state.popitem()
+    with pytest.raises(RuntimeError, match="Missing key"):
+        model.save_full(tmp_path / "part", state)
+    assert not (tmp_path / "part").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_transformer_is_read_frozen_ready_and_in_the_asked_precision_from_either_folder(base, dtype):
+    for folder in (base, base / "transformer"):
+        module = read_transformer(folder, dtype)
+        assert {p.dtype for p in module.parameters()} == {dtype} and not module.training
+        assert not any(p.requires_grad for p in module.parameters())
+        assert {tensor.device.type for tensor in tensors(module)} == {"cpu"}
+
+
+def edit_weights(folder, change):
+    file = folder / "diffusion_pytorch_model.safetensors"
+    state = safetensors.torch.load_file(file)
+    change(state)
+    safetensors.torch.save_file(state, file, metadata={"format": "pt"})
+
+
+def edit_config(folder, **changes):
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def pickled(folder):
+    file = folder / "diffusion_pytorch_model.safetensors"
+    torch.save(safetensors.torch.load_file(file), file.with_suffix(".bin"))
+    file.unlink()
+
+
+def cut(file):
+    """Leave half of a file, as a full disk or a broken download does."""
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+KEY = "transformer_blocks.0.attn.to_q.weight"
+BROKEN = {
+    "no folder": (shutil.rmtree, "No such file"),
+    "no config": (lambda f: (f / "config.json").unlink(), "No such file"),
+    "half a config": (lambda f: cut(f / "config.json"), "(Expecting|Unterminated|delimiter)"),
+    "a config that is no object": (lambda f: (f / "config.json").write_text("[1]"), r"\w+"),
+    "half of the weights": (lambda f: cut(f / "diffusion_pytorch_model.safetensors"), "Unable to load weights"),
+    "no weights": (lambda f: (f / "diffusion_pytorch_model.safetensors").unlink(), r"no file named \w+\.safetensors"),
+    "a pickle": (pickled, r"no file named \w+\.safetensors"),
+    "another width": (lambda f: edit_config(f, num_attention_heads=3), "expected shape"),
+    "a lost tensor": (
+        lambda f: edit_weights(f, lambda state: state.pop(KEY)),
+        f"its weights are not those that its config describes: {KEY}",
+    ),
+    "one too many": (
+        lambda f: edit_weights(f, lambda state: state.update(extra=torch.ones(2))),
+        "its weights are not those that its config describes: extra",
+    ),
+    "a part that the config leaves out": (lambda f: edit_config(f, qk_norm=None), "describes: .*norm_"),
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_a_transformer_that_cannot_be_read_is_refused_in_one_line(folders, tmp_path, fault):
+    spoil, reason = BROKEN[fault]
+    folder = shutil.copytree(folders["sd35", 0] / "transformer", tmp_path / "copy")
+    spoil(folder)
+    message = refusal(read_transformer, folder, torch.float32)
+    assert re.match(rf"{folder}: not a readable transformer \(.*{reason}", message)
+
+
+def test_only_what_changes_the_function_makes_another_architecture(folders, tmp_path):
+    folder = shutil.copytree(folders["sd35", 0] / "transformer", tmp_path / "copy")
+    like = dict(read_transformer(folder, torch.float32).config)
+    edit_config(folder, sample_size=4, _diffusers_version="0.0", _name_or_path="elsewhere")
+    assert read_transformer(folder, torch.float32, like).config.sample_size == 4
+    edit_config(folder, pos_embed_max_size=16)
+    message = f"{folder}/config.json: another architecture: pos_embed_max_size is 16, the model's is 12"
+    assert refusal(read_transformer, folder, torch.float32, like) == message
+
+
+# -------------------------------------------------------------------------------------------------- fingerprint
+def test_the_fingerprint_of_small_files_is_the_hash_of_their_bytes_in_the_order_of_their_names(tmp_path):
+    (tmp_path / "b.safetensors").write_bytes(b"second")
+    (tmp_path / "a.safetensors").write_bytes(b"first")
+    (tmp_path / "config.json").write_bytes(b"not weights")
+    assert flow.fingerprint(tmp_path) == hashlib.sha256(b"firstsecond").hexdigest()[:16]
+
+
+def test_the_fingerprint_of_a_large_file_is_the_hash_of_its_two_ends_eight_megabytes_each(tmp_path):
+    edge, file = 8 << 20, tmp_path / "large.safetensors"
+    for size in (edge - 1, edge, edge + 3, 2 * edge, 2 * edge + 5):
+        data = bytearray(size)
+        data[0], data[-1], data[size // 2] = 1, 2, 3
+        file.write_bytes(data)
+        found = flow.fingerprint(tmp_path)
+        kept = data if size <= 2 * edge else data[:edge] + data[-edge:]
+        assert found == hashlib.sha256(kept).hexdigest()[:16]
+        seen = []
+        for place in (0, edge - 1, size // 2, size - 1):
+            changed = bytearray(data)
+            changed[min(place, size - 1)] ^= 255
+            file.write_bytes(changed)
+            seen.append(flow.fingerprint(tmp_path) != found)
+        assert seen == [True, True, size <= 2 * edge, True]
+
+
+def test_the_shipped_teachers_load_on_the_shipped_base_and_on_no_other(folders):
+    model = models.load_tiny(ROOT / "assets/tiny/base")
+    plain, seen = velocity(model), []
+    for task in ("composition", "text", "quality"):
+        folder = ROOT / f"assets/tiny/teacher-{task}"
+        with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+            assert file.metadata()["base"] == model.fingerprint
+        model.add_expert(task, str(folder))
+        seen.append(velocity(model, task))
+    assert all(gap(a, b) > 1e-3 for i, a in enumerate(seen) for b in (plain, *seen[:i]))
+    model.fingerprint = flow.fingerprint(folders["tiny", 0] / "transformer")
+    assert "trained on another base" in refusal(model.add_expert, "again", str(folder))

@@ -1,0 +1,337 @@
+"""Oracles for the evaluation: perfect drawings score 1 and blank pages 0, and tables say what was found."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+
+import eval as evaluation
+import rewards
+import settings
+from data import files as data
+from data import written
+from harness import report, rollout
+from scorers import panel as scoring
+from scorers import recipe
+from tests.conftest import TASKS, the_one_line, tiny_settings, with_adapter
+from tiny import drawings as tiny
+from tiny import edits as tiny_edit
+
+SMALL = tiny_settings()
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    """Five test prompts of each task."""
+    return {task: tiny.make_prompts(task, "test", 5) for task in TASKS}
+
+
+@pytest.fixture
+def model(world):
+    """The base with one teacher's adapter as its student, which is what is selected."""
+    return with_adapter(world, world.teachers["text"])
+
+
+def drawing(prompt):
+    """What the prompt asks for, drawn without a mistake."""
+    rng = random.Random(prompt.text)
+    if prompt.task == "text":
+        scene = {"word": prompt.text[-4:-1], "color": "black"}
+    else:
+        scene = tiny.scene_of(prompt.metadata, rng, error=0.0)
+    return torch.from_numpy(tiny.draw(scene))
+
+
+# ---------------------------------------------------------------------------------------------------------- the scores
+def tiny_score(images, prompts, task):
+    return evaluation.score(images, prompts, task, None, True)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_perfect_drawings_score_one_and_blank_pages_nothing(task):
+    prompts = tiny.make_prompts(task, "test", 12)
+    named, each, _ = tiny_score(torch.stack([drawing(p) for p in prompts]), prompts, task)
+    assert named == {task: pytest.approx(1, abs=1e-5)} and each == pytest.approx([1.0] * 12, abs=1e-5)
+    named, each, _ = tiny_score(torch.ones(12, 3, 24, 24), prompts, task)
+    assert named == {task: 0} and each == [0.0] * 12
+
+
+def test_composition_is_the_mean_over_tags_and_not_over_prompts():
+    """Prompts 0-5 have six tags, 6 and 7 repeat the first two. Blank out 6: single_object 1/2, the others 1."""
+    prompts = tiny.make_prompts("composition", "test", 8)
+    images = torch.stack([drawing(p) for p in prompts])
+    images[6] = 1.0
+    named, each, tags = tiny_score(images, prompts, "composition")
+    assert each == [1, 1, 1, 1, 1, 1, 0, 1]
+    assert named["composition"] == pytest.approx((0.5 + 5) / 6) and named["composition"] != pytest.approx(7 / 8)
+    assert tags == {tag: (0.5 if tag == "single_object" else 1.0) for tag in tiny.TEST_TAGS}
+
+
+def test_text_and_quality_are_plain_means_of_their_own_scorer():
+    prompts = tiny.make_prompts("text", "test", 4)
+    images = torch.stack([drawing(p) for p in prompts])
+    images[0] = 1.0
+    assert tiny_score(images, prompts, "text")[:2] == ({"text": 0.75}, [0.0, 1.0, 1.0, 1.0])
+    grey = images * 0.5 + 0.2
+    named, each, details = tiny_score(grey, prompts, "quality")
+    assert each == pytest.approx(tiny.quality(grey).tolist()) and details == {}
+    assert named == {"quality": pytest.approx(np.mean(each))}
+    assert named["quality"] != pytest.approx(tiny_score(grey, prompts, "text")[0]["text"])
+
+
+def real_pictures(count):
+    """(prompts, images): noise, the last one plain, which nothing compresses better than."""
+    images = torch.rand(count, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    images[-1] = 0.5
+    return written.make_prompts("text", "test", count), images
+
+
+def test_real_pictures_are_scored_by_what_rewards_names_and_by_nothing_else():
+    prompts, images = real_pictures(3)
+    alone = rewards.score_jpeg(images, prompts)
+    jpeg = scoring.build(recipe.read(settings.resolve({"rewards": "jpeg=0.5"})), "cpu", False, False)
+    named, each, tags = evaluation.score(images, prompts, "text", jpeg, False)
+    assert named == {"text jpeg": pytest.approx(np.mean(alone))}, "a column shows a reward as it is, without a weight"
+    assert each == pytest.approx([0.5 * value for value in alone]) and tags == {} and np.argmax(each) == 2
+    assert evaluation.score(images, prompts, "text", None, False) == ({}, [], {})
+
+
+def test_every_scorer_has_a_column_where_it_is_asked_and_none_where_it_is_not():
+    prompts, images = real_pictures(3)
+    alone = rewards.score_jpeg(images, prompts)
+    other = rewards.Scorer("other", lambda images, prompts, sources: torch.tensor([1.0, 2.0, 6.0]), 0.0, 9.0)
+    far = rewards.Scorer("far", lambda *_: pytest.fail("it counts for other prompts"), 0.0, 1.0)
+    weights = {"default": {"jpeg": 0.5, "other": 2.0}, "quality": {"far": 1.0}}
+    jpeg = rewards.Scorer("jpeg", lambda images, prompts, sources: rewards.score_jpeg(images, prompts), -9.0, 1.0)
+    panel = scoring.Panel([jpeg, other, far], weights)
+    named, each, _ = evaluation.score(images, prompts, "text", panel, False)
+    assert list(named) == ["text jpeg", "text other"] and named["text other"] == pytest.approx(3)
+    assert each == pytest.approx([0.5 * value + 2 * other for value, other in zip(alone, (1, 2, 6), strict=True)])
+
+
+def test_a_task_that_a_teachers_rewards_say_nothing_about_is_drawn_unscored():
+    prompts, images = real_pictures(3)
+    panel = scoring.build(recipe.Recipe({"jpeg": {"kind": "jpeg"}}, {"text": {"jpeg": 1.0}}, {}), "cpu", False, False)
+    assert list(evaluation.score(images, prompts, "text", panel, False)[0]) == ["text jpeg"]
+    others = written.make_prompts("quality", "test", 3)
+    assert evaluation.score(images, others, "quality", panel, False) == ({}, [], {})
+
+
+def test_a_panel_is_built_where_rewards_name_one_and_the_tiny_world_needs_none(monkeypatch):
+    built = []
+    monkeypatch.setattr(scoring, "build", lambda *args: built.append(args) or "a panel")
+    assert evaluation.panel_of(tiny_settings(rewards="task=1"), "cpu") is None
+    assert evaluation.panel_of(settings.resolve({}), "cpu") is None and built == []
+    s = settings.resolve({"rewards": "jpeg=2", "on_reward_failure": "drop"})
+    assert evaluation.panel_of(s, "cpu") == "a panel"
+    assert built == [(recipe.read(s), "cpu", False, False)], "an evaluation drops nothing: a table has no holes"
+
+
+# ---------------------------------------------------------------------------------------------- an expert's evaluation
+def test_evaluation_repeats_exactly_and_scores_the_adapter_that_is_selected(model, prompts):
+    first, second = evaluation.evaluate(model, prompts, SMALL, 1.0), evaluation.evaluate(model, prompts, SMALL, 1.0)
+    scores = first["scores"]
+    assert scores == second["scores"] and list(scores) == [*TASKS, "average"]
+    for task in TASKS:
+        images, each = first["images"][task]
+        assert torch.equal(images, second["images"][task][0]) and 0 <= images.min() < images.max() <= 1
+        named, again, _ = tiny_score(images, prompts[task], task)
+        assert scores[task] == named[task] and each == again
+    assert scores["average"] == pytest.approx(sum(scores[task] for task in TASKS) / 3)
+    assert set(first["tags"]) == set(tiny.TEST_TAGS[:5]), "five prompts, five tags"
+    with model.adapter(None):
+        base = evaluation.evaluate(model, prompts, SMALL, 1.0)
+    assert not torch.allclose(base["images"]["text"][0], first["images"]["text"][0], atol=1e-3)
+    assert base["scores"]["quality"] != scores["quality"]
+
+
+def test_every_task_has_its_own_noise(model, prompts):
+    result = evaluation.evaluate(model, {"text": prompts["text"], "quality": prompts["text"]}, SMALL, 1.0)["images"]
+    assert not torch.allclose(result["text"][0], result["quality"][0], atol=1e-2)
+
+
+def test_only_rank_zero_decodes_and_scores_but_all_draw(model, prompts, monkeypatch):
+    drawn, real = [], rollout.draw
+    monkeypatch.setattr(rollout, "draw", lambda *args: drawn.append(args[3]) or real(*args))
+    whole = evaluation.evaluate(model, prompts, SMALL, 1.0)
+    monkeypatch.setattr(evaluation.ranks, "rank_and_world", lambda: (1, 2))
+    monkeypatch.setattr(model, "decode", lambda x: pytest.fail("another rank's pictures are nobody's"))
+    assert whole and evaluation.evaluate(model, prompts, SMALL, 1.0) is None
+    assert drawn[:3] == drawn[3:] and len(set(drawn)) == 3, "the same three draws"
+
+
+# -------------------------------------------------------------------------------------------------------- whole tables
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Empty files in the place of grids, which take longer than such small models do."""
+    empty = lambda file, *_: file.parent.mkdir(parents=True, exist_ok=True) or file.touch()  # noqa: E731
+    monkeypatch.setattr(report, "save_grid", empty)
+
+
+def test_eval_py_scores_base_teachers_and_whatever_is_compared(world, tmp_path, no_pictures, capsys):
+    run = tmp_path / "run/checkpoints/step-000007"
+    run.parent.mkdir(parents=True)
+    run.symlink_to(world.teachers["text"])
+    flags = [*world.flags, "--out", str(tmp_path), "--name", "table"]
+    flags += ["--compare", f"a run={tmp_path / 'run'}", f"adapter={world.teachers['text']}"]
+    assert evaluation.main(flags) == 0
+    out, text = capsys.readouterr().out, (tmp_path / "table/report.md").read_text()
+    rows = json.loads((tmp_path / "table/results.json").read_text())
+    assert list(rows) == ["base", *(f"teacher {task}" for task in TASKS), "a run", "adapter"]
+    assert all(row.keys() == {"scores", "tags"} and list(row["scores"]) == [*TASKS, "average"] for row in rows.values())
+    assert rows["a run"] == rows["adapter"] == rows["teacher text"], "a run stands for its last checkpoint"
+    assert len({json.dumps(rows[name]) for name in list(rows)[:4]}) == 4, "and each model is its own"
+    table = report.markdown_table({name: row["scores"] for name, row in rows.items()})
+    assert table in out and table in text and str(tmp_path / "table/report.md") in out
+    own = sum(rows[f"teacher {task}"]["scores"][task] for task in TASKS) / 3
+    assert f"Mean of the teachers' own-task scores: {own:.3f}." in text
+    assert text.count("![") == 6 * 3 and (tmp_path / "table/samples/a-run-text.png").is_file()
+
+
+def test_eval_py_draws_and_scores_sd35_with_teachers_of_every_kind(sd35, tmp_path, no_pictures, monkeypatch):
+    drawn, panels, real = {}, [], evaluation.evaluate
+
+    def evaluate(model, prompts, s, cfg, panel):
+        result = real(model, prompts, s, cfg, panel)
+        panels.append(panel)
+        drawn[len(drawn)] = torch.cat([images for images, _ in result["images"].values()])
+        return result
+
+    monkeypatch.setattr(evaluation, "evaluate", evaluate)
+    flags = [*sd35.flags, "--out", str(tmp_path), "--compare", f"lora={sd35.lora}"]
+    assert evaluation.main([*flags, "--name", "scored", "--rewards", "jpeg=1"]) == 0
+    rows = json.loads((tmp_path / "scored/results.json").read_text())
+    assert list(rows) == ["base", *(f"teacher {task}" for task in TASKS), "lora"]
+    assert all(list(row["scores"]) == [f"{task} jpeg" for task in TASKS] and not row["tags"] for row in rows.values())
+    assert len(drawn) == 5 and all(images.shape == (3, 3, 64, 64) for images in drawn.values())
+    for a in range(5):
+        for b in range(a):
+            assert not torch.allclose(drawn[a], drawn[b], atol=1e-3), "every model draws its own pictures"
+    assert len({id(panel) for panel in panels}) == 1 and list(panels[0].scorers) == ["jpeg"], "loaded once for all"
+    assert evaluation.main([*flags, "--name", "unscored"]) == 0
+    assert panels[5:] == [None] * 5
+    assert all(torch.equal(drawn[i], drawn[i + 5]) for i in range(5)), "and the same ones again"
+    rows = json.loads((tmp_path / "unscored/results.json").read_text())
+    assert rows == dict.fromkeys(rows, {"scores": {}, "tags": {}}) and len(rows) == 5
+    assert (tmp_path / "unscored/report.md").read_text().count("![") == 5 * 3, "pictures all the same"
+
+
+def test_eval_py_refuses_in_one_line(world, tmp_path, capsys):
+    flags = [*world.flags, "--out", str(tmp_path)]
+    assert evaluation.main([*flags, "--compare", f"x={tmp_path / 'no'}"]) == 2
+    assert "/no: no such file or folder; give a path or a Hub id" in the_one_line(capsys)
+    assert evaluation.main(["--compare", "nameless"]) == 2
+    assert "--compare nameless" in the_one_line(capsys)
+    assert evaluation.main([*flags, "--eval-prompts", "0"]) == 2
+    assert "--eval-prompts 0" in the_one_line(capsys)
+
+
+def test_user_errors_are_the_ones_that_name_something_of_the_users():
+    assert rewards.RewardError in evaluation.USER_ERRORS and ValueError not in evaluation.USER_ERRORS
+
+
+def test_each_shipped_teacher_is_the_best_at_its_own_task(tmp_path, no_pictures):
+    """The checkpoints in assets/ are what the README says: a mediocre base, and specialists that beat it at home."""
+    shipped = {"preset": "tiny", "name": "shipped", "mar": 0.0, "out": str(tmp_path), "eval_prompts": 36, "threads": 1}
+    rows, _ = evaluation.compare(settings.resolve({**shipped, "device": "cpu"}))
+    scores = {name: row["scores"] for name, row in rows.items()}
+    for task in tiny.TASKS:
+        own = scores[f"teacher {task}"][task]
+        assert own == max(row[task] for row in scores.values()), task
+        assert own > scores["base"][task] + 0.1, task
+    assert 0.45 < scores["base"]["average"] < 0.7
+
+
+# ------------------------------------------------------------------------------------- Q's tasks in the tiny world
+def qwen_score(images, prompts, task):
+    return evaluation.score(torch.as_tensor(images), prompts, task, None, True)
+
+
+def test_two_sides_are_averaged_and_the_first_of_them_counted_by_category(monkeypatch):
+    """Four edits of kinds a, a, b, b; instruction 1, 0, 1/2, 1 and identity 0, 1, 1, 1/2: all worked by hand."""
+    meta = {"keep": [tiny_edit.WORD_BOX], "category": "no"}
+    prompts = [data.Prompt("x", "edit", {**meta, "tag": tag}, "here") for tag in ("a", "a", "b", "b")]
+    monkeypatch.setattr(tiny_edit, "score_instruction", lambda *_: [1.0, 0.0, 0.5, 1.0])
+    monkeypatch.setattr(tiny_edit, "score_identity", lambda images, prompts, sources: [0.0, 1.0, 1.0, 0.5])
+    named, each, tags = qwen_score(torch.zeros(4, 3, 24, 24), prompts, "edit")
+    assert named == {"edit": 0.625, "edit instruction": 0.625, "edit identity": 0.625}
+    assert each == [0.5, 0.5, 0.75, 0.75] and tags == {"a": 0.5, "b": 0.75}
+    untold = [*prompts[:3], prompts[3]._replace(metadata={})]  # a user's own, which says neither kind nor what stays
+    named, each, tags = qwen_score(torch.zeros(4, 3, 24, 24), untold, "edit")
+    assert named == {"edit": 0.625, "edit instruction": 0.625} and each == [1.0, 0.0, 0.5, 1.0]
+    assert tags == {"a": 0.5, "b": 0.5, "edit": 1.0}
+    prompts = [data.Prompt("x", "t2i", {"tag": "no", "category": c}, "here") for c in ("open", "typography", "open")]
+    monkeypatch.setattr(tiny_edit, "score_alignment", lambda *_: [1.0, 0.0, 0.0])
+    monkeypatch.setattr(tiny, "score_quality", lambda *_: [0.5, 0.25, 0.75])
+    named, each, tags = qwen_score(torch.zeros(3, 3, 24, 24), prompts, "t2i")
+    assert named == {"t2i": pytest.approx((1 / 3 + 0.5) / 2), "t2i alignment": pytest.approx(1 / 3),
+                     "t2i aesthetic": 0.5}  # fmt: skip
+    assert each == pytest.approx([0.75, 0.125, 0.375]) and tags == {"open": 0.5, "typography": 0.0}
+
+
+def test_an_untouched_source_keeps_its_identity_and_follows_no_instruction():
+    prompts = tiny_edit.make_prompts("edit", "test", 10)
+    sources = torch.stack(rollout.sources(prompts))
+    named, _, tags = qwen_score(sources, prompts, "edit")
+    assert named["edit identity"] == pytest.approx(1, abs=1e-3) and named["edit instruction"] < 0.5
+    assert set(tags) == set(tiny_edit.EDITS), "each kind of edit has its own number"
+    named, each, _ = qwen_score(torch.ones(10, 3, 24, 24), prompts, "edit")
+    assert named["edit identity"] == 0 and max(each) < 1
+    shuffled = qwen_score(sources.roll(1, 0), prompts, "edit")[0]
+    assert shuffled["edit identity"] < 0.9, "each row is held against its own source"
+
+
+def test_perfect_drawings_of_the_first_task_are_aligned():
+    prompts = tiny_edit.make_prompts("t2i", "test", 12)
+    by_task = {"typography": "text", "composition": "composition", "open": "quality"}
+    images = torch.stack([drawing(p._replace(task=by_task[p.metadata["category"]])) for p in prompts])
+    named, each, tags = qwen_score(images, prompts, "t2i")
+    assert named == pytest.approx({"t2i": 1, "t2i alignment": 1, "t2i aesthetic": 1}, abs=1e-4)
+    assert each == pytest.approx([1] * 12, abs=1e-4) and set(tags) == set(by_task)
+
+
+def test_an_evaluation_of_qs_tasks_has_their_columns_their_average_and_their_sources(world2):
+    model = with_adapter(world2, world2.teachers["edit"])
+    some = {task: tiny_edit.make_prompts(task, "test", 4) for task in ("t2i", "edit")}
+    s = tiny_settings(preset="tiny-qwen")
+    result = evaluation.evaluate(model, some, s, 2.0)
+    scores = result["scores"]
+    columns = ["t2i", "t2i alignment", "t2i aesthetic", "edit", "edit instruction", "edit identity", "average"]
+    assert list(scores) == columns
+    assert scores["average"] == pytest.approx((scores["t2i"] + scores["edit"]) / 2)
+    assert list(result["sources"]) == ["edit"]
+    assert torch.equal(torch.stack(result["sources"]["edit"]), torch.stack(rollout.sources(some["edit"])))
+    plain = evaluation.evaluate(model, some, s, 1.0)
+    for task in some:
+        assert not torch.allclose(plain["images"][task][0], result["images"][task][0], atol=1e-3), "guidance counts"
+    named, each, _ = qwen_score(result["images"]["edit"][0], some["edit"], "edit")
+    assert each == result["images"]["edit"][1] and named.items() <= scores.items()
+
+
+def test_real_edits_are_scored_beside_their_sources():
+    seen = []
+    like = rewards.Scorer("like", lambda images, prompts, sources: seen.append(sources) or [0.5] * len(images), 0, 1)
+    panel = scoring.Panel([like], {"edit": {"like": 2.0}})
+    edits = tiny_edit.make_prompts("edit", "test", 3)
+    named, each, _ = evaluation.score(torch.zeros(3, 3, 8, 8), edits, "edit", panel, False)
+    assert named == {"edit like": 0.5} and each == [1.0] * 3
+    assert torch.equal(torch.stack(seen[0]), torch.stack(rollout.sources(edits)))
+
+
+def test_eval_py_guides_base_and_teachers_and_a_compared_student_only_where_it_is_asked(
+    world2, tmp_path, monkeypatch, no_pictures
+):
+    cfgs, real = [], evaluation.evaluate
+    monkeypatch.setattr(evaluation, "evaluate", lambda *args: cfgs.append(args[3]) or real(*args))
+    compared = ["--compare", f"student={world2.teachers['t2i']}"]
+    for name, flags, expected in (("a", [], [2.0] * 3 + [1.0]), ("b", ["--guidance", "both"], [2.0] * 4)):
+        cfgs.clear()
+        assert evaluation.main([*world2.flags, "--out", str(tmp_path), "--name", name, *flags, *compared]) == 0
+        assert cfgs == expected
+    rows = json.loads((tmp_path / "b/results.json").read_text())
+    assert list(rows) == ["base", "teacher t2i", "teacher edit", "student"]
+    assert rows["student"] == rows["teacher t2i"] and rows["student"] != rows["teacher edit"]
+    unlike = json.loads((tmp_path / "a/results.json").read_text())["student"]
+    assert unlike != rows["student"], "without guidance its pictures are others"

@@ -1,0 +1,286 @@
+"""Oracles for the teachers: gradients against autograd on a model of the test's own, what a ratio is before the first
+update, what each strategy of guidance asks of the model, and DiffusionNFT by hand.
+"""
+
+import math
+import re
+from itertools import combinations
+
+import pytest
+import torch
+
+import grpo
+import nft
+from harness import rollout, teach
+from harness.run import Run
+from models import load as models
+from tests.conftest import TASKS, close, flat, metrics, stored, weights, with_adapter
+from tiny import drawings as tiny
+
+GRPO = ["--stage", "grpo", "--task", "text", "--rewards", "quality=1"]
+
+
+# ---------------------------------------------------------------------------------------------------------------- GRPO
+def test_the_gradient_of_grpo_is_the_policy_gradient_by_autograd(go, spy, updates, world):
+    """At ratio 1 the clip is silent: -mean_b A_b grad log pi, with F Eq. 5-6 and Q Eq. 4 written out here."""
+    rollouts, rows, start = spy(teach, "roll_out"), spy(rollout, "rows_of"), world.teachers["text"]
+    go("run", *GRPO, "--init", str(start))
+    ((part,), images), student = rollouts[0].result, with_adapter(world, start)
+    trained, scores = list(student.trainable().values()), tiny.quality(images).double().reshape(3, 2)
+    assert scores.std() > 1e-4, "or the gradient below is zero on both sides"
+    advantage_B = ((scores - scores.mean(1, keepdim=True)) / scores.std(correction=0)).flatten().float()
+    cond = student.encode([row.prompt.text for row in rows[0].result])
+    loss, dt = 0.0, 1 / 3
+    for step, t in zip(part["path"][:2], (1.0, 2 / 3)):
+        sigma = 0.7 * math.sqrt(t / (1 - t if t < 1 else dt))
+        v = student.velocity(step.x, t, cond)
+        mean = step.x - (v + sigma**2 / (2 * t) * (step.x + (1 - t) * v)) * dt
+        log_prob_B = -((step.x_next - mean) ** 2 / (2 * sigma**2 * dt)).mean((1, 2, 3))
+        loss = loss - (advantage_B * log_prob_B).mean() / 2
+    expected = flat(torch.autograd.grad(loss, trained))
+    assert expected.norm() > 1e-6
+    assert close(flat(updates[0].grads), expected, 1e-3 * expected.abs().max())
+
+
+@pytest.mark.parametrize("kernel", ["sde", "cps"])
+def test_the_first_ratio_is_exactly_one_and_only_the_first(go, spy, kernel):
+    losses = spy(grpo, "policy_loss")
+    flags = [*GRPO, "--prompts-per-step", "4", "--kernel", kernel, "--warmup", "0"]
+    one = go("one", *flags)
+    line = metrics(one)[0]
+    assert (line["ratio_mean"], line["ratio_std"], line["clip_fraction"]) == (1.0, 0.0, 0.0)
+    assert len(losses) == 2 and all(torch.equal(call.args[0], call.args[1]) for call in losses), "bit for bit"
+    losses.clear()
+    two = go("two", *flags, "--updates", "2")
+    equal = [torch.equal(call.args[0], call.args[1]) for call in losses]
+    assert equal == [True, True, False, False], "each update has its own prompts, the second an older policy"
+    assert all(len(call.args[0]) == 4 for call in losses), "half the prompts, two samples each"
+    assert metrics(two)[0]["ratio_std"] > 0
+    losses.clear()
+    cut = go("cut", *flags, "--updates", "2", "--micro-batch", "3")
+    equal = [(len(call.args[0]), torch.equal(call.args[0], call.args[1])) for call in losses]
+    assert equal == [(3, True)] * 2 + [(1, True)] * 2 + [(3, False)] * 2 + [(1, False)] * 2, "in micro-batches too"
+    assert metrics(cut)[0] == pytest.approx(metrics(two)[0], rel=1e-3, abs=1e-6)
+
+
+def test_guard_and_kl_and_kernel_each_change_what_is_learnt(go, updates):
+    plain = [*GRPO, "--steps", "2", "--warmup", "0", "--lr", "0.01"]
+    variants = {"none": [], "guard": ["--guard"], "kl": ["--beta", "0.1"], "cps": ["--kernel", "cps"]}
+    learnt = {name: weights(go(name, *plain, *flags)) for name, flags in variants.items()}
+    for a, b in combinations(learnt, 2):
+        assert not torch.equal(learnt[a], learnt[b]), f"{a} and {b} are one"
+    grads = dict(zip(variants, (flat(update.grads) for update in updates[::2]), strict=True))
+    assert torch.equal(grads["kl"], grads["none"]), "at its start the student is the base: no KL, no gradient of it"
+    assert not torch.equal(flat(updates[5].grads), flat(updates[1].grads)), "from the second step on there is"
+
+
+def test_grpo_mix_visits_its_tasks_three_to_one_to_one(go, spy):
+    rows = spy(rollout, "rows_of")
+    lines = metrics(go("run", "--stage", "grpo", "--task", "mix", "--steps", "6"))
+    tasks = [{row.prompt.task for row in call.result} for call in rows]
+    assert tasks == [{"composition"}, {"composition"}, {"composition"}, {"text"}, {"quality"}, {"composition"}]
+    # Each task with the reward of its own teacher (F App. A).
+    asked = [{key.removeprefix("reward/") for key in line if key.startswith("reward/")} for line in lines]
+    assert asked == [{"task"}] * 4 + [{"quality", "preference"}, {"task"}], "what is not asked has no number"
+    blend = lines[4]
+    assert blend["reward"] == pytest.approx(0.4 * blend["reward/quality"] + 0.6 * blend["reward/preference"], rel=1e-4)
+    assert all(line["reward"] == line["reward/task"] for line in lines[:4])
+
+
+def test_each_teacher_trains_on_the_prompts_of_its_task(go, spy):
+    rows = spy(rollout, "rows_of")
+    for task in TASKS:
+        go(task, "--stage", "grpo", "--task", task)
+    assert [[row.prompt.task for row in call.result] for call in rows] == [[task] * 6 for task in TASKS]
+
+
+def test_a_reward_that_is_not_a_number_ends_the_run_before_it_reaches_the_weights(go, monkeypatch, capsys, updates):
+    monkeypatch.setitem(tiny.SCORERS, "quality", lambda images, prompts: [0.5] * (len(images) - 1) + [math.nan])
+    go("run", "--stage", "grpo", "--task", "quality", "--rewards", "quality=1", code=2)
+    last = re.split(r"[\r\n]+", capsys.readouterr().err.strip())[-1]
+    assert re.match(r"error: scorer 'quality': nan is not finite, for the prompt '.+'$", last)
+    assert not updates
+
+
+# ------------------------------------------------------------------ which guidance, and where (Q 4.1)
+T2I = ["--stage", "grpo", "--task", "t2i", "--rewards", "quality=1"]
+EDIT = ["--task", "edit", "--rewards", "identity=0.5,quality=0.5"]
+
+
+@pytest.fixture
+def asked(forwards, monkeypatch):
+    """{"rollout", "objective"}: the forwards that each makes."""
+    found, drawing = {"rollout": [], "objective": []}, teach.roll_out
+
+    def phase(name, real):
+        def call(*args):
+            forwards.clear()
+            result = real(*args)
+            found[name] += forwards
+            return result
+
+        return call
+
+    monkeypatch.setattr(teach, "roll_out", phase("rollout", drawing))
+    for name in ("update_policy", "update_forward"):
+        monkeypatch.setattr(teach, name, phase("objective", getattr(teach, name)))
+    return found
+
+
+@pytest.mark.parametrize("stage", ["grpo", "nft"])
+@pytest.mark.parametrize("guidance", ["both", "rollout", "neither"])
+def test_each_strategy_asks_the_empty_prompt_where_it_should_and_nowhere_else(go2, asked, stage, guidance):
+    """Eight rows, three steps of sampling, two trained times; the KL to the base is asked as the objective is."""
+    line = metrics(go2("run", *T2I, "--stage", stage, "--guidance", guidance, "--beta", "0.1"))[0]
+    drawn, trained = asked["rollout"], asked["objective"]
+    shapes = [(len(call.empty), int(call.empty.sum())) for call in drawn]
+    # Under the hybrid in two forwards of eight rows: the objective's have eight, and its first ratio must be 1.
+    per_step = {"both": [(16, 8)], "rollout": [(8, 0), (8, 8)], "neither": [(8, 0)]}[guidance]
+    assert shapes == per_step * 3 and not any(call.grad for call in drawn)
+    whose = [(call.who, call.grad) for call in trained]
+    student, base, old = ("student", True), (None, False), ("student", False)
+    assert whose == ([old] * 2 + [student, base] * 2 if stage == "nft" else [student, base] * 2)
+    expected = (16, 8) if guidance == "both" else (8, 0)
+    assert all((len(call.empty), int(call.empty.sum())) == expected for call in trained)
+    for call in trained:
+        if call.grad:
+            lengths = call.out.grad.flatten(1).norm(dim=1)
+            assert lengths[~call.empty].max() > 0
+            assert not call.empty.any() or lengths[call.empty].max() > 0, "both branches are moved"
+    if stage == "grpo":
+        assert (line["ratio_mean"], line["ratio_std"], line["kl"]) == (1.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("flags", [T2I, [*T2I, *EDIT], [*T2I, "--kernel", "cps"]], ids=["t2i", "edit", "cps"])
+@pytest.mark.parametrize("guidance", ["both", "rollout", "neither"])
+def test_the_first_ratio_is_one_under_every_strategy_and_in_micro_batches(go2, spy, guidance, flags):
+    losses = spy(grpo, "policy_loss")
+    for size in ("0", "2", "3"):
+        line = metrics(go2(f"of{size}", *flags, "--guidance", guidance, "--micro-batch", size))[0]
+        assert (line["ratio_mean"], line["ratio_std"], line["clip_fraction"]) == (1.0, 0.0, 0.0)
+    assert len(losses) == 2 * (1 + 4 + 3)
+    assert all(torch.equal(call.args[0], call.args[1]) for call in losses), "bit for bit"
+
+
+def velocity_of(student, rows, cfg):
+    """v(x, t) with guidance, written out: two forwards, each row with its own source picture."""
+    images = rollout.sources([row.prompt for row in rows])
+    cond, empty = student.encode([row.prompt.text for row in rows], images), student.encode([""] * len(rows), images)
+
+    def v(x, t, c=cfg):
+        toward = student.velocity(x, t, cond)
+        return toward if c == 1 else student.velocity(x, t, empty) + c * (toward - student.velocity(x, t, empty))
+
+    return v
+
+
+@pytest.mark.parametrize("more", [[], EDIT], ids=["t2i", "edit"])
+def test_the_gradient_of_the_hybrid_is_the_guided_policys_over_the_scale_by_autograd(go2, spy, updates, world2, more):
+    """The guided walk is repeated here, F Eq. 5-6 written out, from the rows' own seeds; guidance scale 3."""
+    rows, asked, task = spy(rollout, "rows_of"), spy(teach, "update_policy"), "edit" if more else "t2i"
+    start = world2.teachers[task]
+    go2("run", *T2I, *more, "--guidance", "rollout", "--cfg", "3", "--init", str(start))
+    student, (drawn,) = with_adapter(world2, start), [call.result for call in rows]
+    (part,), advantage_B = asked[0].args[1], asked[0].args[2].flatten()
+    assert {row.prompt.task for row in drawn} == {task} and advantage_B.abs().max() > 0.1
+    trained, noise = list(student.trainable().values()), [row.source() for row in drawn]
+    v = velocity_of(student, drawn, 3.0)
+    x, loss, dt = torch.stack([torch.randn(3, 24, 24, generator=g) for g in noise]), 0.0, 1 / 3
+    for n, t in ((0, 1.0), (1, 2 / 3)):
+        assert close(part["path"][n].x, x, 1e-4), "the states are those that guidance led to"
+        sigma = 0.7 * math.sqrt(t / (1 - t if t < 1 else dt))
+        with torch.no_grad():
+            held = v(x, t) - 3 * v(x, t, 1)  # (1 - w) v_uncond
+        mean = x - (u := held + 3 * v(x, t, 1)) * dt - sigma**2 / (2 * t) * (x + (1 - t) * u) * dt
+        eps = torch.stack([torch.randn(3, 24, 24, generator=g) for g in noise])
+        x = mean.detach() + sigma * math.sqrt(dt) * eps
+        log_prob_B = -((x - mean) ** 2 / (2 * sigma**2 * dt)).mean((1, 2, 3))
+        loss = loss - (advantage_B * log_prob_B).mean() / 2
+    expected = flat(torch.autograd.grad(loss, trained)) / 3
+    assert expected.norm() > 1e-6
+    assert close(flat(updates[0].grads), expected, 1e-3 * expected.abs().max())
+
+
+def test_guidance_and_its_scale_change_what_is_learnt(go2, updates, world2):
+    for name, flags in {"3": ["--cfg", "3"], "2": [], "both": ["--guidance", "both"], "none": ["--cfg", "1"],
+                        "neither": ["--guidance", "neither"], "rescaled": ["--cfg-rescale"]}.items():  # fmt: skip
+        go2(name, *T2I, *flags, "--init", str(world2.teachers["t2i"]))
+    three, two, both, none, neither, rescaled = (flat(update.grads) for update in updates)
+    assert torch.equal(none, neither), "a scale of 1 is no guidance"
+    for a, b in combinations((three, two, both, none, rescaled), 2):
+        assert (a - b).norm() > 1e-2 * a.norm()
+
+
+# ------------------------------------------------------------------------------- DiffusionNFT (Q Eq. 7-9)
+NFT = ["--stage", "nft", "--task", "t2i", "--rewards", "quality=1"]
+
+
+@pytest.mark.parametrize("guidance, more", [("rollout", []), ("both", []), ("rollout", EDIT)])
+def test_the_gradient_of_nft_is_q_eq_8_by_autograd(go2, spy, updates, world2, guidance, more):
+    """From the rows' seeds alone: the guided ODE, the noise of each time, r of the advantages, the loss."""
+    rows, asked, task = spy(rollout, "rows_of"), spy(teach, "update_forward"), "edit" if more else "t2i"
+    start, beta = world2.teachers[task], 0.25
+    flags = ["--guidance", guidance, "--interpolation", str(beta), "--beta", "0.3", "--init", str(start)]
+    flags += ["--group-size", "3"]
+    line = metrics(go2("run", *NFT, *more, *flags))[0]
+    student, drawn, advantage_B = with_adapter(world2, start), rows[0].result, asked[0].args[2].flatten()
+    trained, noise = list(student.trainable().values()), [row.source() for row in drawn]
+    v = velocity_of(student, drawn, 2.0)
+    x = torch.stack([torch.randn(3, 24, 24, generator=g) for g in noise])
+    with torch.no_grad():
+        for t in (1.0, 2 / 3, 1 / 3):
+            x = x - v(x, t) / 3
+    assert close(asked[0].args[1][0]["path"][-1].x_next, x, 1e-4), "Q draws with the ODE, and with guidance"
+    assert more or ((advantage_B.abs() > 1).any() and (advantage_B.abs() < 1).any()), "r saturates for some"
+    r, cfg, distance, fit = (advantage_B.clamp(-1, 1) + 1) / 2, 2 if guidance == "both" else 1, 0.0, 0.0
+    v_base = velocity_of(models.load_tiny(world2.base), drawn, 2.0)
+    eps = {t: torch.stack([torch.randn(3, 24, 24, generator=g) for g in noise]) for t in (1.0, 2 / 3)}
+    for t, e in eps.items():
+        at = (1 - t) * x + t * e
+        now, target = v(at, t, cfg), e - x
+        old = now.detach()
+        good = ((beta * now + (1 - beta) * old - target) ** 2).mean((1, 2, 3))
+        bad = (((1 + beta) * old - beta * now - target) ** 2).mean((1, 2, 3))
+        away = ((now - v_base(at, t, cfg).detach()) ** 2).mean((1, 2, 3))
+        fit, distance = fit + (r * good + (1 - r) * bad).mean() / 2, distance + away.mean() / 2
+    expected = flat(torch.autograd.grad(fit + 0.3 * distance, trained))
+    assert expected.norm() > 1e-4
+    assert close(flat(updates[0].grads), expected, 1e-3 * expected.abs().max())
+    assert line["loss"] == pytest.approx(fit.item(), rel=1e-4) and line["moved"] == 0.0
+    assert line["distance"] == pytest.approx(distance.item(), rel=1e-4) and line["distance"] > 1e-4
+
+
+@pytest.mark.parametrize("more", [[], ["--parameters", "full"]], ids=["lora", "full"])
+def test_the_old_policy_draws_and_follows_by_its_schedule(go2, monkeypatch, more):
+    """old <- d old + (1 - d) new with d = 0 at first, then 0.001 a step; here 1/4, 3/4, 1/2, so that it shows."""
+    assert [nft.old_policy_decay(step) for step in range(3)] == [0.0, 0.001, 0.002]
+    students, draws, schedule, update, drawing = [], [], [0.25, 0.75, 0.5], Run.update, teach.roll_out
+    monkeypatch.setattr(nft, "old_policy_decay", lambda step: schedule[step])
+
+    def now(run):
+        return {name: p.detach().clone() for name, p in run.model.trainable().items()}
+
+    monkeypatch.setattr(Run, "update", lambda run: students.append(now(run)) or update(run))
+    monkeypatch.setattr(teach, "roll_out", lambda run, *args: draws.append(now(run)) or drawing(run, *args))
+    folder = go2("run", *NFT, *more, "--steps", "3", "--warmup", "0", "--lr", "0.01")
+    state = stored(folder)
+    students.append({name: state[f"weights.{name}"] for name in students[0]})
+    old = students[0]
+    for step, decay in enumerate(schedule):
+        assert all(close(draws[step][name], old[name], 1e-6) for name in old)
+        moved = max((draws[step][name] - students[step][name]).abs().max() for name in old)
+        assert moved == 0 if step == 0 else moved > 1e-3, "from the second step on it is not the student that draws"
+        old = {name: decay * old[name] + (1 - decay) * students[step + 1][name] for name in old}
+    assert all(close(state[f"old.{name}"], old[name], 1e-6) for name in old) and len(old) > 10
+    assert metrics(folder)[2]["moved"] > 0 == metrics(folder)[0]["moved"]
+
+
+@pytest.mark.parametrize("more", [[], ["--parameters", "full"]], ids=["lora", "full"])
+def test_micro_batches_of_nft_change_neither_noise_nor_gradient(go2, updates, more):
+    found = []
+    for size in ("0", "1", "3"):
+        folder = go2(f"of{size}", *NFT, *more, "--beta", "0.1", "--micro-batch", size)
+        found.append((flat(updates[-1].grads), metrics(folder)[0]))
+    for gradient, line in found[1:]:
+        assert (gradient - found[0][0]).abs().max() < 1e-5 * found[0][0].abs().max() > 0
+        assert line == pytest.approx(found[0][1], rel=1e-3, abs=1e-6)

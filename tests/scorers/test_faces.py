@@ -1,0 +1,187 @@
+"""Oracles for face identity: the rule on hand-made embeddings, and, where dlib is installed, real photographs."""
+
+import importlib.util
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+
+from data.files import Prompt
+from rewards import RewardError
+from scorers import faces as F
+
+
+def face(*embedding, box=(0, 0, 10, 10)):
+    return F.Face(box, np.array(embedding, dtype=np.float64))
+
+
+def prompts(*texts):
+    return [Prompt(text, "edit", {}, f"p.jsonl:{line}") for line, text in enumerate(texts, start=1)]
+
+
+def refusal(call, *arguments):
+    """The message of the RewardError that a call gives; it is one line."""
+    with pytest.raises(RewardError) as error:
+        call(*arguments)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# ------------------------------------------------------------------------------------------------------- the rule
+def test_the_score_is_the_cosine_stretched_from_strangers_to_one():
+    assert F.similarity([3, 4], [4, 3]) == pytest.approx(24 / 25)
+    assert F.similarity([3, 4], [8, 6]) == pytest.approx(24 / 25), "lengths do not count"
+    assert F.similarity([3, 4], [4, 3], stranger=0.9) == pytest.approx(0.6)
+    assert F.similarity([1, 0], [-1, 0]) == 0 and F.similarity([1, 0], [-1, 0], stranger=-1.0) == 0
+    assert F.similarity([1, 0], [0, 1], stranger=-1.0) == 0.5 and F.similarity([1, 0], [0, 1], stranger=0.5) == 0
+    assert all(F.similarity(x, x, 0.8) <= 1 for x in np.random.default_rng(0).normal(size=(99, 7))), "rounding is cut"
+    for a, b in (([0, 0], [1, 0]), ([1, 0], [1, 0, 0]), ([math.nan, 1], [1, 1]), ([[1.0]], [[1.0]])):
+        with pytest.raises(ValueError, match="cannot be compared"):
+            F.similarity(a, b)
+
+
+def test_the_largest_face_of_the_source_is_the_one_to_be_kept():
+    subject, passer_by = face(1, 0, box=(5, 5, 25, 30)), face(0, 1, box=(0, 0, 22, 22))
+    for source in ([subject, passer_by], [passer_by, subject]):
+        assert F.identity(source, [face(1, 0)]) == 1 and F.identity(source, [face(0, 1)]) == 0
+
+
+def test_the_likeliest_face_of_the_result_counts_wherever_and_however_large_it_is():
+    crowd = [face(0, 1, box=(0, 0, 99, 99)), face(3, 4, box=(50, 0, 55, 5)), face(-1, 0)]
+    assert F.identity([face(4, 3)], crowd) == F.identity([face(4, 3)], crowd[::-1]) == pytest.approx(24 / 25)
+
+
+def test_a_source_without_a_face_is_not_applicable_and_a_result_without_one_is_zero():
+    assert F.identity([], [face(1, 0)]) is None and F.identity([], []) is None
+    assert F.identity([face(1, 0)], []) == 0
+
+
+# ----------------------------------------------------------------------------------------------------- the scorer
+def toy_engine():
+    """Sees a face in a picture that is not black: its embedding is the mean colour; `seen` counts the pictures."""
+    seen = []
+
+    def find(pixels):
+        seen.append(pixels.shape)
+        color = pixels.reshape(-1, 3).mean(0)
+        return [face(*color)] if color.any() else []
+
+    return F.Engine(find, 0.0), seen
+
+
+def plain(red, green, blue, side=4):
+    return torch.tensor([red, green, blue], dtype=torch.float32).view(3, 1, 1).expand(3, side, side).clone()
+
+
+def test_each_sample_is_compared_with_its_own_source():
+    engine, seen = toy_engine()
+    scorer = F.scorer(engine)
+    images = torch.stack([plain(1, 0, 0), plain(0.6, 0.8, 0), plain(0.6, 0.8, 0), plain(0, 0, 0), plain(0, 1, 0)])
+    red, green = plain(1, 0, 0, side=6), plain(0, 1, 0, side=5)
+    scores = scorer.score(images, prompts(*"abcde"), [red, red, green, green, green])
+    assert scores.tolist() == pytest.approx([1, 0.6, 0.8, 0, 1], abs=0.01) and scores.dtype == torch.float32
+    assert (scorer.name, scorer.low, scorer.high) == ("identity", 0.0, 1.0)
+    assert scorer.score.report == {"samples": 5, "no face in the source": 0, "no face in the result": 1}
+    assert seen.count((6, 6, 3)) == seen.count((5, 5, 3)) == 1, "a group's source is looked at once"
+    scorer.score(images[3:4], prompts("f"), [red])
+    assert scorer.score.report == {"samples": 6, "no face in the source": 0, "no face in the result": 2}
+
+
+def test_a_source_without_a_face_is_an_error_that_names_the_prompt():
+    scorer = F.scorer(toy_engine()[0])
+    images, black = plain(1, 0, 0)[None], plain(0, 0, 0)
+    message = refusal(scorer.score, images, prompts("give her a hat"), [black])
+    assert "'give her a hat'" in message and "identity" in message and "skip" in message
+
+
+def test_or_it_is_skipped_with_one_neutral_score_for_the_whole_group():
+    scorer = F.scorer(toy_engine()[0], no_face="skip")
+    images = torch.stack([plain(1, 0, 0), plain(0, 1, 0), plain(0, 0, 0)])
+    scores = scorer.score(images, prompts("p", "p", "p"), [plain(0, 0, 0)] * 3)
+    assert scores.tolist() == [F.NEUTRAL] * 3 and (scores - scores.mean()).eq(0).all(), "no advantage for anybody"
+    assert scorer.score.report == {"samples": 3, "no face in the source": 3, "no face in the result": 0}
+
+
+def test_what_cannot_be_scored_is_named():
+    scorer = F.scorer(toy_engine()[0])
+    assert "source images" in refusal(scorer.score, plain(1, 0, 0)[None], prompts("p"), None)
+    bad = plain(1, 0, 0)
+    bad[0, 1, 2] = math.inf
+    assert "has diverged, for the prompt 'my p'" in refusal(scorer.score, bad[None], prompts("my p"), [plain(1, 0, 0)])
+    with pytest.raises(ValueError, match="error, skip"):
+        F.scorer(toy_engine()[0], no_face="ignore")
+
+
+def test_a_missing_engine_names_the_extra_and_missing_files_their_folder(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "dlib", None)
+    assert "[face]" in refusal(F.scorer)
+    monkeypatch.setitem(sys.modules, "dlib", type(sys)("dlib"))
+    assert str(tmp_path / F.DLIB_FILES[0]) in refusal(F.dlib_engine, str(tmp_path))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "[face]" in refusal(F.dlib_engine)
+
+
+# ------------------------------------------------------------------------------------------------ real photographs
+def photograph(package, path):
+    spec = importlib.util.find_spec(package)
+    file = Path(spec.origin).parent / path if spec else None
+    if file is None or not file.is_file():
+        pytest.skip(f"{package} with its sample photograph is not installed")
+    return Image.open(file).convert("RGB")
+
+
+@pytest.fixture(scope="module")
+def dlib_scorer():
+    pytest.importorskip("dlib", exc_type=ImportError)
+    return F.scorer()
+
+
+@pytest.fixture(scope="module")
+def hopper():
+    return photograph("matplotlib", "mpl-data/sample_data/grace_hopper.jpg")
+
+
+def tensor(image):
+    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float() / 255
+
+
+def score(scorer, source, result):
+    return scorer.score(tensor(result)[None], prompts("an edit"), [tensor(source)]).item()
+
+
+def test_one_person_keeps_her_identity_through_edits_that_do_not_touch_it(dlib_scorer, hopper):
+    assert score(dlib_scorer, hopper, hopper) == 1
+    for edited in (
+        ImageOps.mirror(hopper),
+        ImageOps.grayscale(hopper).convert("RGB"),
+        ImageEnhance.Brightness(hopper).enhance(1.3),
+        hopper.filter(ImageFilter.GaussianBlur(2)),
+        hopper.resize((256, 300)),
+        hopper.resize((1024, 1200)),
+    ):
+        assert 0.85 < score(dlib_scorer, hopper, edited) < 1
+
+
+def test_a_picture_without_her_scores_zero_and_is_counted(dlib_scorer, hopper):
+    before = dlib_scorer.score.report["no face in the result"]
+    assert score(dlib_scorer, hopper, Image.new("RGB", (300, 300), "gray")) == 0
+    assert dlib_scorer.score.report["no face in the result"] == before + 1
+    assert "no face found" in refusal(score, dlib_scorer, Image.new("RGB", (300, 300), "gray"), hopper)
+
+
+def test_another_person_scores_below_half_and_a_crowd_as_its_likeliest_member(dlib_scorer, hopper):
+    collins = photograph("skimage", "data/astronaut.png")
+    assert 0.3 < score(dlib_scorer, hopper, collins) < 0.5 and 0.3 < score(dlib_scorer, collins, hopper) < 0.5
+    together = Image.new("RGB", (1024, 600))
+    together.paste(collins, (0, 0))
+    together.paste(hopper, (512, 0))
+    assert score(dlib_scorer, collins, together) > 0.9 and score(dlib_scorer, hopper, together) > 0.9
+    assert score(dlib_scorer, together, hopper) > 0.9, "she fills more of the picture"
+
+
+def test_a_tilted_head_is_not_taken_for_a_lost_one(dlib_scorer, hopper):
+    assert score(dlib_scorer, hopper, hopper.rotate(45)) > 0.85

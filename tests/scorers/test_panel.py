@@ -1,0 +1,705 @@
+"""Oracles for the panel: who is asked about what, whose answer goes where, what a lost group costs, known alarms."""
+
+import json
+import math
+import random
+import threading
+import time
+import warnings
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+
+import grpo
+import reward_model
+from data.files import Prompt
+from rewards import RewardError, Scorer
+from scorers import faces, recipe, remote
+from scorers import local as scorers
+from scorers import panel as S
+from scorers import vlm as judges
+from settings import TINY_REWARDS
+from tiny import drawings as tiny
+from tiny import edits as tiny_edit
+
+P, G = 4, 3  # prompts and their samples; with K = 3 scorers no two sizes are alike but K and G, hence:
+B = P * G
+
+
+def prompt(number, task="text", **metadata):
+    return Prompt(f"p{number}", task, metadata, f"mine.jsonl:{number + 1}")
+
+
+def batch(*prompts):
+    """Every prompt G times, group by group."""
+    return [p for p in prompts for _ in range(G)]
+
+
+def pictures(count=B):
+    """(count, 3, 2, 5); a picture tells which row of the batch it is."""
+    return torch.arange(count).float()[:, None, None, None].expand(count, 3, 2, 5) / 100
+
+
+def row_of(picture):
+    return round(picture.mean().item() * 100)
+
+
+class Fake:
+    """A scorer that answers `values[row]` about the picture of a row; `fails` is asked about every row first.
+
+    It notes what it was asked, takes its time and looks at the pictures in an order of its own.
+    """
+
+    def __init__(self, name, values=None, fails=lambda row, prompt: None, seconds=0.0, low=-math.inf, high=math.inf):
+        self.values = np.arange(1.0, B + 1) if values is None else np.asarray(values)
+        self.calls, self.fails, self.seconds = [], fails, seconds
+        self.scorer = Scorer(name, self.score, low, high)
+
+    def score(self, images, prompts, sources=None):
+        assert images.shape[1:] == (3, 2, 5) and len(images) == len(prompts)
+        rows = [row_of(image) for image in images]
+        self.calls.append((rows, [p.text for p in prompts], sources))
+        found = torch.zeros(len(rows))
+        for i in random.Random(len(rows)).sample(range(len(rows)), len(rows)):
+            time.sleep(self.seconds)
+            self.fails(rows[i], prompts[i])
+            found[i] = float(self.values[rows[i]])
+        return found
+
+
+def panel(weights, *fakes, **more):
+    return S.Panel([fake.scorer for fake in fakes], weights, **more)
+
+
+def refuses(*rows, kind=RewardError, words="no score"):
+    def fails(row, prompt):
+        if row in rows:
+            raise kind(f"{words} for the prompt {prompt.text!r}")
+
+    return fails
+
+
+# --------------------------------------------------------------------------------------------------- whose weights
+def test_a_prompts_weights_are_its_categorys_else_its_tags_else_its_tasks_else_the_defaults():
+    rows = {"mine": {"a": 1.0}, "colors": {"a": 2.0}, "text": {"a": 3.0}, "default": {"a": 4.0, "b": 5.0}}
+    full = prompt(0, "text", category="mine", tag="colors")
+    for known, expected in (("mine colors text", 1), ("colors text", 2), ("text", 3), ("", 4)):
+        some = panel({c: rows[c] for c in (*known.split(), "default")}, Fake("a"), Fake("b"))
+        assert some.weight("a", full) == expected and some.category(full) == (*known.split(), "default")[0]
+        assert some.weight("b", full) == (5 if expected == 4 else 0), "another row adds nothing to the one that serves"
+    plain = panel({c: rows[c] for c in ("colors", "text", "default")}, Fake("a"), Fake("b"))
+    assert plain.weight("a", prompt(1, "text")) == 3 and plain.weight("a", prompt(1, "quality", tag="colors")) == 2
+    assert plain.weight("a", prompt(1, "quality", category="other")) == 4
+
+
+def test_a_prompt_that_no_weights_serve_is_an_error_that_names_its_line():
+    some = panel({"text": {"a": 1.0}}, Fake("a"), drop=True)
+    assert some.category(prompt(1, "quality", tag="colors", category="mine")) is None
+    message = "^mine.jsonl:2: no weights for the category 'quality', and no 'default' ones$"
+    with pytest.raises(RewardError, match=message):
+        some.weight("a", prompt(1, "quality", tag="colors"))
+    with pytest.raises(RewardError, match=message):  # a mistake in the recipe, which no dropped group mends
+        some.ask(pictures(6), batch(prompt(0), prompt(1, "quality")), G)
+
+
+@pytest.mark.parametrize("names", ["a", "a b c"])
+def test_every_scorer_needs_a_use_and_every_name_a_scorer(names):
+    with pytest.raises(ValueError, match=r"^weights and watch name \['a', 'b'\], the scorers are \['a'"):
+        panel({"default": {"a": 1.0}}, *map(Fake, names.split()), watched=["b"])
+    panel({"default": {"a": 1.0}}, Fake("a"), Fake("b"), watched=["b"])
+
+
+# ------------------------------------------------------------------------------------------------- who is asked
+MIXED = [prompt(0, "text"), prompt(1, "quality"), prompt(2, "composition", tag="colors"), prompt(3, "quality")]
+MIXED_WEIGHTS = {
+    "text": {"a": 2.0, "b": 0.0}, "quality": {"b": -3.0, "a": 0.5}, "colors": {"c": 1.0}, "composition": {"a": 9.0},
+}  # fmt: skip
+# a row of (K, P): by hand from the two above
+WEIGHTS_KP = np.array([[2.0, 0.5, 0.0, 0.5], [0.0, -3.0, 0.0, -3.0], [0.0, 0.0, 1.0, 0.0]])
+
+
+def mixed(**more):
+    rng = np.random.default_rng(5)
+    fakes = [Fake(name, rng.normal(size=B).round(3)) for name in "abc"]
+    return panel(MIXED_WEIGHTS, *fakes, **more), fakes
+
+
+def test_each_scorer_is_asked_once_about_the_rows_where_it_counts_and_answers_go_back_to_their_rows():
+    some, fakes = mixed()
+    order = [8, 3, 11, 0, 5, 2, 9, 1, 7, 4, 10, 6]  # pictures that lie otherwise than their numbers
+    prompts = batch(*MIXED)
+    found = some.ask(pictures()[order], prompts, G)
+    assert found.names == ("a", "b", "c") and found.values.dtype == np.float64 and not found.lost.any()
+    for k, (fake, rows) in enumerate(zip(fakes, ([0, 1, 2, 3, 4, 5, 9, 10, 11], [3, 4, 5, 9, 10, 11], [6, 7, 8]))):
+        assert fake.calls == [([order[b] for b in rows], [prompts[b].text for b in rows], None)]
+        expected = [fake.values[order[b]] if b in rows else math.nan for b in range(B)]
+        np.testing.assert_allclose(found.values[k], expected, rtol=1e-6)
+
+
+def test_a_scorer_that_counts_nowhere_in_a_batch_is_left_in_peace():
+    some, fakes = mixed()
+    found = some.ask(pictures(6), batch(MIXED[0], MIXED[2]), G)
+    assert [len(fake.calls) for fake in fakes] == [1, 0, 1] and np.isnan(found.values[1]).all()
+
+
+def test_a_watched_scorer_is_asked_about_everything_and_pays_nothing():
+    some, fakes = mixed(watched=("c", "b"))
+    found = some.ask(pictures(), batch(*MIXED), G)
+    assert [len(fake.calls[0][0]) for fake in fakes] == [9, 12, 12] and not np.isnan(found.values[1:]).any()
+    alone, _ = mixed()
+    quiet = alone.ask(pictures(), batch(*MIXED), G)
+    assert np.array_equal(some.totals(found, batch(*MIXED)), alone.totals(quiet, batch(*MIXED)))
+    for combine in ("sum", "normalised"):
+        a, b = (x.advantages(y, batch(*MIXED), G, combine, "batch") for x, y in ((some, found), (alone, quiet)))
+        assert torch.equal(a, b) and a.abs().sum() > 1
+
+
+def test_a_batch_of_edits_and_others_is_asked_about_one_after_the_other():
+    """A scorer sees a source for every picture or none at all; answers go back to their rows."""
+    fake = Fake("a", [7.0, 5.0, 3.0, 2.0, 11.0, 13.0])
+    some, prompts = panel({"text": {"a": 1.0}}, fake), [prompt(i) for i in range(6)]
+    order = [5, 0, 3, 1, 4, 2]
+    found = some.ask(pictures()[order], prompts, 1, ["s0", None, None, "s3", None, "s5"])
+    assert fake.calls == [([5, 1, 2], ["p0", "p3", "p5"], ["s0", "s3", "s5"]), ([0, 3, 4], ["p1", "p2", "p4"], None)]
+    assert found.values.tolist() == [[13.0, 7.0, 2.0, 5.0, 11.0, 3.0]] and not found.lost.any()
+
+
+def test_a_scorer_that_counts_for_other_prompts_alone_is_handed_no_sources_at_all():
+    edits, others = Fake("a"), Fake("b")
+    some = panel({"edit": {"a": 1.0}, "t2i": {"b": 1.0}}, edits, others)
+    prompts = [prompt(0, "t2i"), prompt(1, "edit"), prompt(2, "t2i"), prompt(3, "edit")]
+    found = some.ask(pictures(4), prompts, 1, [None, "s1", None, "s3"])
+    assert edits.calls == [([1, 3], ["p1", "p3"], ["s1", "s3"])] and others.calls == [([0, 2], ["p0", "p2"], None)]
+    np.testing.assert_array_equal(found.values, [[math.nan, 2, math.nan, 4], [1, math.nan, 3, math.nan]])
+
+
+def test_a_group_of_edits_is_lost_alone_where_others_are_drawn_with_it():
+    fake = Fake("a", fails=refuses(4))
+    some = panel({"default": {"a": 1.0}}, fake, drop=True)
+    sources = [None] * G + ["s1"] * G + [None] * G + ["s3"] * G
+    found = some.ask(pictures(), batch(*(prompt(i) for i in range(P))), G, sources)
+    assert found.lost.tolist() == [False] * G + [True] * G + [False] * 2 * G
+    kept = [b for b in range(B) if b not in (3, 4, 5)]
+    assert found.values[0, kept].tolist() == [float(b + 1) for b in kept]
+
+
+def test_sources_go_with_their_pictures():
+    some, fakes = mixed()
+    some.ask(pictures(), batch(*MIXED), G, [f"source {b}" for b in range(B)])
+    for fake in fakes:
+        rows, _, sources = fake.calls[0]
+        assert sources == [f"source {row}" for row in rows]
+
+
+# ---------------------------------------------------------------------------------- a score that cannot be had
+def one(value, low=0.0, high=1.0, **more):
+    """A panel of two scorers of which `b` says `value` about row 4, the second sample of the second prompt."""
+    values = np.full(B, 0.5)
+    values[4] = value
+    return panel({"default": {"a": 1.0, "b": 1.0}}, Fake("a"), Fake("b", values, low=low, high=high), **more)
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [(math.nan, "nan is not finite"), (math.inf, "inf is not finite"), (-math.inf, "-inf is not finite"),
+     (1.5, r"1\.5 is outside \[0\.0, 1\.0\]"), (-0.25, r"-0\.25 is outside \[0\.0, 1\.0\]")],
+)  # fmt: skip
+def test_an_answer_that_is_no_score_ends_the_step_and_names_scorer_and_prompt(value, said):
+    with pytest.raises(RewardError, match=f"^scorer 'b': {said}, for the prompt 'p1'$"):
+        one(value).ask(pictures(), batch(*MIXED), G)
+    assert not one(0.75).ask(pictures(), batch(*MIXED), G).lost.any()
+    if math.isfinite(value):
+        found = one(value, -math.inf, math.inf).ask(pictures(), batch(*MIXED), G)
+        assert found.values[1, 4] == value, "a scorer without a range may say any number"
+
+
+@pytest.mark.parametrize("shape", [(B, 1), (B - 1,), ()])
+def test_an_answer_of_another_shape_is_no_answer(shape):
+    wrong = Scorer("b", lambda images, prompts, sources: torch.ones(shape), 0.0, 1.0)
+    with pytest.raises(RewardError, match=r"^scorer 'b': 12 prompts but scores of shape \("):
+        S.Panel([wrong], {"default": {"b": 1.0}}).ask(pictures(), batch(*MIXED), G)
+
+
+def test_whatever_cannot_be_judged_is_a_reward_error_and_a_bug_is_not():
+    weights, prompts = {"default": {"b": 1.0}}, batch(*MIXED)
+    with pytest.raises(RewardError, match="^scorer 'b': no score for the prompt 'p2'$"):
+        panel(weights, Fake("b", fails=refuses(7))).ask(pictures(), prompts, G)
+    with pytest.raises(RewardError, match="^scorer 'b': no target for the prompt 'p2'$"):
+        fails = refuses(7, kind=ValueError, words="no target")
+        panel(weights, Fake("b", fails=fails)).ask(pictures(), prompts, G)
+    for drop in (False, True):
+        with pytest.raises(ZeroDivisionError, match="^no score"):
+            panel(weights, Fake("b", fails=refuses(7, kind=ZeroDivisionError)), drop=drop).ask(pictures(), prompts, G)
+
+
+def test_dropping_loses_exactly_the_groups_that_a_scorer_fails_on():
+    a, b = Fake("a"), Fake("b", fails=refuses(4, 5, 10))  # two samples of prompt 1, one of prompt 3
+    found = panel({"default": {"a": 1.0, "b": 1.0}}, a, b, drop=True).ask(pictures(), batch(*MIXED), G)
+    assert found.lost.tolist() == [False] * 3 + [True] * 3 + [False] * 3 + [True] * 3
+    assert len(a.calls) == 1 and not np.isnan(found.values[0]).any()
+    assert [rows for rows, _, _ in b.calls] == [list(range(B)), *([g, g + 1, g + 2] for g in range(0, B, 3))]
+    np.testing.assert_array_equal(found.values[1], [1, 2, 3, *[math.nan] * 3, 7, 8, 9, *[math.nan] * 3])
+
+
+def test_a_failure_is_looked_for_only_where_the_scorer_counts():
+    weights = {"quality": {"b": 1.0}, "default": {"a": 1.0}}
+    b = Fake("b", fails=refuses(10))
+    found = panel(weights, Fake("a"), b, drop=True).ask(pictures(), batch(*MIXED), G)
+    assert [rows for rows, _, _ in b.calls] == [[3, 4, 5, 9, 10, 11], [3, 4, 5], [9, 10, 11]]
+    assert found.lost.tolist() == [False] * 9 + [True] * 3
+    np.testing.assert_array_equal(found.values[1], [*[math.nan] * 3, 4, 5, 6, *[math.nan] * 6])
+
+
+def test_several_scorers_losses_add_up_and_a_fault_that_passes_loses_nothing():
+    a, b = Fake("a", fails=refuses(0)), Fake("b", fails=refuses(8))
+    weights = {"default": {"a": 1.0, "b": 1.0}}
+    found = panel(weights, a, b, drop=True).ask(pictures(), batch(*MIXED), G)
+    assert found.lost.reshape(P, G).all(1).tolist() == [True, False, True, False]
+    assert found.lost.reshape(P, G).any(1).tolist() == [True, False, True, False]
+    moods = iter([RewardError("gone"), None, None, None, None])
+
+    def moody(row, prompt):
+        if row == 0 and (mood := next(moods)):
+            raise mood
+
+    found = panel({"default": {"a": 1.0}}, Fake("a", fails=moody), drop=True).ask(pictures(), batch(*MIXED), G)
+    assert not found.lost.any() and found.values[0].tolist() == list(range(1, B + 1))
+
+
+def test_a_nan_is_a_failure_that_can_be_dropped_too():
+    found = one(math.nan, drop=True).ask(pictures(), batch(*MIXED), G)
+    assert found.lost.reshape(P, G).all(1).tolist() == [False, True, False, False] and found.lost.sum() == G
+
+
+# -------------------------------------------------------------------------------------------------- advantages
+def scored(lost=()):
+    """A panel, its answers about the mixed batch, some groups lost, and the prompts."""
+    some, _ = mixed()
+    found = some.ask(pictures(), batch(*MIXED), G)
+    for p in lost:
+        found.lost[p * G : p * G + G] = True
+    return some, found, batch(*MIXED)
+
+
+def by_hand(values_KPG, weights_KP, combine, std):
+    """F 4.1, Q Eq. 4 and 13, group by group, in plain numbers; where a weight is 0 the scorer was not asked."""
+    K, P, G = values_KPG.shape
+    total = np.zeros((P, G))
+    for p in range(P):
+        for k in range(K):
+            if weights_KP[k, p] != 0:
+                r = values_KPG[k, p]
+                part = r if combine == "sum" else (r - r.mean()) / math.sqrt(sum((r - r.mean()) ** 2) / G)
+                total[p] += weights_KP[k, p] * part
+    if combine == "normalised":
+        return total
+    deviations = total - total.mean(1, keepdims=True)
+    return deviations / {"none": 1.0, "batch": total.std(), "group": total.std(1, keepdims=True)}[std]
+
+
+WAYS = [("sum", "group"), ("sum", "batch"), ("sum", "none"), ("normalised", "group")]
+
+
+@pytest.mark.parametrize(("combine", "std"), WAYS)
+def test_advantages_are_the_papers_by_hand_with_each_prompts_own_weights(combine, std):
+    some, found, prompts = scored()
+    advantages = some.advantages(found, prompts, G, combine, std)
+    assert advantages.shape == (P, G) and advantages.dtype == torch.float32
+    values = found.values.reshape(3, P, G)
+    np.testing.assert_allclose(advantages, by_hand(values, WEIGHTS_KP, combine, std), rtol=1e-5)
+    # Planted bugs: the default's weights for all, or another prompt's, give something else.
+    full = np.where(np.isnan(values), np.arange(G) ** 2, values)
+    for wrong in (np.ones_like(WEIGHTS_KP), np.roll(WEIGHTS_KP, 1, axis=1), np.abs(WEIGHTS_KP)):
+        assert np.abs(by_hand(full, wrong, combine, std) - advantages.numpy()).max() > 0.1
+
+
+def test_the_weights_reach_q_eq_13_as_one_column_a_prompt(monkeypatch):
+    """K = P here, so that weights the other way round would pass unseen by their shape."""
+    some, found, prompts = scored()
+    fourth = Fake("d", np.linspace(0, 1, B) ** 2)
+    square = panel({c: {**row, "d": 7.0} for c, row in MIXED_WEIGHTS.items()},
+                   *(Fake(n, v) for n, v in zip("abc", np.nan_to_num(found.values))), fourth)  # fmt: skip
+    answers = square.ask(pictures(), prompts, G)
+    weights = np.vstack([WEIGHTS_KP, np.full(P, 7.0)])
+    values = np.nan_to_num(answers.values).reshape(P, P, G)
+    right = square.advantages(answers, prompts, G, "normalised", "group")
+    np.testing.assert_allclose(right, by_hand(values, weights, "normalised", "group"), rtol=1e-5, atol=1e-6)
+    real = grpo.multi_reward_advantages
+    monkeypatch.setattr(grpo, "multi_reward_advantages", lambda values, weights: real(values, weights.T))
+    assert not torch.allclose(square.advantages(answers, prompts, G, "normalised", "group"), right, atol=0.1)
+
+
+def test_one_scorer_is_normalised_alike_however_it_is_combined():
+    some, found, prompts = scored()
+    only = S.Panel([some.scorers["a"]], {"default": {"a": 2.5}})
+    answers = only.ask(pictures(), prompts, G)
+    a, b = (only.advantages(answers, prompts, G, combine, "group") for combine in ("sum", "normalised"))
+    torch.testing.assert_close(b, 2.5 * a, msg="Eq. 4 is blind to a factor, Eq. 13 weighs after the division")
+
+
+@pytest.mark.parametrize(("combine", "std"), WAYS)
+def test_a_lost_group_gets_nothing_and_has_no_influence_on_the_others(combine, std):
+    some, found, prompts = scored(lost=[1])
+    found.values[:, 4] = [1e6, math.nan, -1e6]  # whatever stands there
+    advantages = some.advantages(found, prompts, G, combine, std)
+    assert advantages.shape == (P, G) and torch.equal(advantages[1], torch.zeros(G))
+    kept = [0, 2, 3]
+    values = found.values.reshape(3, P, G)[:, kept]
+    np.testing.assert_allclose(advantages[kept], by_hand(values, WEIGHTS_KP[:, kept], combine, std), rtol=1e-5)
+    if std == "batch":  # planted bug: the lost group counted as a group of zeros
+        zeros = np.nan_to_num(np.insert(values, 1, 0.0, axis=1))
+        wrong = by_hand(zeros, WEIGHTS_KP, combine, std)[kept]
+        assert np.abs(wrong - advantages[kept].numpy()).max() > 0.05
+
+
+@pytest.mark.parametrize(("combine", "std"), WAYS)
+def test_where_every_group_is_lost_there_is_no_advantage_and_no_warning(combine, std):
+    some, found, prompts = scored(lost=range(P))
+    found.values[:] = math.nan
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(some.advantages(found, prompts, G, combine, std), torch.zeros(P, G))
+        metrics = S.metrics(some, found, prompts, G)
+    assert metrics.pop("lost") == 1 and all(map(math.isnan, metrics.values()))
+
+
+def test_a_sample_moves_its_own_group_only():
+    some, found, prompts = scored()
+    before = some.advantages(found, prompts, G, "sum", "group")
+    found.values[0, 10] += 1.0  # prompt 3
+    after = some.advantages(found, prompts, G, "sum", "group")
+    assert torch.equal(after[:3], before[:3]) and not torch.allclose(after[3], before[3], atol=0.01)
+
+
+def test_unknown_ways_to_combine_are_refused():
+    some, found, prompts = scored()
+    with pytest.raises(ValueError, match="combine must be sum or normalised, not 'mean'"):
+        some.advantages(found, prompts, G, "mean", "group")
+    with pytest.raises(ValueError, match="std must be one of"):
+        some.advantages(found, prompts, G, "sum", "all")
+
+
+# ------------------------------------------------------------------------------------------- what is logged of it
+def small():
+    """Two scorers, two prompts of two samples; `b` counts for the second prompt alone. By hand throughout."""
+    some = panel({"text": {"a": 2.0}, "quality": {"a": 1.0, "b": -0.5}}, Fake("a"), Fake("b"))
+    prompts = [prompt(0)] * 2 + [prompt(1, "quality")] * 2
+    values = np.array([[1.0, 4.0, 3.0, 5.0], [math.nan, math.nan, 2.0, 8.0]])
+    return some, S.Scores(("a", "b"), values, np.zeros(4, bool)), prompts
+
+
+def test_totals_are_weighted_sums_and_nan_for_what_is_lost():
+    some, found, prompts = small()
+    assert some.totals(found, prompts).tolist() == [2.0, 8.0, 3 - 0.5 * 2, 5 - 0.5 * 8]
+    found.lost[:2] = True
+    np.testing.assert_array_equal(some.totals(found, prompts), [math.nan, math.nan, 2.0, 1.0])
+
+
+def test_the_metrics_by_hand():
+    some, found, prompts = small()
+    # totals 2 8 | 2 1: their mean is 13/4; half the distances within groups are 3 and 1/2
+    expected = {"reward": 3.25, "group_std": 1.75, "reward/a": 13 / 4, "reward/b": 5.0, "lost": 0.0}
+    assert S.metrics(some, found, prompts, 2) == pytest.approx(expected)
+    found.lost[:2], found.values[0, :2] = True, math.nan
+    expected = {"reward": 1.5, "group_std": 0.5, "reward/a": 4.0, "reward/b": 5.0, "lost": 0.5}
+    assert S.metrics(some, found, prompts, 2) == pytest.approx(expected), "a lost row is no 0"
+    only = S.metrics(some, S.Scores(found.names, np.where([[True], [False]], 1.0, math.nan) * np.ones((2, 4)),
+                                    np.zeros(4, bool)), [prompt(0)] * 4, 2)  # fmt: skip
+    assert math.isnan(only["reward/b"]) and only["reward/a"] == 1 and only["reward"] == 2
+
+
+def test_shares_of_a_batch_are_joined_row_by_row():
+    _, found, _ = small()
+    parts = [S.Scores(found.names, found.values[:, rows], np.array(lost)) for rows, lost in
+             (([0], [True]), ([1, 2, 3], [False, True, False]))]  # fmt: skip
+    whole = S.joined(parts)
+    assert whole.names == ("a", "b") and whole.lost.tolist() == [True, False, True, False]
+    np.testing.assert_array_equal(whole.values, found.values)
+
+
+def test_histograms_hold_every_answer_and_nothing_else():
+    _, found, _ = small()
+    shown = S.histograms(found)
+    assert {key: values.tolist() for key, values in shown.items()} == {"rewards/a": [1, 4, 3, 5], "rewards/b": [2, 8]}
+    found.values[1] = math.nan
+    assert list(S.histograms(found)) == ["rewards/a"], "an empty one cannot be drawn"
+
+
+UP, FLAT, DOWN = [0.1, 0.3, 0.5, 0.7], [0.4] * 4, [0.7, 0.5, 0.3, 0.1]
+ALARMS = [  # trained, watched, window, drop, alarm; with windows of 2: UP goes 0.2 -> 0.6, DOWN 0.6 -> 0.2
+    (UP, DOWN, 2, 0.3, True),
+    (UP, DOWN, 2, 0.41, False),  # it fell by 0.4
+    (UP, UP, 2, 0.001, False),
+    (DOWN, DOWN, 2, 0.001, False),
+    (FLAT, DOWN, 2, 0.001, False),  # nothing is gained by it
+    (DOWN, UP, 2, 0.001, False),
+    (UP, FLAT, 2, 0.001, False),
+    (UP[:3], DOWN[:3], 2, 0.001, False),  # before two windows
+    (UP, DOWN[:3], 2, 0.001, False),
+    (UP, DOWN, 4, 0.001, False),
+    ([0.1, 0.2], [0.9, 0.1], 1, 0.7, True),
+    # the best stretch is not the first one: 0.2 0.5 0.7 0.4 in windows of 2
+    ([0, 0, 1, 1, 1], [0.1, 0.3, 0.7, 0.7, 0.1], 2, 0.25, True),
+    ([0, 0, 1, 1, 1], [0.1, 0.3, 0.7, 0.7, 0.1], 2, 0.35, False),
+    # one spike is no stretch: best 0.5, last 0.4
+    ([0, 0, 1, 1, 1, 1], [0.4, 0.4, 0.4, 0.6, 0.4, 0.4], 2, 0.15, False),
+    # and a trained reward that fell back to where it began has not risen
+    ([0.5, 0.5, 0.9, 0.5, 0.5], [0.9, 0.9, 0.9, 0.1, 0.1], 2, 0.1, False),
+]
+
+
+@pytest.mark.parametrize(("trained", "watched", "window", "drop", "alarm"), ALARMS)
+def test_the_alarm_by_hand(trained, watched, window, drop, alarm):
+    assert bool(S.is_hacked(trained, watched, window, drop)) is alarm
+
+
+def test_a_planted_alarm_that_looks_at_one_curve_alone_is_caught():
+    for wrong in (lambda t, w, n, d: w[-1] < w[0] - d, lambda t, w, n, d: t[-1] > t[0]):
+        assert any(bool(wrong(t, w, n, d)) is not alarm for t, w, n, d, alarm in ALARMS)
+
+
+def test_steps_at_which_nobody_was_asked_do_not_hide_an_alarm():
+    trained, watched = [math.nan, 0.1, 0.3, 0.5, math.nan, 0.7], [0.7, math.nan, 0.5, 0.3, 0.1, math.nan]
+    assert S.is_hacked(trained, watched, 2, 0.3) and not S.is_hacked(trained, watched[::-1], 2, 0.3)
+
+
+# ------------------------------------------------------------------------------------------------- in the background
+@pytest.fixture
+def later():
+    """Makes a `Later` and closes it."""
+    made = []
+
+    def make(work):
+        made.append(S.Later(work))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+def test_batches_are_scored_one_by_one_in_their_order_and_each_future_has_its_own(later):
+    log, busy = [], threading.Lock()
+
+    def work(number, factor):
+        assert busy.acquire(blocking=False), "two at a time"
+        log.append(("begin", number))
+        time.sleep(0.02 if number == 0 else 0)  # the first is the slowest
+        log.append(("end", number))
+        busy.release()
+        return number * factor
+
+    line = later(work)
+    futures = [line.submit(number, 10) for number in range(5)]
+    assert futures[4].result(5) == 40 and [f.result(0) for f in futures] == [0, 10, 20, 30, 40]
+    assert log == [(what, number) for number in range(5) for what in ("begin", "end")]
+
+
+def test_the_caller_goes_on_while_a_batch_is_scored(later):
+    gate = threading.Event()
+    line = later(lambda: (gate.wait(5), threading.current_thread())[1])
+    futures = [line.submit(), line.submit()]
+    assert not any(f.done() for f in futures), "nothing can be done before the gate opens"
+    gate.set()
+    assert {f.result(5).name for f in futures} == {"scoring"} and futures[0].result().daemon
+    assert futures[0].result() is not threading.current_thread()
+
+
+def test_what_a_scorer_raises_is_raised_where_its_answer_is_wanted_and_nowhere_else(later):
+    faults = {1: RewardError("scorer 'a': gone"), 3: SystemExit(5)}
+
+    def work(number):
+        if number in faults:
+            raise faults[number]
+        return number
+
+    line = later(work)
+    futures = [line.submit(number) for number in range(5)]
+    for number, future in enumerate(futures):
+        if number in faults:
+            with pytest.raises(type(faults[number])) as caught:
+                future.result(5)
+            assert caught.value is faults[number]
+        else:
+            assert future.result(5) == number
+
+
+def test_closing_ends_the_thread_after_what_was_begun():
+    before, gate, ends = set(threading.enumerate()), threading.Event(), []
+    line = S.Later(lambda n: (gate.wait(5), ends.append(n)))
+    (thread,) = set(threading.enumerate()) - before
+    futures = [line.submit(1), line.submit(2)]
+    line.close()
+    assert thread.is_alive()
+    gate.set()
+    thread.join(5)
+    assert not thread.is_alive() and ends == [1, 2] and all(f.done() for f in futures)
+
+
+def test_a_panels_scores_are_the_same_in_the_background_however_slow_its_scorers_are(later):
+    prompts, found = batch(*MIXED), []
+    for seconds in (0.0, 0.001):
+        some, fakes = mixed()
+        for fake in fakes:
+            fake.seconds = seconds
+        line = later(lambda images, asked, some=some: some.ask(images, asked, G))
+        futures = [line.submit(pictures()[order], prompts) for order in (range(B), range(B - 1, -1, -1))]
+        found.append([f.result(5).values for f in futures])
+    np.testing.assert_array_equal(found[0], found[1])
+    assert not np.array_equal(found[0][0], found[0][1], equal_nan=True)
+
+
+# -------------------------------------------------------------------------------------------------- the scorers
+def built(weights, in_tiny_world=True, drop=False, device="cpu", scorers=None, watch=()):
+    names = {**{name: None for row in weights.values() for name in row}, **dict.fromkeys(watch)}
+    entries = {name: (scorers or {}).get(name, {"kind": name}) for name in names}
+    asked = recipe.Recipe(entries, weights, {name: {"drop": 1.0} for name in watch})
+    return S.build(asked, device, in_tiny_world, drop)
+
+
+def test_the_tiny_worlds_recipe_is_built_of_its_own_eyes(capsys):
+    some = built({"text": {"task": 1.0}, "quality": {"quality": 0.4, "mine": 0.6}}, scorers={"mine": {"kind": "ocr"}})
+    assert list(some.scorers) == ["task", "quality", "mine"] and not some.drop and some.watched == ()
+    assert [(s.name, s.low, s.high) for s in some.scorers.values()] == [(n, 0, 1) for n in ("task", "quality", "mine")]
+    prompts = [p for p in tiny.make_prompts("text", "test", 2) for _ in range(G)]
+    images = torch.stack([torch.from_numpy(tiny.draw({"word": word, "color": "black"})) for word in
+                          (prompts[0].text[-4:-1], "ZZZ", "ACE", prompts[3].text[-4:-1], "ZZZ", "ACE")])  # fmt: skip
+    found = some.ask(images, prompts, G)
+    np.testing.assert_allclose(found.values[0], tiny.score_ocr(images, prompts), rtol=1e-6)
+    assert found.values[0, [0, 3]].tolist() == [1, 1] and found.values[0, 1] < 1 and np.isnan(found.values[1:]).all()
+    assert capsys.readouterr().err == "", "they have no known answers of their own"
+
+
+def test_a_score_that_the_tiny_world_cannot_give_is_named():
+    circle = tiny.make_prompts("composition", "test", 1) * 2
+    with pytest.raises(RewardError, match="^scorer 'words': no target text: .*'a photo of a "):
+        built({"default": {"words": 1.0}}, scorers={"words": {"kind": "ocr"}}).ask(torch.ones(2, 3, 24, 24), circle, 2)
+
+
+def test_a_scorer_is_put_to_its_known_answer_and_takes_the_recipes_name(capsys):
+    some = built({"default": {"plain": 2.0, "task": 1.0}}, drop=True, scorers={"plain": {"kind": "jpeg"}})
+    assert [s.name for s in some.scorers.values()] == ["plain", "task"] and some.drop
+    assert capsys.readouterr().err == "reward jpeg: gave a known picture its known score\n"
+
+
+def test_watched_scorers_are_built_and_stay_without_weight():
+    some = built({"default": {"task": 1.0}}, scorers={"w": {"kind": "jpeg"}}, watch=("w",))
+    assert some.watched == ("w",) and some.weight("w", prompt(0)) == 0 and set(some.scorers) == {"task", "w"}
+
+
+@pytest.mark.parametrize("blind", [0.0, 1.0])
+def test_a_scorer_with_blind_eyes_ends_the_run_before_another_is_loaded(monkeypatch, blind):
+    made = []
+
+    def factory(name):
+        def make():
+            made.append(name)
+            return Scorer(name, lambda images, prompts, sources=None: torch.full((len(prompts),), blind), 0.0, 1.0)
+
+        return make
+
+    monkeypatch.setattr(scorers, "FACTORIES", {"jpeg": factory("jpeg"), "ocr": factory("ocr")})
+    with pytest.raises(RewardError, match="^scorer 'jpeg' failed its self-test: a flat picture must score above 0.95"):
+        built({"default": {"x": 1.0, "ocr": 1.0}}, False, scorers={"x": {"kind": "jpeg"}})
+    assert made == ["jpeg"]
+
+
+SENT = {"dtype": "bfloat16", "device": "cuda:3", "rubric": "alignment", "thought": True, "endpoints": ["http://a:1"]}
+FACTORIES = {
+    "vlm": (judges, "local"), "judge": (remote, "judge"), "served": (remote, "served"), "face": (faces, "scorer"),
+    "trained": (reward_model, "scorer"), **dict.fromkeys(recipe.NEAR, (scorers, "make")),
+}  # fmt: skip
+
+
+def call(monkeypatch, kind, options):
+    """{argument: value} with which the kind's real factory would have been called; a wrong call raises TypeError."""
+    module, name = FACTORIES[kind]
+    answer = Scorer("its own name", None, 0.0, 1.0)
+    with monkeypatch.context() as patch:
+        factory = mock.create_autospec(getattr(module, name), return_value=answer)
+        patch.setattr(module, name, factory)
+        patch.setattr(scorers, "self_test", lambda scorer: False)
+        some = built({"default": {"x": 1.0}}, False, device="cpu", scorers={"x": {"kind": kind, **options}})
+    assert list(some.scorers) == ["x"] and some.scorers["x"].name == "x"
+    (arguments,) = factory.call_args_list
+    return {**dict(enumerate(arguments.args)), **arguments.kwargs}
+
+
+@pytest.mark.parametrize("kind", recipe.KINDS)
+def test_every_option_of_the_recipe_reaches_its_factory(monkeypatch, kind):
+    options = {name: SENT.get(name, f"a {name}") for name in recipe.KINDS[kind]}
+    options |= {name: 10.0 + i for i, name in enumerate(recipe.LIMITS) if name in options}
+    got = call(monkeypatch, kind, options)
+    for name, value in options.items():
+        if name in recipe.LIMITS:
+            assert got["limits"]._asdict()[name] == value
+        elif (kind, name) in {("vlm", "rubric"), ("vlm", "thought")}:
+            assert got[0] == judges.named("alignment", thought=True)
+        elif name == "dtype" and kind not in recipe.NEAR:
+            assert got[name] is torch.bfloat16
+        else:
+            place = {("served", "scorer"): "name", ("trained", "model"): 0}.get((kind, name), name)
+            assert got[place] == value, name
+
+
+@pytest.mark.parametrize("kind", recipe.KINDS)
+def test_a_scorers_device_is_the_runs_unless_it_has_its_own_and_limits_are_remotes_own(monkeypatch, kind):
+    needed = {name: SENT.get(name, f"a {name}") for name in recipe.REQUIRED.get(kind, ())}
+    got = call(monkeypatch, kind, needed)
+    if kind in recipe.NEAR or kind in ("vlm", "trained"):
+        assert got["device"] == "cpu" and got.get("dtype") in (None, torch.float32)
+    else:
+        assert "device" not in got and "dtype" not in got
+    assert got.get("limits") == (remote.Limits() if kind in ("judge", "served") else None)
+
+
+def test_the_tiny_worlds_names_are_others_outside_of_it(monkeypatch):
+    """`ocr` is the tiny reader in the tiny world and an OCR engine elsewhere."""
+    monkeypatch.setattr(scorers, "make", lambda kind, **options: Scorer(f"real {kind}", None, 0.0, 9.0))
+    monkeypatch.setattr(scorers, "self_test", lambda scorer: False)
+    for name in TINY_REWARDS:
+        assert built({"default": {name: 1.0}}).scorers[name].high == 1
+    assert built({"default": {"ocr": 1.0}}, False).scorers["ocr"].high == 9
+
+
+def test_the_editing_worlds_default_recipe_judges_both_tasks_of_one_batch():
+    """Perfect pictures of every category and kind, by --rewards' defaults: every answer is 1, from its own eyes."""
+    import settings
+
+    s, _ = settings.parse(["--preset", "tiny-qwen", "--stage", "grpo", "--task", "mix"])
+    some = S.build(recipe.read(s), "cpu", True, False)
+    assert list(some.scorers) == ["preference", "quality", "instruction", "identity"]
+    drawn = tiny_edit.make_prompts("t2i", "test", 6)
+    rows = [(p, None, tiny.draw({"word": p.text[-4:-1], "color": "red"} if '"' in p.text else
+             tiny.scene_of(p.metadata, random.Random(0), 0))) for p in drawn]  # fmt: skip
+    for kind in tiny_edit.EDITS:
+        source, result, text, asked = tiny_edit.sample_edit(kind, random.Random(3))
+        edit = Prompt(text, "edit", {"tag": kind, **asked, "prompt": text}, "x:1")
+        rows.insert(2, (edit, torch.from_numpy(tiny_edit.draw(source)), tiny_edit.draw(result)))
+    prompts, sources, images = zip(*rows, strict=True)
+    some.check(prompts)
+    found = some.ask(torch.stack([torch.from_numpy(image) for image in images]), prompts, 1, sources)
+    is_edit = np.array([p.task == "edit" for p in prompts])
+    np.testing.assert_allclose(found.values[:2], np.where(is_edit, math.nan, 1) * np.ones((2, 1)), atol=1e-6)
+    np.testing.assert_allclose(found.values[2:], np.where(is_edit, 1, math.nan) * np.ones((2, 1)), atol=1e-6)
+    words = next(p for p in drawn if p.metadata["category"] == "typography")
+    assert some.weight("preference", words) == 0.8 and some.weight("preference", drawn[0]) == 0.6
+
+
+def test_a_recipe_file_becomes_a_panel_that_weighs_by_category(tmp_path):
+    """From the flag to the advantages: two categories of one task, by GenEval's tag."""
+    import settings
+
+    file = tmp_path / "r.json"
+    content = {"scorers": {"plain": {"kind": "jpeg"}}, "weights": {"counting": {"plain": 2}, "default": {"task": 3}}}
+    file.write_text(json.dumps(content))
+    s, _ = settings.parse(["--preset", "tiny", "--stage", "grpo", "--task", "composition", "--rewards", str(file)])
+    some = S.build(recipe.read(s), "cpu", True, False)
+    every = tiny.make_prompts("composition", "test", 6)
+    prompts = [p for p in every if p.metadata["tag"] == "counting"][:1] + [every[0]]
+    assert [[some.weight(n, p) for p in prompts] for n in ("plain", "task")] == [[2, 0], [0, 3]]
+    images = torch.rand(4, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+    found = some.ask(images, [p for p in prompts for _ in range(2)], 2)
+    assert np.isnan(found.values).tolist() == [[False, False, True, True], [True, True, False, False]]

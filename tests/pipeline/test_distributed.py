@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parents[2]
 WORKER = """
 import json, os, sys, types
 sys.path.insert(0, {root!r})
-import ranks, rewards, train
+import rewards, train
+from harness import ranks
 score, calls, broken = rewards.score_jpeg, [], None
 
 def score_jpeg(images, prompts):
@@ -315,7 +316,8 @@ def test_the_default_line_ends_with_one_sentence_where_there_is_no_accelerator(t
 FAULTY = """
 import signal, sys, time
 sys.path.insert(0, {root!r})
-import distil, ranks, train
+import train
+from harness import distil, ranks
 walk, count = distil.distil_part, [0]
 def distil_part(run, *rest):
     count[0] += 1
@@ -348,7 +350,8 @@ def test_a_rank_that_fails_or_hangs_ends_the_job_with_a_message(sd, tmp_path, fa
 STOPPED = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
-import distil, ranks, train
+import train
+from harness import distil, ranks
 walk, count = distil.distil_part, [0]
 def distil_part(run, *rest):
     count[0] += 1

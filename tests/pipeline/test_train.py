@@ -135,7 +135,11 @@ from pathlib import Path
 sys.path.insert(0, {root!r})
 import torch
 import torch.utils.tensorboard
-import adapters, data, ranks, report, runtime, settings, train
+import settings, train
+from data import files as data
+from harness import ranks, report
+from harness import run as runtime
+from models import lora as adapters
 report.plot_metrics, report.save_samples = lambda folder: [], lambda *args: None
 given, out = json.loads(sys.argv[1]), Path(sys.argv[2])
 

@@ -33,13 +33,9 @@ from harness import load as student
 from harness import ranks, report, rollout
 from models import flow
 from models import load as models
-from models import lora as adapters
 from scorers import panel as scoring
 from tiny import drawings as tiny
 from tiny import edits as tiny_edit
-
-# Every error that is the user's to mend: printed as one line, exit code 2.
-USER_ERRORS = (settings.SettingsError, data.DataError, adapters.ModelError, rewards.RewardError, FloatingPointError)
 
 
 # ---------------------------------------------------------------------------------------------------------- scoring
@@ -168,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(plan.describe(s, prog="eval.py"))
             return 0
         rows, where = compare(s)
-    except USER_ERRORS as fault:
+    except ranks.USER_ERRORS as fault:
         return ranks.fail(fault)
     if rows:
         print(report.markdown_table({name: row["scores"] for name, row in rows.items()}))

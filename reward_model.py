@@ -47,8 +47,9 @@ from torch import Tensor, nn
 
 import rewards
 from data import files as data
+from data.common import first_line, write_atomic
 from data.files import DataError
-from harness import report
+from harness import ranks, report
 from harness import run as runtime
 from models import flow
 from models import lora as adapters
@@ -71,7 +72,6 @@ VLM_FILES = ("*.json", "merges.txt", "*.safetensors")
 # The language part's attention. Qwen's vision part names its own differently (attn.qkv, attn.proj), and stays as it is.
 VLM_TARGETS = tuple(f"self_attn.{layer}_proj" for layer in "qkvo")
 LORA = "reward"  # the adapter's name inside the model
-USER_ERRORS = (SettingsError, DataError, ModelError, rewards.RewardError, FloatingPointError)
 
 
 # ----------------------------------------------------------------------------------------------------- equations
@@ -188,7 +188,7 @@ def _parse(where: str, line: bytes, folder: Path, objective: str) -> Sample | Pa
     try:
         entry = json.loads(line)
     except ValueError as fault:  # malformed JSON, or no UTF-8
-        raise DataError(f"{where}: not JSON ({flow.first_line(fault)}); write one object a line") from None
+        raise DataError(f"{where}: not JSON ({first_line(fault)}); write one object a line") from None
     if not isinstance(entry, dict):
         raise DataError(f"{where}: not a JSON object; write {{...}} with image and prompt")
     names = ("image",) if objective == "pointwise" else ("image_w", "image_l")
@@ -213,7 +213,7 @@ def _image_file(where: str, file: Path) -> Path:
     except FileNotFoundError:
         raise DataError(f"{where}: no file {file}; image paths are relative to the folder of the JSONL file") from None
     except Exception as fault:  # no image, no permission, more pixels than Pillow thinks wise
-        raise DataError(f"{where}: {file} is no readable image ({flow.first_line(fault)})") from None
+        raise DataError(f"{where}: {file} is no readable image ({first_line(fault)})") from None
 
 
 def split(items: Sequence, share: float) -> tuple[list, list]:
@@ -247,7 +247,7 @@ class VLMJudge:
             if amiss := [*info["missing_keys"], *info["unexpected_keys"]]:  # transformers only warns of these
                 raise ValueError(f"its weights are not those that its config describes: {amiss[0]}")
         except Exception as fault:
-            raise ModelError(f"{folder}: not a readable VLM ({flow.first_line(fault)})") from fault
+            raise ModelError(f"{folder}: not a readable VLM ({first_line(fault)})") from fault
         self.network = network.requires_grad_(False).to(self.device).eval()
         self.token_ids = [self._token(str(mark)) for mark in range(LOWEST, HIGHEST + 1)]
         self.image_token = self._token("<|image_pad|>")
@@ -324,7 +324,7 @@ class VLMJudge:
         state = get_peft_model_state_dict(self.network, adapter_name=LORA, save_embedding_layers=False)
         adapters.save_adapter(folder, state, self.lora, self.model, self.fingerprint)
         about = {"kind": "vlm", "objective": objective, "model": self.model, "question": self.question}
-        runtime.write_atomic(folder / ABOUT, json.dumps(about, indent=1) + "\n")
+        write_atomic(folder / ABOUT, json.dumps(about, indent=1) + "\n")
 
 
 def _picture(image: Path | Tensor) -> Image.Image:
@@ -335,7 +335,7 @@ def _picture(image: Path | Tensor) -> Image.Image:
         with Image.open(image) as opened:
             return opened.convert("RGB")
     except Exception as fault:
-        raise DataError(f"{image}: no readable image ({flow.first_line(fault)}); mend it or remove its line") from fault
+        raise DataError(f"{image}: no readable image ({first_line(fault)}); mend it or remove its line") from fault
 
 
 # ------------------------------------------------------------------------------------------------- the tiny world's
@@ -392,7 +392,7 @@ class TinyJudge(nn.Module):
         weights = {name: value.detach().float().cpu().contiguous() for name, value in self.state_dict().items()}
         safetensors.torch.save_file(weights, folder / "model.safetensors")
         about = {"kind": "tiny", "objective": objective, **self.shape}
-        runtime.write_atomic(folder / ABOUT, json.dumps(about, indent=1) + "\n")
+        write_atomic(folder / ABOUT, json.dumps(about, indent=1) + "\n")
 
 
 ANNOTATOR_ERROR = 0.25  # standard deviation of what the tiny world's annotator sees, on the scale of 1 to 5
@@ -504,7 +504,7 @@ class RewardRun(runtime.Run):
     def _export(self, folder: Path) -> None:
         with self.exported():
             self.model.save(folder, self.s.objective)
-        runtime.write_atomic(folder / "README.md", card(self.s, self.step, self.last))
+        write_atomic(folder / "README.md", card(self.s, self.step, self.last))
 
 
 def card(s: Recipe, step: int, metrics: dict[str, float]) -> str:
@@ -602,7 +602,7 @@ def load(folder: str | Path, device: torch.device | str = "cpu", dtype=torch.flo
             return judge.to(device, dtype).requires_grad_(False)
         model, question = about["model"], about["question"]
     except Exception as fault:
-        raise ModelError(f"{folder}: not a readable reward model ({flow.first_line(fault)})") from fault
+        raise ModelError(f"{folder}: not a readable reward model ({first_line(fault)})") from fault
     judge = VLMJudge(model, device, dtype, question)
     modules = dict(judge.network.named_modules())
     state, config = adapters.read_adapter(folder, modules, judge.model, judge.fingerprint)
@@ -627,7 +627,7 @@ def scorer(
             # A certain model's probabilities add up to one but for the last bit: 5.0000005 is a 5.
             found = score_all(judge, images, texts, batch).clip(LOWEST, HIGHEST) / HIGHEST
         except ValueError as fault:
-            raise rewards.RewardError(f"scorer {name!r}: {flow.first_line(fault)}") from None
+            raise rewards.RewardError(f"scorer {name!r}: {first_line(fault)}") from None
         return torch.from_numpy(rewards.check_scores(name, found, texts)).float()
 
     return rewards.Scorer(name, score, LOWEST / HIGHEST, 1.0)
@@ -715,7 +715,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         checkpoint = train(training, held, judge, s)
         print(f"reward model: {checkpoint}\nreport:       {Path(s.out) / s.name / 'report.md'}")
         return 0
-    except USER_ERRORS as fault:
+    except ranks.USER_ERRORS as fault:
         # `runtime.Run` knows the run's folder as --name; here it is --out.
         print(f"error: {str(fault).replace('another --name', 'another --out')}", file=sys.stderr)
         return 2

@@ -235,7 +235,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         run_stage(s, chosen)
         return 0
-    except evaluation.USER_ERRORS as fault:
+    except ranks.USER_ERRORS as fault:
         return ranks.fail(fault)
     except runtime.Stopped as stop:
         code, message = 0, str(stop)

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
+from data.common import write_atomic
 from data.files import Prompt, is_open
-from harness.run import write_atomic
 
 REASONS = ("kept", "always good", "always bad", "not scored")
 

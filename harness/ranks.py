@@ -29,8 +29,15 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from data.common import first_line
+from data.files import DataError
 from models import flow
+from models.lora import ModelError
+from rewards import RewardError
 from settings import Settings, SettingsError, is_tiny
+
+# Every error that is the user's to mend. A program prints it as one line and ends with exit code 2.
+USER_ERRORS = (SettingsError, DataError, ModelError, RewardError, FloatingPointError)
 
 SMALL = 2 << 30  # bytes of weights that a processor can be asked to train without being told so
 
@@ -206,4 +213,4 @@ def reason(fault: BaseException) -> str:
     """The innermost cause, one line: DCP wraps what went wrong on each rank."""
     inner = next(iter(getattr(fault, "failures", {}).values()), (fault,))
     inner = inner[0] if isinstance(inner, tuple) else inner
-    return next((line for line in str(inner).splitlines() if line.strip()), type(inner).__name__)
+    return first_line(inner)

@@ -15,8 +15,8 @@ import matplotlib
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
+from data.common import write_atomic
 from data.files import Prompt
-from harness.run import write_atomic
 from rewards import to_picture
 from tiny import drawings as tiny
 

@@ -40,6 +40,7 @@ from tqdm import tqdm
 
 import nft
 from data import files as data
+from data.common import write_atomic
 from harness.ranks import any_rank, average, average_numbers, own, rank_and_world, reason, wait
 from models import lora as adapters
 from models.flow import FlowModel
@@ -388,10 +389,3 @@ def start_wandb(s: Settings, folder: Path):
 
     identity = str(data.seed_for(str(folder.absolute())))
     return wandb.init(project="minopd", name=s.name, id=identity, resume="allow", config=asdict(s), dir=folder)
-
-
-def write_atomic(file: Path, text: str) -> None:
-    """Write a text file so that a reader, or a kill, sees the old one or the new one."""
-    hidden = file.with_name("." + file.name)
-    hidden.write_text(text)
-    hidden.replace(file)

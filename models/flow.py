@@ -32,6 +32,7 @@ from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dic
 from torch import Tensor, nn
 
 import sde
+from data.common import first_line
 from models import lora as adapters
 from models.lora import ModelError
 
@@ -379,7 +380,3 @@ def fingerprint(folder: Path) -> str:
                 stream.seek(max(edge, file.stat().st_size - edge))
                 digest.update(stream.read())
     return digest.hexdigest()[:16]
-
-
-def first_line(fault: Exception) -> str:
-    return next((line for line in str(fault).splitlines() if line.strip()), type(fault).__name__)

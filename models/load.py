@@ -28,9 +28,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import sde
+from data.common import first_line
 from models import flow
 from models import lora as adapters
-from models.flow import Cond, FlowModel, fingerprint, first_line, joined, read_part, read_transformer, require_parts
+from models.flow import Cond, FlowModel, fingerprint, joined, read_part, read_transformer, require_parts
 from models.lora import ModelError
 from models.qwen import PIPELINES, QwenFlow, load_qwen
 from settings import Settings, SettingsError, is_tiny

@@ -28,6 +28,8 @@ from peft import LoraConfig
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from data.common import first_line
+
 # Every projection of SD3's (and Qwen-Image's) joint attention, as Flow-GRPO publishes its LoRAs. PEFT matches whole
 # dotted endings, so `attn.` keeps out `attn2`, the second attention of SD3.5's first blocks, which Flow-GRPO leaves be.
 TARGETS = tuple(
@@ -136,7 +138,7 @@ def _download(where: str, patterns: Sequence[str]) -> Path:
         ) from fault
     except Exception as fault:  # no network, HF_HUB_OFFLINE, the Hub's own errors, a full disk
         offline = isinstance(fault, (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled))
-        reason = "no connection, or HF_HUB_OFFLINE is set, and the cache lacks it" if offline else _line(fault)
+        reason = "no connection, or HF_HUB_OFFLINE is set, and the cache lacks it" if offline else first_line(fault)
         raise ModelError(
             f"{where}: no such path here, and the Hub gave nothing ({reason}); download it where there is a network "
             f"(`hf download {repo}`) and give the folder's path"
@@ -227,7 +229,7 @@ def _read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(file, "pt") as opened:
             return {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
     except Exception as fault:
-        raise ModelError(f"{file}: not a readable safetensors file ({_line(fault)}); fetch it again") from fault
+        raise ModelError(f"{file}: not a readable safetensors file ({first_line(fault)}); fetch it again") from fault
 
 
 def _diffusers_config(file: Path, metadata: Mapping[str, str]) -> dict | None:
@@ -350,14 +352,10 @@ def _json(file: Path) -> dict:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as fault:
-        raise ModelError(f"{file}: not readable as JSON ({_line(fault)}); fetch it again") from fault
+        raise ModelError(f"{file}: not readable as JSON ({first_line(fault)}); fetch it again") from fault
     if not isinstance(value, dict):
         raise ModelError(f"{file}: must hold one JSON object; fetch it again")
     return value
-
-
-def _line(fault: Exception) -> str:
-    return next((line.strip() for line in str(fault).splitlines() if line.strip()), type(fault).__name__)
 
 
 # ---------------------------------------------------------------------------------------------------- writing

@@ -29,7 +29,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoImageProcessor, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
-from models.flow import Cond, FlowModel, fingerprint, first_line, joined, read_part, read_transformer, require_parts
+from data.common import first_line
+from models.flow import Cond, FlowModel, fingerprint, joined, read_part, read_transformer, require_parts
 from models.lora import ModelError
 
 DRAWS = "QwenImagePipeline"

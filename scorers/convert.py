@@ -16,8 +16,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from data.common import first_line
 from models import lora as adapters
-from models.flow import first_line
 from rewards import RewardError
 from scorers import local as scorers
 

@@ -41,10 +41,10 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 import rewards
+from data.common import first_line
 from data.files import Prompt
 from data.written import CLASSES, COLORS
 from models import lora as adapters
-from models.flow import first_line
 from rewards import RewardError, Scorer
 
 CLIP_L, CLIP_H = "openai/clip-vit-large-patch14", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"

@@ -31,8 +31,8 @@ import torch
 from torch import Tensor
 
 import grpo
+from data.common import first_line
 from data.files import Prompt
-from models.flow import first_line
 from rewards import RewardError, Scorer, check_scores
 from scorers.recipe import NEAR, Recipe
 from settings import TINY_REWARDS

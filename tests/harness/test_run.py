@@ -26,6 +26,7 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 import settings
+from data.common import write_atomic
 from harness import run as runtime
 from harness.run import Run
 from models import flow
@@ -503,7 +504,7 @@ def test_a_name_belongs_to_one_set_of_settings(toy):
 
 def test_write_atomic_leaves_the_old_file_when_writing_fails(tmp_path, monkeypatch):
     file = tmp_path / "report.md"
-    runtime.write_atomic(file, "old")
+    write_atomic(file, "old")
 
     def full_disk(self, text):
         with self.open("w") as half:
@@ -512,9 +513,9 @@ def test_write_atomic_leaves_the_old_file_when_writing_fails(tmp_path, monkeypat
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
         patch.setattr(Path, "write_text", full_disk)
-        runtime.write_atomic(file, "new")
+        write_atomic(file, "new")
     assert file.read_text() == "old"
-    runtime.write_atomic(file, "new")
+    write_atomic(file, "new")
     assert file.read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["report.md"]
 
 

@@ -12,7 +12,7 @@ import rewards
 import settings
 from data import files as data
 from data import written
-from harness import report, rollout
+from harness import ranks, report, rollout
 from scorers import panel as scoring
 from scorers import recipe
 from tests.conftest import TASKS, the_one_line, tiny_settings, with_adapter
@@ -229,7 +229,7 @@ def test_eval_py_refuses_in_one_line(world, tmp_path, capsys):
 
 
 def test_user_errors_are_the_ones_that_name_something_of_the_users():
-    assert rewards.RewardError in evaluation.USER_ERRORS and ValueError not in evaluation.USER_ERRORS
+    assert rewards.RewardError in ranks.USER_ERRORS and ValueError not in ranks.USER_ERRORS
 
 
 def test_each_shipped_teacher_is_the_best_at_its_own_task(tmp_path, no_pictures):

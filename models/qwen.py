@@ -27,19 +27,17 @@ from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, Q
 from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoImageProcessor, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
-from data.common import first_line
+from models import qwen_vl
 from models.flow import Cond, FlowModel, fingerprint, joined, read_part, read_transformer, require_parts
 from models.lora import ModelError
 
 DRAWS = "QwenImagePipeline"
 # Pipeline -> what it puts before an edit's prompt (where its template has no place for the picture), and the side of a
 # square picture as its text encoder sees it: 1024 x 1024 and 384 x 384 pixels, whatever the source's size.
-PICTURE = "<|image_pad|>"
 EDITS = {
     "QwenImageEditPipeline": ("", 1024),
-    "QwenImageEditPlusPipeline": (f"Picture 1: <|vision_start|>{PICTURE}<|vision_end|>", 384),
+    "QwenImageEditPlusPipeline": (f"Picture 1: <|vision_start|>{qwen_vl.PICTURE}<|vision_end|>", 384),
 }
 PIPELINES = (DRAWS, *EDITS)
 LONGEST_TEXT = 1024
@@ -173,8 +171,8 @@ class QwenModel(QwenFlow):
             if (prompt, digest) not in self.known:
                 if image is not None and self.pipeline == DRAWS:
                     raise ModelError(f"{self.source}: this model takes no source picture; use Qwen-Image-Edit")
-                encoder = encoder or _Encoder(self.folder, self.pipeline, self._dtype(), self.device)
-                tokens = encoder.tokens(prompt, image, self.text_length).cpu()
+                encoder = encoder or self._text_encoder()
+                tokens = text_tokens(encoder, self.pipeline, prompt, image, self.text_length).cpu()
                 if image is not None and digest not in self.sources:
                     self.sources[digest] = self.latents(image).cpu()
                 self.known[prompt, digest] = Cond(tokens, None, None, self.sources.get(digest))
@@ -183,6 +181,11 @@ class QwenModel(QwenFlow):
             del encoder
             torch.cuda.empty_cache()
         return rows
+
+    def _text_encoder(self) -> qwen_vl.VLM:
+        processor = self.folder / "processor" if self.pipeline in EDITS else None
+        places = (self.folder / "text_encoder", self.folder / "tokenizer", processor)
+        return qwen_vl.read(*places, self.device, self._dtype())
 
     @torch.no_grad()
     def latents(self, image: Tensor) -> Tensor:
@@ -228,49 +231,23 @@ class QwenModel(QwenFlow):
         return self.scheduler.sigmas.clone()
 
 
-class _Encoder:
-    """The published text encoder, a Qwen2.5-VL, asked as the stock pipelines ask it."""
+@torch.no_grad()
+def text_tokens(vlm: qwen_vl.VLM, name: str, prompt: str, image: Tensor | None, longest: int) -> Tensor:
+    """The last hidden states of prompt and picture (1, S, C) as the pipeline `name` asks; `longest` tokens of the text.
 
-    def __init__(self, folder: Path, pipeline: str, dtype: torch.dtype, device: torch.device):
-        self.pipeline, self.folder = pipeline, folder
-        try:
-            self.tokenizer = Qwen2Tokenizer.from_pretrained(folder / "tokenizer")
-            self.picture = self.tokenizer.convert_tokens_to_ids(PICTURE)
-            # Qwen2VLProcessor wants torchvision for its video half; its image half does not.
-            self.processor = (
-                AutoImageProcessor.from_pretrained(folder / "processor", backend="pil") if pipeline in EDITS else None
-            )
-        except Exception as fault:
-            raise ModelError(
-                f"{folder}: its tokenizer or image processor is not readable ({first_line(fault)})"
-            ) from fault
-        self.vlm = read_part(Qwen2_5_VLForConditionalGeneration, folder / "text_encoder", dtype).to(device)
-        if self.vlm.config.image_token_id != self.picture:
-            raise ModelError(f"{folder}: its tokenizer is not its text encoder's: they disagree about {PICTURE}")
-
-    def tokens(self, prompt: str, image: Tensor | None, longest: int) -> Tensor:
-        """The last hidden states of prompt and picture (1, S, C), of the text at most `longest`.
-
-        The pipelines' templates tell the encoder what to look for and are dropped from its answer; they differ between
-        drawing and editing, and so do the tokens of one and the same prompt.
-        """
-        template, drop = _template(DRAWS if image is None else self.pipeline)
-        before, side = EDITS[self.pipeline] if image is not None else ("", 0)
-        text, seen, count = template.format(before + prompt), {}, 0
-        if image is not None:
-            seen = self.processor([square(image, side)], return_tensors="pt")
-            count = int(seen["image_grid_thw"].prod()) // self.processor.merge_size**2
-            text = text.replace(PICTURE, PICTURE * count, 1)  # as many marks as the picture has tokens
-        ids = torch.tensor([self.tokenizer(text).input_ids])
-        if image is not None and int((ids == self.picture).sum()) != count:
-            raise ModelError(f"the prompt {prompt!r} contains {PICTURE}, Qwen's mark for a picture; take it out")
-        # TRAP: without the token types the encoder silently gives a picture the positions of text. The stock pipelines
-        # of diffusers 0.42 leave them out, though transformers 5 needs them (diffusers issue 14194).
-        # ERRATUM: hence the stock pipeline's edits differ a little from ours and from what the model was trained on.
-        inputs = {"input_ids": ids, "mm_token_type_ids": (ids == self.picture).int(), **seen}
-        # `model` alone: the head would add the logits of 152,000 words to every token.
-        out = self.vlm.model(**{key: value.to(self.vlm.device) for key, value in inputs.items()}, use_cache=False)
-        return out.last_hidden_state[:, drop:][:, : longest + count]
+    The pipelines' templates tell the encoder what to look for and are dropped from its answer. They differ between
+    drawing and editing, and so do the tokens of one and the same prompt.
+    """
+    template, drop = _template(name if image is not None else DRAWS)
+    before, side = EDITS[name] if image is not None else ("", 0)
+    pictures = [] if image is None else [square(image, side)]
+    # TRAP: the stock pipelines of diffusers 0.42 leave out mm_token_type_ids, though transformers 5 needs them
+    # (diffusers issue 14194).
+    # ERRATUM: hence the stock pipeline's edits differ a little from ours and from what the model was trained on.
+    inputs = vlm.inputs([qwen_vl.Question(template.replace("{}", before + "{}"), [prompt], pictures)])
+    # `model` alone: the head would add the logits of 152,000 words to every token.
+    hidden = vlm.network.model(**inputs, use_cache=False).last_hidden_state
+    return hidden[:, drop:][:, : longest + int(inputs["mm_token_type_ids"].sum())]
 
 
 def _digest(image: Tensor | None) -> str:

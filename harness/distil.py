@@ -3,7 +3,7 @@
     roll out      the student walks its own trajectories: F's SDE, or Q's ODE (`--estimator velocity`)
     label         each state is shown to the teacher of its task (F Eq. 7), with guidance where Q 4.3 has it on the
                   teacher alone: the student then learns to draw without, in half the forwards
-    learn         the estimator's gradient (`opd.opd_loss`), plus lambda MAR (F Eq. 12)
+    learn         the estimator's gradient (`opd.ESTIMATORS`), plus lambda MAR (F Eq. 12)
 
 Single pass: the rollout's own forward carries the gradient, one forward fewer a state, and nothing is stored.
 """
@@ -32,7 +32,7 @@ def distil(s: Settings) -> Run:
     experts = student.load_teachers(run.model, s)
     rollout.prepare(run, prompts)
     # The path estimators credit an action with what comes after it: they need the whole trajectory first.
-    single_pass = s.single_pass and s.estimator in opd.SINGLE_PASS
+    single_pass = s.single_pass and s.estimator not in opd.NEEDS_FUTURE
     for step in run.steps("gap"):
         began = time.time()
         metrics = distil_step(run, rollout.rows_of(run, prompts, step), experts, single_pass)
@@ -80,8 +80,18 @@ def distil_part(run: Run, rows: Sequence[Row], experts, single_pass: bool, batch
         return
     path = [step for step in walk if step.index in steps]
     targets = [label(run, step, cond, uncond, routed, experts) for step in path]
-    for step, target, future in zip(path, targets, futures(s, path, targets), strict=True):
+    visits = [visit(s, step, v_target) for step, (v_target, _) in zip(path, targets)]
+    credits = opd.futures(s.estimator, visits, [step.v for step in path])
+    for step, target, future in zip(path, targets, credits, strict=True):
         learn(run, step, own(step.x, step.t), *target, future, weight, totals)
+
+
+def visit(s: Settings, step: sde.Transition, v_target: Tensor, future: Tensor | None = None) -> opd.Visit:
+    """The transition as the estimators take it; the released code's scale is w(t) dt."""
+    kl_weight = "uniform" if deterministic(s) else {"true": "kl", "released": "kl_dt"}[s.kl_scale]
+    return opd.Visit(
+        step.x, step.x_next, step.t, step.dt, step.sigma, v_target, future=future, reduce=s.log_prob, weight=kl_weight
+    )
 
 
 def label(run: Run, step: sde.Transition, cond, uncond, routed, experts) -> tuple[Tensor, Tensor | None]:
@@ -105,34 +115,15 @@ def learn(run, step, v, v_target, v_anchor, future, weight: float, totals: dict[
     """Backward of one transition: the estimator's loss (F Eq. 11, Q Eq. 14) plus lambda MAR (F Eq. 12), each row's
     times `weight`."""
     s = run.s
-    at = {"t": step.t, "dt": step.dt, "sigma": step.sigma}
-    loss_B = opd.opd_loss(
-        s.estimator, v_student=v, v_target=v_target, **at, x=step.x, x_next=step.x_next, future=future,
-        clip=None, reduce=s.log_prob, scale=s.kl_scale,
-    )  # fmt: skip
+    at = visit(s, step, v_target, future)
+    loss_B = opd.ESTIMATORS[s.estimator](at, v)
     found = {"loss": loss_B, "gap": sde.flat_reduce((v - v_target).square(), "mean")}
     if v_anchor is not None:
-        if deterministic(s):  # DEVIATION: w(t) is infinite without noise, so Q's objective takes Q's weight, 1
-            mar_B = opd.velocity_matching(v, v_anchor, s.log_prob)
-        else:
-            mar_B = opd.mar_penalty(v, v_anchor, **at, reduce=s.log_prob, scale=s.kl_scale)
+        # DEVIATION: w(t) is infinite without noise, so on the ODE's states MAR takes Q's weight, 1
+        mar_B = opd.mar_penalty(v, v_anchor, at.t, at.dt, at.sigma, at.reduce, at.weight)
         loss_B, found["mar"] = loss_B + s.mar * mar_B, mar_B
     if step.sigma > 0:
-        found["kl"] = kl.velocity_kl(v, v_target, **at)
+        found["kl"] = kl.velocity_kl(v, v_target, step.t, step.dt, step.sigma)
     (loss_B.sum() * weight).backward()
     for key, value in found.items():
         totals[key] = totals.get(key, 0.0) + value.detach().sum().item() * weight
-
-
-def futures(s: Settings, path: list[sde.Transition], targets: list) -> list[Tensor | None]:
-    """What each action is credited with: later KLs (`path`), this and later log-ratios (`sampled_path`), or nothing."""
-    if s.estimator == "path":
-        kls = [kl.velocity_kl(p.v, v, p.t, p.dt, p.sigma, s.log_prob, s.kl_scale) for p, (v, _) in zip(path, targets)]
-        return list(opd.reward_to_go(torch.stack(kls), inclusive=False))
-    if s.estimator == "sampled_path":
-        gains = [
-            opd.sampled_reward(p.x_next, sde.sde_mean(p.x, v, p.t, p.dt, p.sigma), p.mean, p.std, s.log_prob)
-            for p, (v, _) in zip(path, targets)
-        ]
-        return list(opd.reward_to_go(torch.stack(gains)))
-    return [None] * len(path)

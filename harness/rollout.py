@@ -20,7 +20,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 import grpo
-import opd
 import sde
 import settings
 from data import files as data
@@ -191,7 +190,7 @@ def trained_steps(run: Run) -> list[int]:
 
 def deterministic(s: Settings) -> bool:
     """Does the stage walk the ODE? (Q Eq. 8 and 14's estimator ask for the deterministic sampler.)"""
-    return s.stage == "nft" or (s.stage == "opd" and s.estimator in opd.NEEDS_ODE)
+    return s.stage == "nft" or (s.stage == "opd" and s.estimator == "velocity")
 
 
 @torch.no_grad()

@@ -247,8 +247,8 @@ def test_what_is_copied_from_the_heavy_modules_is_what_they_say():
     assert Z.TARGETS == adapters.TARGETS and C.FILE_ENDINGS == adapters.FILE_ENDINGS
     for estimator in opd.ESTIMATORS:
         s = parse(f"{FLOW} --estimator {estimator}")
-        assert C.is_single_pass(s) == (estimator in opd.SINGLE_PASS), estimator
-        assert C.is_ode(s) == (estimator in opd.NEEDS_ODE), estimator
+        assert C.is_single_pass(s) == (estimator not in opd.NEEDS_FUTURE), estimator
+        assert C.is_ode(s) == (estimator == "velocity"), estimator
 
 
 PLACES = ["a/b", "a/SD3.5M-b", "a/b/c", "a/b@v1", "a/b@refs/pr/1", "a", "", "./a/b", "/a/b", "~/a/b", "a/b.safetensors",

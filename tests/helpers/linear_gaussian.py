@@ -10,12 +10,12 @@ whole trajectories,
 and its gradient are exact: "path" with the moments differentiated too, "direct" with the states held fixed.
 The exact part uses its own arithmetic, none of sde.py or kl.py.
 
-`python tests/linear_gaussian.py --trajectories 400000` prints the table as markdown.
+`python tests/helpers/linear_gaussian.py --trajectories 400000` prints the table as markdown.
 """
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -29,7 +29,7 @@ import sde
 DIMS, STEPS, LEVEL = 8, 6, 0.7
 DATA_MEAN, DATA_VAR = 1.0, 0.25
 CHUNK = 20_000
-ON_SDE_STATES = tuple(name for name in opd.ESTIMATORS if name not in opd.NEEDS_ODE)
+ON_SDE_STATES = tuple(name for name in opd.ESTIMATORS if name != "velocity")
 
 
 def student_offset() -> tuple[Tensor, Tensor]:
@@ -65,8 +65,8 @@ def exact_gradients() -> dict[str, Tensor]:
     return gradients
 
 
-def trajectory_gradients(count: int, generator: torch.Generator, estimators=ON_SDE_STATES, loss=opd.opd_loss):
-    """{estimator: (count, 2D)}, the gradient of each of `count` trajectories, by `loss` on `sde.rollout`.
+def trajectory_gradients(count: int, generator: torch.Generator, estimators=ON_SDE_STATES, losses=opd.ESTIMATORS):
+    """{estimator: (count, 2D)}, the gradient of each of `count` trajectories, by `losses` on `sde.rollout`.
 
     dv/dk = x and dv/db = 1, so that the chain rule takes one product from the gradient by v, which autograd
     gives for a whole batch at once, to the gradient of every single trajectory."""
@@ -79,23 +79,15 @@ def trajectory_gradients(count: int, generator: torch.Generator, estimators=ON_S
     x = torch.randn(count, DIMS, generator=generator, dtype=torch.float64)
     grid = [1 - n / STEPS for n in range(STEPS + 1)]
     steps = list(sde.rollout(lambda x, t: teacher(x, t) + k * x + b, x, grid, LEVEL, generator=generator))
-    targets = [teacher(step.x, step.t) for step in steps]
-    kl_TB, reward_TB = [], []
-    for step, target in zip(steps, targets):
-        kl_TB.append(-opd.dense_reward(step.v, target, step.t, step.dt, step.sigma))
-        mean_target = sde.sde_mean(step.x, target, step.t, step.dt, step.sigma)
-        reward_TB.append(opd.sampled_reward(step.x_next, mean_target, step.mean, step.std))
-    futures = {"path": opd.reward_to_go(torch.stack(kl_TB), inclusive=False),
-               "sampled_path": opd.reward_to_go(torch.stack(reward_TB))}  # fmt: skip
+    visits = [opd.Visit(step.x, step.x_next, step.t, step.dt, step.sigma, teacher(step.x, step.t)) for step in steps]
 
     gradients = {}
     for estimator in estimators:
         total = torch.zeros(count, 2 * DIMS, dtype=torch.float64)
-        for n, (step, target) in enumerate(zip(steps, targets)):
+        futures = opd.futures(estimator, visits, [step.v for step in steps])
+        for at, step, future in zip(visits, steps, futures):
             v = step.v.clone().requires_grad_()
-            future = futures[estimator][n] if estimator in futures else None
-            loss_B = loss(estimator, v_student=v, v_target=target, t=step.t, dt=step.dt, sigma=step.sigma,
-                          x=step.x, x_next=step.x_next, future=future)  # fmt: skip
+            loss_B = losses[estimator](at._replace(future=future), v)
             (by_v,) = torch.autograd.grad(loss_B.sum(), v)
             total += torch.cat([by_v * step.x, by_v], dim=1)
         gradients[estimator] = total
@@ -112,7 +104,7 @@ def estimator_table(
     num_trajectories: int,
     seed: int,
     estimators: Sequence[str] = ON_SDE_STATES,
-    loss: Callable[..., Tensor] = opd.opd_loss,
+    losses: Mapping[str, opd.Estimator] = opd.ESTIMATORS,
 ) -> list[dict]:
     """One dict an estimator: the norm of the mean gradient and its standard error, the std of one trajectory's
     gradient (root of the summed variances), cosines with the exact gradients, T^2 against 0 and against both.
@@ -125,7 +117,7 @@ def estimator_table(
     sums = {name: 0.0 for name in estimators}
     squares = {name: 0.0 for name in estimators}
     for _ in range(chunks):
-        for name, grads in trajectory_gradients(size, generator, estimators, loss).items():
+        for name, grads in trajectory_gradients(size, generator, estimators, losses).items():
             sums[name] = sums[name] + grads.sum(0)
             squares[name] = squares[name] + grads.T @ grads
     rows = []

@@ -18,6 +18,7 @@ from presets import ASSETS, FLOW_TASKS, PRESETS, QWEN_TASKS
 
 STAGES = ("pretrain", "curate", "grpo", "nft", "sft", "merge", "opd", "all")
 TASKS = (*FLOW_TASKS, *QWEN_TASKS)
+VELOCITY = {"weight": "uniform", "states": "ode"}  # what --estimator velocity stands for, with analytic
 # What the tiny worlds' eyes can judge; the last two need the source of an edit.
 TINY_REWARDS = ("geneval", "ocr", "quality", "preference", "task", "instruction", "identity")
 
@@ -135,12 +136,14 @@ class Settings:
     train_steps: str = _option("all", "which transitions are trained", choices=("all", "first", "random"))
     train_count: int = _option(4, "how many of them (first: highest noise; random: favours high noise)", low=1)
     # ------------------------------------------------------------------------------------------ opd, merge, sft
-    estimator: str = _option("analytic", "gradient estimator of the on-policy distillation",
+    estimator: str = _option("analytic", "gradient estimator of the on-policy distillation; velocity is Q Eq. 14's "
+                             "name for analytic with --weight uniform --states ode",
                              choices=("literal", "released", "analytic", "sampled", "path", "sampled_path",
                                       "velocity"))  # fmt: skip
-    single_pass: bool = _option(True, "opd: the rollout's own forward carries the gradient, nothing is stored")
-    kl_scale: str = _option("true", "KL as in F Eq. 9, or the released code's scale (times dt)",
-                            choices=("true", "released"))  # fmt: skip
+    weight: str = _option("kl", "weight of a state: kl w(t) (F Eq. 9), kl_dt w(t) dt (the released code), uniform 1 (Q "
+                          "Eq. 14), dt (Q Eq. 18), ode dt^2/2 (DiffusionOPD)",
+                          choices=("kl", "kl_dt", "uniform", "dt", "ode"))  # fmt: skip
+    states: str = _option("sde", "states that the student visits: of F's SDE, or of Q's ODE", choices=("sde", "ode"))
     mar: float = _option(0.02, "weight [lambda; beta in App. A] of manifold anchor regularisation", low=0.0)
     merge_method: str = _option("svd", "cold start by merging", choices=("cat", "svd", "ties", "factor"))
     sft_images: int = _option(960, "sft: images sampled from the routed teachers", low=1)
@@ -240,7 +243,10 @@ def resolve(chosen: dict) -> Settings:
     stage, preset = chosen.get("stage", Settings.stage), chosen.get("preset", Settings.preset)
     if preset not in PRESETS:
         raise SettingsError(f"--preset {preset}: choose from {', '.join(PRESETS)}")
-    settings = Settings(**{**PRESETS[preset][""], **PRESETS[preset].get(stage, {}), **chosen})
+    values = {**PRESETS[preset][""], **PRESETS[preset].get(stage, {}), **chosen}
+    if values.get("estimator") == "velocity":
+        values = {**VELOCITY, **values}
+    settings = Settings(**values)
     check(settings)
     if stage == "all":  # refuse now what one of its parts would refuse after the others have trained for hours
         for part in parts_of(settings):
@@ -258,6 +264,8 @@ def check(s: Settings) -> None:
     if s.stage in ("curate", "grpo", "nft", "opd"):
         _check_rollout(s)
         _check_guidance(s)
+    if s.stage == "opd":
+        _check_objective(s)
     if s.stage in ("opd", "sft", "merge"):
         _check_teachers(s)
     _check_parameters(s)
@@ -303,8 +311,8 @@ def _check_rollout(s: Settings) -> None:
     joint = s.stage == "opd" or (s.stage in ("grpo", "nft") and s.task == "mix" and s.mix == "joint")
     if joint and s.prompts_per_step < len(task_list(s)):
         raise SettingsError(f"--prompts-per-step {s.prompts_per_step}: {len(task_list(s))} tasks need one prompt each")
-    if s.stage == "opd" and s.estimator != "velocity" and silent:
-        raise SettingsError(f"--estimator {s.estimator} needs noise: widen --window, or use --estimator velocity (ODE)")
+    if s.stage == "opd" and s.states == "sde" and silent:
+        raise SettingsError("--states sde needs noise: widen --window, raise --noise-level, or use --states ode")
     if s.stage == "opd" and s.kernel != "sde":
         raise SettingsError("--stage opd knows the KL of the SDE kernel only (F Eq. 9): use --kernel sde")
     if s.kernel == "cps" and stop == s.num_steps and start < stop:
@@ -313,6 +321,19 @@ def _check_rollout(s: Settings) -> None:
         raise SettingsError(f"--noise-level {s.noise_level}: must be at most 1 with --kernel cps")
     if s.stage == "grpo" and s.beta > 0 and s.kernel != "sde":
         raise SettingsError("--beta is the SDE kernel's KL (F Eq. 9): use --kernel sde or --beta 0")
+
+
+def _check_objective(s: Settings) -> None:
+    """Is the combination of estimator, weight and states one that an equation covers?"""
+    if s.estimator == "velocity" and (s.weight, s.states) != (VELOCITY["weight"], VELOCITY["states"]):
+        raise SettingsError("--estimator velocity is analytic with --weight uniform --states ode: say analytic")
+    ratio = s.estimator not in ("analytic", "velocity")  # a policy gradient: it needs the density of an action
+    if ratio and s.states == "ode":
+        raise SettingsError(f"--estimator {s.estimator} needs the density of an SDE step: use --states sde")
+    if s.weight in ("kl", "kl_dt") and s.states == "ode":
+        raise SettingsError(f"--weight {s.weight} is infinite without noise: use uniform, dt or ode, or --states sde")
+    if ratio and s.weight not in ("kl", "kl_dt"):
+        raise SettingsError(f"--estimator {s.estimator} rewards with the KL: use --weight kl or kl_dt, or analytic")
 
 
 def _check_guidance(s: Settings) -> None:

@@ -186,7 +186,7 @@ def step(*flags: str, config: dict | None = None, rounds: int = 3) -> dict[str, 
     seconds, cuda = [], device.type == "cuda"
     for _ in range(1 + rounds):
         began = time.perf_counter()
-        distil.distil_step(run, rows, experts, s.single_pass)
+        distil.distil_step(run, rows, experts, s.estimator not in ("path", "sampled_path"))
         run.update()
         if cuda:
             torch.cuda.synchronize()

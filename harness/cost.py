@@ -313,12 +313,12 @@ def is_hybrid(s: Settings) -> bool:
 
 def is_single_pass(s: Settings) -> bool:
     """Does OPD train each transition as it is made? The path estimators must know the future first."""
-    return s.stage == "opd" and s.single_pass and s.estimator not in ("path", "sampled_path")
+    return s.stage == "opd" and s.estimator not in ("path", "sampled_path")
 
 
 def is_ode(s: Settings) -> bool:
     """Does the stage walk the ODE? (Q Eq. 8 and 14)"""
-    return s.stage == "nft" or (s.stage == "opd" and s.estimator == "velocity")
+    return s.stage == "nft" or (s.stage == "opd" and s.states == "ode")
 
 
 def trained_steps(s: Settings) -> int:

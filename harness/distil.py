@@ -32,7 +32,7 @@ def distil(s: Settings) -> Run:
     experts = student.load_teachers(run.model, s)
     rollout.prepare(run, prompts)
     # The path estimators credit an action with what comes after it: they need the whole trajectory first.
-    single_pass = s.single_pass and s.estimator not in opd.NEEDS_FUTURE
+    single_pass = s.estimator not in opd.NEEDS_FUTURE
     for step in run.steps("gap"):
         began = time.time()
         metrics = distil_step(run, rollout.rows_of(run, prompts, step), experts, single_pass)
@@ -87,10 +87,9 @@ def distil_part(run: Run, rows: Sequence[Row], experts, single_pass: bool, batch
 
 
 def visit(s: Settings, step: sde.Transition, v_target: Tensor, future: Tensor | None = None) -> opd.Visit:
-    """The transition as the estimators take it; the released code's scale is w(t) dt."""
-    kl_weight = "uniform" if deterministic(s) else {"true": "kl", "released": "kl_dt"}[s.kl_scale]
+    """The transition as the estimators take it."""
     return opd.Visit(
-        step.x, step.x_next, step.t, step.dt, step.sigma, v_target, future=future, reduce=s.log_prob, weight=kl_weight
+        step.x, step.x_next, step.t, step.dt, step.sigma, v_target, future=future, reduce=s.log_prob, weight=s.weight
     )
 
 

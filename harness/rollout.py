@@ -189,8 +189,8 @@ def trained_steps(run: Run) -> list[int]:
 
 
 def deterministic(s: Settings) -> bool:
-    """Does the stage walk the ODE? (Q Eq. 8 and 14's estimator ask for the deterministic sampler.)"""
-    return s.stage == "nft" or (s.stage == "opd" and s.estimator == "velocity")
+    """Does the stage walk the ODE? (Q Eq. 8 and 14 ask for the deterministic sampler.)"""
+    return s.stage == "nft" or (s.stage == "opd" and s.states == "ode")
 
 
 @torch.no_grad()

@@ -90,9 +90,9 @@ def train_teacher(s: Settings) -> tuple[Run, scoring.Panel]:
     rollout.prepare(run, prompts)
     update = {"grpo": update_policy, "nft": update_forward}[s.stage]
     later = scoring.Later(lambda images, some: panel.ask(images, some, s.group_size, rollout.sources(some)))
-    ahead = None
+    ahead, warned = None, set()
     for step in run.steps("reward"):
-        stop_if_hacked(run, watch)  # before anything is drawn: what is saved is a whole step
+        warn_if_hacked(run, watch, warned)
         began = time.time()
         shares = ahead or draw_shares(run, prompts, later, step)
         # Nothing is drawn ahead of a checkpoint: a run that continues from it begins as this one goes on.
@@ -107,7 +107,6 @@ def train_teacher(s: Settings) -> tuple[Run, scoring.Panel]:
         everything = scoring.joined(scores)
         rows = [p for share in shares for p in share["prompts"]]
         metrics |= scoring.metrics(panel, everything, rows, s.group_size)
-        metrics |= alarms(run, watch, metrics)
         run.log({**metrics, "seconds": time.time() - began}, scoring.histograms(everything))
     later.close()
     return run, panel
@@ -142,32 +141,12 @@ def collect(run: Run, shares: Sequence[dict]) -> list[scoring.Scores]:
     return scores
 
 
-def alarms(run: Run, watch: Mapping[str, dict], metrics: Mapping[str, float] | None = None) -> dict[str, float]:
-    """alarm/NAME of every watched scorer: 1 where the trained reward rises while it falls (`scoring.is_hacked`).
-
-    Over the steps that are logged and, if given, the one whose metrics are about to be.
-    """
-
-    def curve(key: str) -> list[float]:
-        return run.history(key) + ([metrics[key]] if metrics else [])
-
-    found = {}
-    for name, w in watch.items():
-        hacked = scoring.is_hacked(curve("reward"), curve(f"reward/{name}"), w["window"], w["drop"])
-        found[f"alarm/{name}"] = float(hacked)
-    return found
-
-
-def stop_if_hacked(run: Run, watch: Mapping[str, dict]) -> None:
-    """Say the alarms of the steps that are done, and end the run where one is asked to: again, if it is repeated."""
-    standing = alarms(run, watch)
-    for name, w in watch.items():
-        if ranks.any_rank(standing[f"alarm/{name}"] > 0):  # rank 0 has the log; others may not see its folder
-            message = f"step {run.step}: the reward rises while {name} has fallen by more than {w['drop']:g}"
-            if w["stop"]:
-                run.fail_together(rewards.RewardError(f"{message}: reward hacking"), rewards.RewardError)
-            elif run.rank == 0:
-                print(f"alarm: {message}", file=sys.stderr)
+def warn_if_hacked(run: Run, watch: Sequence[str], warned: set[str]) -> None:
+    """One line, once, for a watched scorer that falls while the trained reward rises (`scoring.is_hacked`)."""
+    for name in watch if run.rank == 0 else ():
+        if name not in warned and scoring.is_hacked(run.history("reward"), run.history(f"reward/{name}")):
+            warned.add(name)
+            print(f"warning: step {run.step}: the reward rises while {name} falls", file=sys.stderr)
 
 
 def update_policy(run: Run, parts: Sequence[dict], advantage_PG: Tensor) -> dict[str, float]:

@@ -169,7 +169,7 @@ def build(recipe: Recipe, device: torch.device | str, in_tiny_world: bool, drop:
         else:
             scorer = make(entry["kind"], {"device": str(device), **options})
         made.append(scorer._replace(name=name))
-    return Panel(made, recipe.weights, tuple(recipe.watch), drop)
+    return Panel(made, recipe.weights, recipe.watch, drop)
 
 
 def make(kind: str, options: dict) -> Scorer:
@@ -245,16 +245,17 @@ def _mean(values: np.ndarray) -> float:
     return float(there.mean()) if len(there) else math.nan
 
 
-def is_hacked(trained: Sequence[float], watched: Sequence[float], window: int, drop: float) -> bool:
+def is_hacked(trained: Sequence[float], watched: Sequence[float], window: int = 20, drop: float = 0.1) -> bool:
     """Does the trained reward rise while a watched one falls? Reward hacking, as F Fig. 2 and Q 4.2 show it.
 
     Means over the last `window` steps against the first `window`: the trained one is higher than at first, the
-    watched one is lower than its best stretch by more than `drop`, in its own units. False before 2 window steps.
+    watched one is lower than its best stretch by more than the share `drop` of it. False before 2 window steps.
     """
     if min(len(trained), len(watched)) < 2 * window:
         return False
     stretches = [float(np.nanmean(watched[i : i + window])) for i in range(len(watched) - window + 1)]
-    return np.nanmean(trained[-window:]) > np.nanmean(trained[:window]) and max(stretches) - stretches[-1] > drop
+    fallen = max(stretches) - stretches[-1] > drop * abs(max(stretches))
+    return np.nanmean(trained[-window:]) > np.nanmean(trained[:window]) and fallen
 
 
 class Later:

@@ -11,7 +11,7 @@ The file is one JSON object and says more: scorers with options, near or far, we
                            "endpoints": ["http://gpu-7:8000/v1", "http://gpu-8:8000/v1"]},
                  "pick":  {"kind": "served", "scorer": "pickscore", "endpoints": ["http://gpu-9:9000"]}},
      "weights": {"composition": {"geneval": 0.8, "pick": 0.2}, "default": {"judge": 1.0}},
-     "watch":   {"aesthetic": {"drop": 0.3, "window": 20, "stop": true}}}
+     "watch":   ["aesthetic"]}
 
 A name under "weights" or "watch" that "scorers" does not define is one of `NAMED`, Q's own judges, or a kind of its own
 with that kind's defaults; the short form knows both, too. Only the standard library and `settings` are imported: a
@@ -50,7 +50,6 @@ TYPES = {  # of an option's value; a string where nothing is said
     **dict.fromkeys(("timeout", "deadline", "rest", "longest_rest"), (int, float)),
 }  # fmt: skip
 NO_FACE = ("error", "skip")
-WATCH = {"drop": float, "window": int, "stop": bool}
 # What each task is paid by where nothing is said: {task: {category: weights}}; no two tasks have a category in common,
 # so that none replaces another's. DEVIATION: F 6.1 pays the quality teacher with DeQA and PickScore, 4:6; DeQA's
 # checkpoint needs code of its own to be run, so that PickScore is alone here unless DeQA is served. DEVIATION: Q 4.2
@@ -83,11 +82,11 @@ NAMED = {
 
 
 class Recipe(NamedTuple):
-    """scorers: {name: {"kind", options}}; weights: {category: {name: weight}}; watch: {name: {"drop", ...}}."""
+    """scorers: {name: {"kind", options}}; weights: {category: {name: weight}}; watch: names that are only logged."""
 
     scorers: dict[str, dict]
     weights: dict[str, dict[str, float]]
-    watch: dict[str, dict]
+    watch: tuple[str, ...] = ()
 
 
 def read(s: Settings) -> Recipe:
@@ -102,7 +101,7 @@ def read(s: Settings) -> Recipe:
         defaults = TINY_DEFAULTS if is_tiny(s) else DEFAULTS
         weights = {category: dict(row) for task in tasks for category, row in defaults[task].items()}
     names = dict.fromkeys(name for row in weights.values() for name in row)
-    return Recipe({name: _entry(s, name) for name in names}, weights, {})
+    return Recipe({name: _entry(s, name) for name in names}, weights)
 
 
 def kinds(s: Settings) -> dict[str, tuple[str, ...]]:
@@ -151,12 +150,14 @@ def _file(s: Settings, file: Path) -> Recipe:
         raise SettingsError(f"--rewards {file}: not JSON ({fault})") from fault
     where = f"--rewards {file}"
     _require(where, content, ("weights",), ("scorers", "weights", "watch"))
-    for part in ("scorers", "weights", "watch"):
+    for part in ("scorers", "weights"):
         if not isinstance(content.get(part, {}), dict):
             raise SettingsError(f"{where}: {part} must be an object")
     scorers = {name: checked(f"{where}: scorers.{name}", e, kinds(s)) for name, e in content.get("scorers", {}).items()}
     weights = {c: _row(f"{where}: weights.{c}", row) for c, row in content["weights"].items()}
-    watch = {name: _watch(f"{where}: watch.{name}", entry) for name, entry in content.get("watch", {}).items()}
+    watch = content.get("watch", [])
+    if not isinstance(watch, list) or not all(isinstance(name, str) for name in watch):
+        raise SettingsError(f"{where}: watch must be a list of scorers' names")
     used = dict.fromkeys([*(name for row in weights.values() for name in row), *watch])
     for name in used:
         if name not in scorers:
@@ -169,7 +170,7 @@ def _file(s: Settings, file: Path) -> Recipe:
             raise SettingsError(f"{where}: scorers.{name} has no weight and is not watched; use it or remove it")
     if not weights or not any(weight for row in weights.values() for weight in row.values()):
         raise SettingsError(f"{where}: weights gives no scorer any weight")
-    return Recipe(scorers, weights, watch)
+    return Recipe(scorers, weights, tuple(watch))
 
 
 def _require(where: str, entry: object, needed: Sequence[str], known: Sequence[str]) -> None:
@@ -211,16 +212,6 @@ def _row(where: str, row: object) -> dict[str, float]:
         if type(weight) not in (int, float) or not math.isfinite(weight):
             raise SettingsError(f"{where}.{name} is {weight!r}; it must be a number")
     return {name: float(weight) for name, weight in row.items()}
-
-
-def _watch(where: str, entry: object) -> dict:
-    _require(where, entry, ("drop",), tuple(WATCH))
-    for key, value in entry.items():
-        fits = type(value) in (int, float) if WATCH[key] is float else type(value) is WATCH[key]
-        if not fits or (WATCH[key] is not bool and not value > 0):
-            meant = "true or false" if key == "stop" else "a positive number"
-            raise SettingsError(f"{where}.{key} is {value!r}; it must be {meant}")
-    return {"window": 20, "stop": False, **entry}
 
 
 def _hint(name: str, known: Sequence[str] | Mapping) -> str:

@@ -61,7 +61,7 @@ def test_a_step_on_both_of_qs_tasks_is_timed_on_random_weights(capsys):
     assert 0 < found["seconds"] < 60 and "processor, 6 trajectories a step and rank" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("more", [[], ["--parameters", "full"], ["--precision", "bfloat16", "--no-single-pass"]])
+@pytest.mark.parametrize("more", [[], ["--parameters", "full"], ["--precision", "bfloat16", "--estimator", "path"]])
 def test_a_step_of_real_shapes_is_timed_on_random_weights(capsys, more):
     flags = "--resolution 64 --text-length 10 --num-steps 3 --window 0:2 --prompts-per-step 3 --group-size 2"
     flags = [*flags.split(), *"--micro-batch 3 --threads 1 --rank 4 --device cpu --precision float32".split(), *more]
@@ -69,7 +69,7 @@ def test_a_step_of_real_shapes_is_timed_on_random_weights(capsys, more):
     a_row = bench.forward_flops(SMALL, 64, 77 + 10)
     # 12 rows (6 trajectories with guidance), three steps of which two train: the student's, the teachers' 4 rows of 6
     # that the anchor does not teach, and the anchor's 6; in a stored trajectory the student walks all three before.
-    free = 3 if "--no-single-pass" in more else 1
+    free = 3 if "path" in more else 1
     back = 2 if "full" in more else 1
     assert found["flops"] == a_row * 2 * (6 * 2 * (1 + back) + 6 * free + 4 * 2 + 6 * 2)
     assert 0 < found["seconds"] < 60 and math.isfinite(found["seconds"])

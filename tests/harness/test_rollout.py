@@ -182,8 +182,8 @@ def states(calls):
 
 @pytest.mark.parametrize(
     "flags",
-    [["--stage", "opd"], ["--no-single-pass"], ["--estimator", "path"], ["--cfg", "2"], [*GRPO, "--beta", "0.1"]],
-    ids=["opd", "stored", "path", "guided", "grpo"],
+    [["--stage", "opd"], ["--estimator", "path"], ["--cfg", "2"], [*GRPO, "--beta", "0.1"]],
+    ids=["opd", "path", "guided", "grpo"],
 )
 def test_micro_batches_change_neither_the_noise_nor_the_gradient(go, spy, updates, world, flags):
     calls, found = spy(teach, "policy_step") if flags[:2] == GRPO[:2] else spy(distil, "learn"), []

@@ -79,7 +79,7 @@ def test_the_defaults_are_those_of_flow_opd_appendix_a():
         "kernel": "sde", "advantage_std": "group", "advantage_clip": 5.0, "clip": 1e-4, "log_prob": "mean",
         "lr": 3e-4, "weight_decay": 1e-4, "grad_norm": 1.0, "ema_decay": 0.9, "ema_every": 8, "warmup": 0,
         "mar": 0.02, "beta": 0.04, "updates": 2, "rank": 32, "alpha": 64.0, "parameters": "lora",
-        "precision": "bfloat16", "train_steps": "all", "estimator": "analytic", "kl_scale": "true",
+        "precision": "bfloat16", "train_steps": "all", "estimator": "analytic", "weight": "kl", "states": "sde",
         "model": "stabilityai/stable-diffusion-3.5-medium", "tasks": "composition,text,quality", "anchor": "quality",
         "rewards": "", "combine": "sum", "overlap": False, "on_reward_failure": "stop",
     }  # fmt: skip
@@ -164,7 +164,8 @@ def another(f):
         return [flag(f.name), "text=a/b=c", "quality=d"], {"text": "a/b=c", "quality": "d"}
     if f.type is str:
         words = {"window": "1:3", "rewards": "ocr=2,jpeg=0.5", "tasks": "text"}
-        value = next((c for c in reversed(f.metadata.get("choices", ())) if c != default), words.get(f.name, "x"))
+        choices = reversed(f.metadata.get("choices", ()))
+        value = next((c for c in choices if c not in (default, "velocity")), words.get(f.name, "x"))
     else:
         value = default + 1 if f.type is int else abs(default - 0.03125)  # exact in binary; no bound is passed
     return [flag(f.name), str(value)], value
@@ -312,13 +313,19 @@ REFUSED = [
     ("--stage grpo --noise-level 0", r"^--stage grpo needs noise: widen --window and set --noise-level"),
     ("--stage grpo --window 2:2", r"^--stage grpo needs noise"),
     ("--stage grpo --window 6:9 --num-steps 6", r"^--stage grpo needs noise"),
-    ("--noise-level 0", r"^--estimator analytic needs noise: widen --window, or use --estimator velocity"),
-    ("--estimator path --window 0:0", r"^--estimator path needs noise"),
+    ("--noise-level 0", r"^--states sde needs noise"),
+    ("--estimator path --window 0:0", r"^--states sde needs noise"),
     ("--kernel cps", r"^--stage opd knows the KL of the SDE kernel only \(F Eq\. 9\): use --kernel sde$"),
     (
         "--stage grpo --kernel cps --beta 0.1",
         r"^--beta is the SDE kernel's KL .* use --kernel sde or --beta 0",
     ),
+    ("--estimator velocity --weight dt", r"^--estimator velocity is analytic with --weight uniform --states ode"),
+    ("--estimator velocity --states sde", r"^--estimator velocity is analytic with --weight uniform --states ode"),
+    ("--states ode", r"^--weight kl is infinite without noise"),
+    ("--states ode --weight kl_dt", r"^--weight kl_dt is infinite without noise"),
+    ("--states ode --weight dt --estimator sampled", r"^--estimator sampled needs the density of an SDE step"),
+    ("--estimator released --weight uniform", r"^--estimator released rewards with the KL"),
     ("--stage grpo --prompts-per-step 7 --updates 2", r"^--updates 2 must divide --prompts-per-step 7$"),
     ("--teachers text=x", r"^task 'composition' has no teacher: give --teachers composition=PATH, or leave"),
     ("--stage sft --tasks text --teachers quality=x", r"^task 'text' has no teacher"),
@@ -341,7 +348,7 @@ REFUSED = [
     (f"{QWEN} --prompts-per-step 1", r"^--prompts-per-step 1: 2 tasks need one prompt each$"),
     (f"{QWEN} --teachers t2i=x", r"^task 'edit' has no teacher: give --teachers edit=PATH, or leave it out"),
     (f"{QWEN} --stage pretrain", r"^--stage pretrain makes the tiny world's base: add --preset tiny"),
-    (f"{QWEN} --stage opd --estimator analytic --window 0:0", r"^--estimator analytic needs noise"),
+    (f"{QWEN} --stage opd --estimator analytic --window 0:0", r"^--states sde needs noise"),
     (f"{QWEN} --stage grpo --window 3:3", r"^--stage grpo needs noise"),
     (f"{QWEN} --stage all --guidance rollout", r"^--guidance rollout: --stage opd knows both, teacher, neither$"),
     ("--stage grpo --kernel cps --noise-level 1.5", r"^--noise-level 1\.5: must be at most 1 with --kernel cps$"),
@@ -358,7 +365,7 @@ REFUSED = [
     (f"{FLOW} --stage merge --parameters full", r"^--stage merge merges LoRA teachers: use --parameters lora$"),
     (f"{FLOW} --stage grpo --updates 4", r"^--updates 4 must divide --prompts-per-step 6$"),
     (f"{FLOW} --stage grpo --kernel cps", r"^--beta is the SDE kernel's KL"),
-    (f"{FLOW} --window 9:9", r"^--estimator analytic needs noise"),
+    (f"{FLOW} --window 9:9", r"^--states sde needs noise"),
     # what a later part of --stage all would refuse
     ("--stage all --group-size 1", r"^--group-size 1: a group of one"),
     ("--stage all --kernel cps", r"^--stage opd knows the KL of the SDE kernel only"),
@@ -423,6 +430,9 @@ def test_a_resolved_configuration_is_a_config_that_gives_itself(tmp_path):
     "line",
     [
         "--estimator velocity --noise-level 0 --window 2:2",  # the ODE needs no noise
+        "--states ode --weight ode --noise-level 0",  # DiffusionOPD
+        "--weight dt",  # Q Eq. 18's weight on F's states
+        "--estimator path --weight kl_dt",
         "--tasks text --teachers text=x",
         "--stage grpo --kernel cps",
         "--stage grpo --group-size 2",

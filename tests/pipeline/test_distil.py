@@ -42,7 +42,7 @@ def test_the_gradient_of_opd_is_eq_9_plus_lambda_eq_12_by_autograd(go, spy, upda
 
 @pytest.mark.parametrize(
     "flags",
-    [[], ["--cfg", "2"], ["--no-single-pass"], ["--parameters", "full"]],
+    [[], ["--cfg", "2"], ["--estimator", "path"], ["--parameters", "full"]],
     ids=["plain", "guided", "stored", "all parameters"],
 )
 def test_each_row_is_labelled_by_the_teacher_of_its_task_and_all_by_the_anchor(go, spy, world, flags):
@@ -77,9 +77,12 @@ def test_opd_is_on_policy_the_states_are_the_students_own(go, spy, world):
     assert not close(learnt[1].args[1].x, second.x, 1e-3), "another student, other states"
 
 
-def test_one_pass_and_a_stored_trajectory_give_one_gradient(go, updates):
+def test_one_pass_and_a_stored_trajectory_give_one_gradient(go, updates, monkeypatch):
     # The same forward at the same states; only the moment of backward differs.
-    runs = [go(f"run{flag}", flag, "--steps", "2") for flag in ("--single-pass", "--no-single-pass")]
+    runs = []
+    for name, single in (("single", distil.opd.NEEDS_FUTURE), ("stored", ("analytic",))):
+        monkeypatch.setattr(distil.opd, "NEEDS_FUTURE", single)
+        runs.append(go(name, "--steps", "2"))
     for one, two in ((updates[0], updates[2]), (updates[1], updates[3])):
         assert flat(one.grads).norm() > 0
         assert close(flat(one.grads), flat(two.grads), 1e-5 * flat(one.grads).abs().max())
@@ -219,7 +222,7 @@ def test_sd35_is_distilled_without_a_vae_and_without_a_reward(real, monkeypatch,
 
 
 # ---------------------------------------------------------------- guided teachers, a student without (Q 4.3)
-@pytest.mark.parametrize("flags", [[], ["--micro-batch", "3"], ["--estimator", "analytic", "--no-single-pass"]],
+@pytest.mark.parametrize("flags", [[], ["--micro-batch", "3"], ["--estimator", "path"]],
                          ids=["ode", "micro-batches", "sde, stored"])  # fmt: skip
 @pytest.mark.parametrize("guidance", ["teacher", "both", "neither"])
 def test_teachers_and_student_are_each_guided_as_asked(go2, forwards, spy, guidance, flags):
@@ -231,7 +234,7 @@ def test_teachers_and_student_are_each_guided_as_asked(go2, forwards, spy, guida
     of_student, of_teachers = {"teacher": (0.0, 0.5), "both": (0.5, 0.5), "neither": (0.0, 0.0)}[guidance]
     trained = {(of_student, True)}
     # Nothing is computed with a gradient that is not trained on: the walk of a stored trajectory, and its last step.
-    walked = {(of_student, False)} if flags[-1:] == ["--no-single-pass"] else set()
+    walked = {(of_student, False)} if flags[-1:] == ["path"] else set()
     assert shares["student"] in (trained | walked, trained | {(of_student, False)})
     assert shares["teacher:t2i"] == shares["teacher:edit"] == {(of_teachers, False)}
     assert set(shares) == {"student", "teacher:t2i", "teacher:edit"} and learnt

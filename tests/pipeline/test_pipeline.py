@@ -499,43 +499,17 @@ def hacked(monkeypatch):
     monkeypatch.setitem(tiny.SCORERS, "preference", says(0.9, -0.1))
 
 
-def watched(folder, **how):
-    return rewards_file(folder, {"quality": 1}, watch={"preference": {"window": 2, **how}})
-
-
-def test_a_watched_reward_that_falls_while_the_trained_one_rises_ends_the_run(go, tmp_path, hacked, capsys):
-    # Means over two steps: 0.75 at first, 0.65 after three steps, 0.55 after four; an alarm needs four.
-    flags = [*TEXT, "--steps", "6", "--save-every", "9", *watched(tmp_path, drop=0.15, stop=True)]
-    folder = go("run", *flags, code=2)
-    said = last_line(capsys)
-    assert said == "error: step 4: the reward rises while preference has fallen by more than 0.15: reward hacking"
+def test_a_watched_reward_that_falls_while_the_trained_one_rises_has_a_column_and_one_warning(
+    go, tmp_path, hacked, monkeypatch, capsys
+):
+    monkeypatch.setattr(scoring.is_hacked, "__defaults__", (2, 0.1))  # windows of two steps, where a run's are of 20
+    folder = go("run", *TEXT, "--steps", "6", *rewards_file(tmp_path, {"quality": 1}, watch=["preference"]))
     lines = metrics(folder)
-    assert [line["alarm/preference"] for line in lines] == [0.0, 0.0, 0.0, 1.0]
-    assert [round(line["reward"], 1) for line in lines] == [0.1, 0.2, 0.3, 0.4]
-    assert [round(line["reward/preference"], 1) for line in lines] == [0.8, 0.7, 0.6, 0.5]
-    assert stored(folder)["step"] == 4, "a whole step"
-
-
-def test_an_alarm_without_a_stop_is_said_and_logged_and_the_run_goes_on(go, tmp_path, hacked, capsys):
-    folder = go("run", *TEXT, "--steps", "6", *watched(tmp_path, drop=0.25))
-    assert [line["alarm/preference"] for line in metrics(folder)] == [0.0, 0.0, 0.0, 0.0, 1.0, 1.0]
-    said = re.findall(r"alarm: step (\d): the reward rises while preference has fallen", capsys.readouterr().err)
-    assert said == ["5"], "an alarm of the last step is in the metrics and stops nothing any more"
-
-
-def test_there_is_no_alarm_where_the_watched_reward_falls_by_less(go, tmp_path, hacked):
-    folder = go("run", *TEXT, "--steps", "6", *watched(tmp_path, drop=0.45, stop=True))
-    assert [line["alarm/preference"] for line in metrics(folder)] == [0.0] * 6
-
-
-def test_an_alarm_looks_back_beyond_a_resume(go, tmp_path, hacked, monkeypatch):
-    flags = [*TEXT, "--steps", "6", "--save-every", "3", *watched(tmp_path, drop=0.15, stop=True)]
-    with monkeypatch.context() as patch:
-        after(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        folder = go("run", *flags)
-    assert len(metrics(folder)) == 3
-    go("run", *flags, code=2)
-    assert [line["alarm/preference"] for line in metrics(folder)] == [0.0, 0.0, 0.0, 1.0]
+    assert [round(line["reward"], 1) for line in lines] == [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
+    assert [round(line["reward/preference"], 1) for line in lines] == [0.8, 0.7, 0.6, 0.5, 0.4, 0.3]
+    # Means over two steps: 0.75 at first, 0.55 after four, the first that an alarm may compare.
+    said = re.findall(r"warning: step (\d): the reward rises while preference falls", capsys.readouterr().err)
+    assert said == ["4"], "once"
 
 
 # ------------------------------------------------------------------------------------------------------- curation

@@ -67,7 +67,7 @@ def test_without_rewards_each_task_that_is_drawn_is_paid_by_its_own(line, weight
     asked = read(line)
     names = {name for row in weights.values() for name in row}
     known = {} if "tiny" in line else {"instruction": INSTRUCTION, "identity": {"kind": "face", "no_face": "skip"}}
-    assert asked == R.Recipe({name: known.get(name, {"kind": name}) for name in names}, weights, {})
+    assert asked == R.Recipe({name: known.get(name, {"kind": name}) for name in names}, weights)
     assert list(asked.weights) == list(weights), "in the order of the tasks"
 
 
@@ -82,7 +82,7 @@ def test_the_short_form_weighs_kinds_for_all_prompts():
     found = read(f"{FLOW} --rewards geneval=0.8,pickscore=.2,jpeg,ocr=-1,")
     assert found.weights == {"default": {"geneval": 0.8, "pickscore": 0.2, "jpeg": 1.0, "ocr": -1.0}}
     assert found.scorers == {name: {"kind": name} for name in ("geneval", "pickscore", "jpeg", "ocr")}
-    assert list(found.scorers) == ["geneval", "pickscore", "jpeg", "ocr"] and found.watch == {}
+    assert list(found.scorers) == ["geneval", "pickscore", "jpeg", "ocr"] and found.watch == ()
     assert read(f"{TINY} --task text --rewards task=2,face=0").weights == {"default": {"task": 2.0, "face": 0.0}}
 
 
@@ -96,7 +96,7 @@ def test_a_named_judge_is_the_same_one_by_default_in_the_short_form_and_in_a_fil
     expected = {name: R.NAMED[name]}
     assert read(f"{FLOW} --rewards {name}=2").scorers == expected
     assert read(f"{FLOW} {write(tmp_path, {'weights': {'portrait': {name: 1}}})}").scorers == expected
-    watched = {"weights": {"default": {"jpeg": 1}}, "watch": {name: {"drop": 0.1}}}
+    watched = {"weights": {"default": {"jpeg": 1}}, "watch": [name]}
     assert read(f"{FLOW} {write(tmp_path, watched)}").scorers == {"jpeg": {"kind": "jpeg"}, **expected}
     own = {"scorers": {name: {"kind": "hps"}}, "weights": {"default": {name: 1}}}
     assert read(f"{FLOW} {write(tmp_path, own)}").scorers == {name: {"kind": "hps"}}, "the user's comes first"
@@ -168,7 +168,7 @@ def test_the_examples_that_are_shown_can_be_used_as_they_stand(tmp_path):
     found = read(f"{FLOW} {write(tmp_path, shown)}")
     assert found.scorers == {**shown["scorers"], "geneval": {"kind": "geneval"}, "aesthetic": {"kind": "aesthetic"}}
     assert found.weights == {"composition": {"geneval": 0.8, "pick": 0.2}, "default": {"judge": 1.0}}
-    assert found.watch == {"aesthetic": {"drop": 0.3, "window": 20, "stop": True}}
+    assert found.watch == ("aesthetic",)
     found = read(f"{FLOW} {write(tmp_path, readme)}")
     assert {*found.scorers} == {"align", "pick", "geneval", "ocr", "aesthetic"}
 
@@ -176,15 +176,13 @@ def test_the_examples_that_are_shown_can_be_used_as_they_stand(tmp_path):
 def test_a_file_names_its_scorers_and_what_it_does_not_define_is_a_kind_of_its_own(tmp_path):
     scorers = {"soft": {"kind": "geneval", "batch": 2, "device": "cuda:1", "dtype": "bfloat16"}, "ocr": JUDGE}
     content = {"scorers": scorers, "weights": {"counting": {"soft": 1, "geneval": -2}, "text": {"ocr": 0.5}},
-               "watch": {"jpeg": {"drop": 1}, "soft": {"drop": 0.25, "window": 3, "stop": True}}}  # fmt: skip
+               "watch": ["jpeg", "soft"]}  # fmt: skip
     found = read(f"{FLOW} {write(tmp_path, content)}")
     assert found.scorers == {**scorers, "geneval": {"kind": "geneval"}, "jpeg": {"kind": "jpeg"}}
     assert found.scorers["ocr"]["kind"] == "judge", "what is defined comes before the kind of that name"
     assert found.weights == {"counting": {"soft": 1.0, "geneval": -2.0}, "text": {"ocr": 0.5}}
     assert all(type(weight) is float for row in found.weights.values() for weight in row.values())
-    assert found.watch == {
-        "jpeg": {"drop": 1, "window": 20, "stop": False}, "soft": {"drop": 0.25, "window": 3, "stop": True},
-    }  # fmt: skip
+    assert found.watch == ("jpeg", "soft")
 
 
 def test_the_short_form_is_a_file_of_default_weights(tmp_path):
@@ -202,10 +200,6 @@ def entry(**options):
     return {"scorers": {"x": options}, "weights": {"default": {"x": 1.0}}}
 
 
-def watch(**options):
-    return given(watch={"ocr": options})
-
-
 KINDS, OPTIONS = ", ".join(R.KINDS), ", ".join(("kind", *R.KINDS["pickscore"]))
 FILES = [
     ('{"weights": ', r" not JSON \(.+\)"),
@@ -216,7 +210,6 @@ FILES = [
     (given(zz={}), r" has no 'zz'; choose from scorers, weights, watch"),
     ({"weights": []}, r" weights must be an object"),
     (given(scorers=[]), r" scorers must be an object"),
-    (given(watch=["ocr"]), r" watch must be an object"),
     ({"weights": {}}, r" weights gives no scorer any weight"),
     ({"weights": {"default": {}}}, r" weights gives no scorer any weight"),
     ({"weights": {"default": {"jpeg": 0}, "text": {"ocr": 0.0}}}, r" weights gives no scorer any weight"),
@@ -260,19 +253,9 @@ FILES = [
     (entry(**{**JUDGE, "endpoints": "http://a:1"}), r" scorers\.x: endpoints is 'http://a:1'; it must be a list"),
     (entry(**{**JUDGE, "endpoints": []}), r" scorers\.x: endpoints must be a list of addresses"),
     # watch
-    (given(watch={"ocr": 0.3}), r" watch\.ocr must be an object, not 0\.3"),
-    (watch(), r" watch\.ocr needs 'drop'"),
-    (watch(drop=1, wndow=3), r" watch\.ocr has no 'wndow'; did you mean 'window'\?"),
-    (watch(drop=0), r" watch\.ocr\.drop is 0; it must be a positive number"),
-    (watch(drop=-0.5), r" watch\.ocr\.drop is -0\.5; it must be a positive number"),
-    (watch(drop="0.3"), r" watch\.ocr\.drop is '0\.3'; it must be a positive number"),
-    (watch(drop=True), r" watch\.ocr\.drop is True; it must be a positive number"),
-    (watch(drop=1, window=0), r" watch\.ocr\.window is 0; it must be a positive number"),
-    (watch(drop=1, window=2.5), r" watch\.ocr\.window is 2\.5; it must be a positive number"),
-    (watch(drop=1, stop=1), r" watch\.ocr\.stop is 1; it must be true or false"),
-    ('{"weights": {"a": {"jpeg": 1}}, "watch": {"ocr": {"drop": NaN}}}',
-     r" watch\.ocr\.drop is nan; it must be a positive number"),
-    (given(watch={"orc": {"drop": 1}}), r" orc is not under scorers.*did you mean 'ocr'\?"),
+    (given(watch={"ocr": 0.3}), r" watch must be a list of scorers' names"),
+    (given(watch=[3]), r" watch must be a list of scorers' names"),
+    (given(watch=["orc"]), r" orc is not under scorers.*did you mean 'ocr'\?"),
 ]  # fmt: skip
 
 
@@ -285,7 +268,6 @@ def test_a_file_that_cannot_work_is_refused_by_its_name_and_entry(tmp_path, cont
 def test_the_refusals_start_from_a_recipe_that_works(tmp_path):
     assert read(f"{FLOW} {write(tmp_path, given())}").scorers == {"jpeg": {"kind": "jpeg"}}
     assert read(f"{FLOW} {write(tmp_path, entry(**JUDGE))}").scorers == {"x": JUDGE}
-    assert read(f"{FLOW} {write(tmp_path, watch(drop=1))}").watch == {"ocr": {"drop": 1, "window": 20, "stop": False}}
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):

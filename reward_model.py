@@ -41,7 +41,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 import transformers
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from peft import get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from PIL import Image
 from torch import Tensor, nn
 
@@ -301,7 +301,7 @@ class VLMJudge:
         """Put the LoRA on the language part: from `state`, or new (A gaussian, B zero: it begins as the base)."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.network.add_adapter(config, adapter_name=LORA)
+            inject_adapter_in_model(config, self.network, adapter_name=LORA)
         self.lora = config
         for name, p in self.network.named_parameters():
             if f".{LORA}." in name:

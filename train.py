@@ -25,11 +25,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import settings
-from harness import plan
+from harness import plan, threads
 from scorers import recipe
 from settings import Settings, task_list
 
 if __name__ == "__main__":
+    threads.sleep_while_waiting()
     plan.answer_early(sys.argv[1:], "train.py")
 
 import numpy as np

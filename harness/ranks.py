@@ -31,6 +31,7 @@ from torch.distributed.tensor import DTensor
 
 from data.common import first_line
 from data.files import DataError
+from harness.threads import cores
 from models import flow
 from models.lora import ModelError
 from rewards import RewardError
@@ -79,7 +80,8 @@ def start(s: Settings) -> torch.device:
     """
     device, (_, world) = pick_device(s), rank_and_world()
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    torch.set_num_threads(s.threads or max(1, (os.cpu_count() or 1) // local_world))
+    if s.threads or "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(s.threads or max(1, cores() // local_world))
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what is float32 inside a network

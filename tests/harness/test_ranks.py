@@ -189,21 +189,6 @@ def test_each_rank_takes_the_accelerator_of_its_number_and_too_many_ranks_are_re
         ranks.pick_device(s)
 
 
-def test_threads_are_the_users_or_shared_among_the_processes_of_a_machine(monkeypatch):
-    before = torch.get_num_threads()
-    monkeypatch.setattr(ranks.os, "cpu_count", lambda: 6)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    try:
-        for threads, expected in ((0, 3), (2, 2)):
-            assert ranks.start(settings.resolve({"preset": "tiny", "threads": threads})) == torch.device("cpu")
-            assert torch.get_num_threads() == expected
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", "9")
-        ranks.start(settings.resolve({"preset": "tiny"}))
-        assert torch.get_num_threads() == 1, "more processes than cores: still one each"
-    finally:
-        torch.set_num_threads(before)
-
-
 # -------------------------------------------------------------------------------------------------------- failures
 def test_a_failure_is_said_once_and_written_to_torchruns_error_file(tmp_path, monkeypatch, capsys):
     file = tmp_path / "error.json"

@@ -501,10 +501,10 @@ NOT_TINY = ("data", "model", "rank", "alpha", "question", "precision")  # what t
 class RewardRun(runtime.Run):
     """A run whose checkpoints hold a reward model."""
 
-    def _export(self, folder: Path) -> None:
+    def export(self, folder: Path) -> None:
         with self.exported():
             self.model.save(folder, self.s.objective)
-        write_atomic(folder / "README.md", card(self.s, self.step, self.last))
+        write_atomic(folder / "README.md", card(self.s, self.step, self.record.last))
 
 
 def card(s: Recipe, step: int, metrics: dict[str, float]) -> str:

@@ -15,7 +15,6 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -32,8 +31,7 @@ import sde
 import settings
 from data import files as data
 from data.files import Prompt
-from harness import curation, ranks, rollout
-from harness import run as runtime
+from harness import checkpoints, curation, ranks, rollout
 from harness.load import student_run
 from harness.rollout import Row, batches, roll_out, trained_steps
 from harness.run import Run
@@ -53,7 +51,7 @@ def curate(s: Settings) -> Path:
     panel.check(p for some in prompts.values() for p in some)
     run = student_run(s)
     # Other rewards, samples or weights give other ranges: what an earlier run found with them does not count.
-    moves_nothing = (*runtime.FREE, "threshold", "train_prompts", "prompts", "rewards", "threads", "out", "config")
+    moves_nothing = (*checkpoints.FREE, "threshold", "train_prompts", "prompts", "rewards", "threads", "out", "config")
     alike, asked = {k: v for k, v in asdict(s).items() if k not in moves_nothing}, recipe.read(s)
     where = ("device", "endpoints", "key_env", *recipe.LIMITS)  # what a --rewards file says of the way to a scorer
     alike["scorers"] = {n: {k: v for k, v in e.items() if k not in where} for n, e in asked.scorers.items()}
@@ -117,7 +115,7 @@ def draw_shares(run: Run, prompts: Mapping[str, list[Prompt]], later: scoring.La
     scorers as soon as it is drawn: {"parts", "prompts", "scores": a Future}."""
     rows, shares = rollout.rows_of(run, prompts, step), []
     for some in batches(rows, len(rows) // run.s.updates):
-        with run.old_policy() if run.old else nullcontext():  # nft: the old policy draws (Q Eq. 8)
+        with run.old_policy():  # nft: the old policy draws (Q Eq. 8)
             parts, images = roll_out(run, some)
         asked = [row.prompt for row in some]
         shares.append({"parts": parts, "prompts": asked, "scores": later.submit(images, asked)})

@@ -233,8 +233,8 @@ def updates(monkeypatch):
     found, real = [], Run.update
 
     def update(run):
-        weights = [p.detach().clone() for p in run.parameters.values()]
-        grads = [p.grad.clone() for p in run.parameters.values()]
+        weights = [p.detach().clone() for p in run.weights.parameters.values()]
+        grads = [p.grad.clone() for p in run.weights.parameters.values()]
         found.append(SimpleNamespace(weights=weights, grads=grads))
         return real(run)
 

@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 import settings
 from data.common import write_atomic
 from harness import run as runtime
+from harness import weights
 from harness.run import Run
 from models import flow
 from models import load as models
@@ -75,7 +76,7 @@ def toy(tmp_path):
 
 
 def set_gradients(run, step):
-    for name, p in run.parameters.items():
+    for name, p in run.weights.parameters.items():
         p.grad = torch.tensor(GRADS[step][name])
 
 
@@ -84,7 +85,7 @@ def train(run):
     for step in run.steps("loss"):
         run.stop_if_asked()
         set_gradients(run, step % 3)
-        for p in run.parameters.values():
+        for p in run.weights.parameters.values():
             p.grad += 0.1 * p.detach()
         run.log({"loss": 0.5 + step, "grad_norm": run.update()})
 
@@ -104,7 +105,7 @@ def test_update_is_clipped_adamw_with_warmup_and_cosine_by_hand(toy, decay):
     # AdamW in numpy float64: m, v with betas (0.9, 0.99), bias correction, decoupled weight decay wd = 0.5.
     # lr(s) = 0.1 * min(1, (s+1)/2) [* (1/2 + cos(pi s/3)/2)]: 0.05, 0.1, 0.1 and with the cosine x 1, 3/4, 1/4.
     run = toy(decay=decay, warmup=2, weight_decay=0.5, grad_norm=1.0)
-    w, m, v = flat(run.parameters), 0.0, 0.0
+    w, m, v = flat(run.weights.parameters), 0.0, 0.0
     for step, lr in enumerate([0.05, 0.1 * (0.75 if decay else 1), 0.1 * (0.25 if decay else 1)]):
         run.step = step
         set_gradients(run, step)
@@ -115,46 +116,46 @@ def test_update_is_clipped_adamw_with_warmup_and_cosine_by_hand(toy, decay):
         m, v = 0.9 * m + 0.1 * g, 0.99 * v + 0.01 * g**2
         w = w * (1 - lr * 0.5)
         w = w - lr * (m / (1 - 0.9 ** (step + 1))) / (np.sqrt(v / (1 - 0.99 ** (step + 1))) + 1e-8)
-        assert flat(run.parameters) == pytest.approx(w, abs=2e-6)
-        assert all(p.grad is None for p in run.parameters.values()), "nothing is left for the next step to add to"
+        assert flat(run.weights.parameters) == pytest.approx(w, abs=2e-6)
+        assert all(p.grad is None for p in run.weights.parameters.values()), "nothing is left"
 
 
 def test_no_warmup_means_the_full_rate_at_once(toy):
     run = toy(warmup=0, weight_decay=0.0)
     set_gradients(run, 0)
     run.update()  # Adam's first step is lr * sign(g)
-    assert flat(run.parameters) == pytest.approx([0.9, -1.9, 2.9, 0.4, -1.0], abs=1e-6)
+    assert flat(run.weights.parameters) == pytest.approx([0.9, -1.9, 2.9, 0.4, -1.0], abs=1e-6)
 
 
 def test_the_average_follows_its_formula_by_hand(toy):
     # decay(s) = min(ema_decay, (1+s)/(10+s)): 1/10, 2/11, then 0.2 from s = 2 on where (3/12 > 0.2).
     run = toy(ema_decay=0.2)
-    mean = flat(run.average)
+    mean = flat(run.weights.average)
     assert mean == pytest.approx(flat(START)), "the average begins as the weights"
     for step, decay in enumerate([1 / 10, 2 / 11, 0.2]):
         run.step = step
         set_gradients(run, step)
         run.update()
-        mean = decay * mean + (1 - decay) * flat(run.parameters)
-        assert flat(run.average) == pytest.approx(mean, abs=1e-6)
-        assert not np.allclose(mean, flat(run.parameters), atol=1e-4)
+        mean = decay * mean + (1 - decay) * flat(run.weights.parameters)
+        assert flat(run.weights.average) == pytest.approx(mean, abs=1e-6)
+        assert not np.allclose(mean, flat(run.weights.parameters), atol=1e-4)
 
 
 def test_ema_every_skips_the_steps_between(toy):
     run = toy(ema_every=2)
-    start = flat(run.average)
+    start = flat(run.weights.average)
     set_gradients(run, 0)
     run.update()
-    assert (flat(run.average) == start).all()
+    assert (flat(run.weights.average) == start).all()
     run.step = 1
     set_gradients(run, 1)
     run.update()
-    assert (flat(run.average) != start).any()
+    assert (flat(run.weights.average) != start).any()
 
 
 def test_a_tensor_without_gradient_is_an_error_and_not_a_silent_no(toy):
     run = toy()
-    run.parameters["vector"].grad = torch.ones(2)
+    run.weights.parameters["vector"].grad = torch.ones(2)
     with pytest.raises(RuntimeError, match="1 of 2 trained tensors have no gradient"):
         run.update()
 
@@ -163,16 +164,16 @@ def test_a_tensor_without_gradient_is_an_error_and_not_a_silent_no(toy):
 def test_a_gradient_that_is_not_finite_never_reaches_the_weights(toy, poison):
     run = toy()
     set_gradients(run, 0)
-    run.parameters["matrix"].grad[0, 2] = poison
+    run.weights.parameters["matrix"].grad[0, 2] = poison
     with pytest.raises(FloatingPointError, match="step 0: the gradient's norm is (nan|inf); lower --lr"):
         run.update()
-    assert (flat(run.parameters) == flat(START)).all() and (flat(run.average) == flat(START)).all()
+    assert (flat(run.weights.parameters) == flat(START)).all() and (flat(run.weights.average) == flat(START)).all()
 
 
 def test_muon_trains_the_matrices_of_a_new_bases_blocks_and_adamw_all_else():
     model = models.new_tiny(0, width=32, layers=1)
     s = settings.resolve({"preset": "tiny", "stage": "pretrain", "lr": 0.1, "weight_decay": 0.5})
-    adamw, muon = runtime.optimizers(model, s)
+    adamw, muon = weights.optimizers(model, s)
     names = {id(p): n for n, p in model.trainable().items()}
     assert isinstance(adamw, torch.optim.AdamW) and isinstance(muon, torch.optim.Muon)
     first, second = ({names[id(p)] for g in o.param_groups for p in g["params"]} for o in (adamw, muon))
@@ -184,12 +185,12 @@ def test_muon_trains_the_matrices_of_a_new_bases_blocks_and_adamw_all_else():
     for group in (*adamw.param_groups, *muon.param_groups):
         assert (group["lr"], group["weight_decay"]) == (0.1, 0.5)
     model.add_adapter(flow.STUDENT, adapters.lora_config(4, 8.0))
-    (adamw,) = runtime.optimizers(model, settings.resolve({"preset": "tiny"}))
+    (adamw,) = weights.optimizers(model, settings.resolve({"preset": "tiny"}))
     assert isinstance(adamw, torch.optim.AdamW), "an adapter is AdamW's alone, as in the papers"
     assert len(adamw.param_groups[0]["params"]) == len(model.trainable()) > 0
     model = models.new_tiny(0, width=32, layers=1)
     model.train_fully()
-    (adamw,) = runtime.optimizers(model, settings.resolve({"preset": "tiny", "parameters": "full"}))
+    (adamw,) = weights.optimizers(model, settings.resolve({"preset": "tiny", "parameters": "full"}))
     assert isinstance(adamw, torch.optim.AdamW), "and so is a whole student outside pretraining"
 
 
@@ -227,23 +228,23 @@ def test_a_checkpoint_exports_the_average_and_keeps_the_weights(toy):
     run = toy()
     train(run)
     state = stored(run.folder)
-    expected = {f"weights.{n}": p.detach() for n, p in run.parameters.items()}
-    expected |= {f"average.{n}": a for n, a in run.average.items()}
+    expected = {f"weights.{n}": p.detach() for n, p in run.weights.parameters.items()}
+    expected |= {f"average.{n}": a for n, a in run.weights.average.items()}
     moments = {f"{kind}.{n}" for kind in ("exp_avg", "exp_avg_sq") for n in START}
     assert state.keys() == {*expected, *moments, "step", "updates"}
     assert same({name: state[name] for name in expected}, expected) and state["step"] == 3
-    assert same(safetensors.torch.load_file(run.checkpoint / "exported.safetensors"), run.average)
-    assert (flat(run.parameters) != flat(run.average)).all()
+    assert same(safetensors.torch.load_file(run.checkpoint / "exported.safetensors"), run.weights.average)
+    assert (flat(run.weights.parameters) != flat(run.weights.average)).all()
     assert "3 steps" in (run.checkpoint / "README.md").read_text(), "with a card"
 
 
 def test_optimizers_go_on_from_the_updates_that_they_have_made(toy):
     train(toy(steps=2))
     run = toy()
-    (optimizer,) = run.optimizers
-    assert [optimizer.state[p]["step"].item() for p in run.parameters.values()] == [2.0, 2.0]
-    assert run.step == 2 and all(p.grad is None for p in run.parameters.values())
-    assert all(optimizer.state[p]["exp_avg_sq"].min() > 0 for p in run.parameters.values())
+    (optimizer,) = run.weights.optimizers
+    assert [optimizer.state[p]["step"].item() for p in run.weights.parameters.values()] == [2.0, 2.0]
+    assert run.step == 2 and all(p.grad is None for p in run.weights.parameters.values())
+    assert all(optimizer.state[p]["exp_avg_sq"].min() > 0 for p in run.weights.parameters.values())
 
 
 def test_a_checkpoint_is_safetensors_json_and_a_card_and_no_pickle(toy, monkeypatch):
@@ -270,11 +271,11 @@ def test_a_checkpoint_is_safetensors_json_and_a_card_and_no_pickle(toy, monkeypa
 def test_the_own_weights_come_back_from_the_exported_ones_whatever_happens(toy):
     run = toy()
     train(run)
-    own = {n: p.detach().clone() for n, p in run.parameters.items()}
+    own = {n: p.detach().clone() for n, p in run.weights.parameters.items()}
     with pytest.raises(ZeroDivisionError), run.exported():
-        assert same({n: p.data for n, p in run.parameters.items()}, run.average)
+        assert same({n: p.data for n, p in run.weights.parameters.items()}, run.weights.average)
         raise ZeroDivisionError
-    assert same({n: p.data for n, p in run.parameters.items()}, own)
+    assert same({n: p.data for n, p in run.weights.parameters.items()}, own)
 
 
 def test_metrics_have_one_line_a_step_that_starts_at_one(toy, tmp_path):
@@ -476,11 +477,11 @@ def test_a_damaged_checkpoint_is_one_line_that_names_it_and_says_what_to_do(toy,
 def test_shards_of_several_ranks_are_read_by_one(toy):
     run = toy()
     train(run)
-    state = {n: p.detach().clone() for n, p in run.parameters.items()}
+    state = {n: p.detach().clone() for n, p in run.weights.parameters.items()}
     halved(run.checkpoint)
     assert len(list((run.checkpoint / "training").iterdir())) == 2
     run = toy()
-    assert same({n: p.detach() for n, p in run.parameters.items()}, state) and run.step == 3
+    assert same({n: p.detach() for n, p in run.weights.parameters.items()}, state) and run.step == 3
 
 
 def test_a_name_belongs_to_one_set_of_settings(toy):
@@ -633,7 +634,7 @@ def test_wandb_mirrors_every_line_and_a_continued_run_goes_on_there(toy, wandb):
 
 def test_only_rank_zero_writes(toy, wandb, tmp_path):
     run = toy(wandb=True)
-    run.rank, run._shown = 1, "loss"
+    run.rank, run.record = 1, None
     run.log({"loss": 1.0})
     assert not wandb and not (tmp_path / "toy/metrics.jsonl").exists()
 
@@ -650,27 +651,29 @@ NFT = {"stage": "nft", "task": "text"}
 
 def test_the_old_policy_follows_the_student_by_its_own_schedule_and_not_by_the_averages(toy, monkeypatch):
     run, schedule = toy(**NFT, ema_decay=0.9), [0.0, 0.5, 0.25]
-    monkeypatch.setattr(runtime.nft, "old_policy_decay", lambda step: schedule[step])
-    old = flat(run.old)
-    assert (old == flat(START)).all() and not toy(name="grpo", stage="grpo", task="text").old, "of no other stage"
+    monkeypatch.setattr(weights.nft, "old_policy_decay", lambda step: schedule[step])
+    old = flat(run.weights.old)
+    assert (old == flat(START)).all()
+    assert not toy(name="grpo", stage="grpo", task="text").weights.old, "of no other stage"
     for step, decay in enumerate(schedule):
         run.step = step
         set_gradients(run, step)
         run.update()
-        old = decay * old + (1 - decay) * flat(run.parameters)
-        assert flat(run.old) == pytest.approx(old, abs=1e-6)
-    assert not np.allclose(old, flat(run.parameters), atol=1e-3) and not np.allclose(old, flat(run.average), atol=1e-3)
+        old = decay * old + (1 - decay) * flat(run.weights.parameters)
+        assert flat(run.weights.old) == pytest.approx(old, abs=1e-6)
+    for other in (run.weights.parameters, run.weights.average):
+        assert not np.allclose(old, flat(other), atol=1e-3)
 
 
 def test_the_old_policy_is_inside_its_context_and_nowhere_else(toy):
     run = toy(**NFT)
-    now = flat(run.parameters)
-    for value in run.old.values():
+    now = flat(run.weights.parameters)
+    for value in run.weights.old.values():
         value += 1
     with pytest.raises(KeyError), run.old_policy():
-        assert (flat(run.parameters) == now + 1).all()
+        assert (flat(run.weights.parameters) == now + 1).all()
         raise KeyError
-    assert (flat(run.parameters) == now).all() and (flat(run.old) == now + 1).all()
+    assert (flat(run.weights.parameters) == now).all() and (flat(run.weights.old) == now + 1).all()
 
 
 def test_a_run_with_an_old_policy_is_resumed_with_it(toy, tmp_path):
@@ -680,7 +683,7 @@ def test_a_run_with_an_old_policy_is_resumed_with_it(toy, tmp_path):
     assert {"old.vector", "old.matrix"} <= set(state)
     assert not torch.equal(state["old.matrix"], state["weights.matrix"])
     run = toy(**NFT, steps=5, save_every=2)
-    assert all(torch.equal(value, state[f"old.{name}"]) for name, value in run.old.items())
+    assert all(torch.equal(value, state[f"old.{name}"]) for name, value in run.weights.old.items())
     train(run)
     assert same(stored(tmp_path / "toy"), stored(tmp_path / "whole"))
     without(shard(run.checkpoint), "old.matrix")

@@ -177,7 +177,7 @@ def rank_of_two(rank, port):
 
     def spied_save(run):
         save(run)
-        state = {{name: p.detach() for name, p in run.parameters.items()}}
+        state = {{name: p.detach() for name, p in run.weights.parameters.items()}}
         torch.save(state, out / f"{{run.s.name}}-{{rank}}.pt")
 
     data.prompt_batch, runtime.Run.log, runtime.Run.save = spied_batch, spied_log, spied_save

@@ -1,0 +1,188 @@
+"""Does a run survive kill -9 at any moment? It is killed before every write of a short run, and continued each time.
+
+    python -m bench.kills               # every write: some minutes
+    python -m bench.kills --every 20    # a sample of them
+
+A write is whatever changes a file of the run: opening it for writing, renaming, removing, making or removing a folder.
+Python announces each of them to an audit hook, and there a real SIGKILL ends the process. A kill is survived if the
+same command, repeated, ends with the checkpoints and metrics of a run that nobody disturbed, bit for bit.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import safetensors.torch
+
+CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir"}  # audit events; "open" counts if it is for writing
+
+
+class Case(NamedTuple):
+    """begin(folder) makes the state to start from, work(folder) is what is killed, again(folder) is the repetition."""
+
+    begin: Callable[[Path], None]
+    work: Callable[[Path], None]
+    again: Callable[[Path], None]
+
+
+def forked(work: Callable[[Path], None], folder: Path, kill_at: int = 0) -> tuple[int, int]:
+    """Run `work` in a fork, killed before its write number `kill_at` (0: never) -> (exit code, number of writes)."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        count = 0
+
+        def hook(event: str, arguments: tuple) -> None:
+            nonlocal count
+            if is_write(event, arguments, folder):
+                count += 1
+                if count == kill_at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        code = 1
+        try:
+            announce_safetensors()
+            sys.addaudithook(hook)
+            work(folder)
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        os.write(writer, str(count).encode())
+        os._exit(code)
+    os.close(writer)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    with open(reader) as pipe:
+        return code, int(pipe.read() or 0)
+
+
+def is_write(event: str, arguments: tuple, folder: Path) -> bool:
+    """Is this audit event about to change a file below `folder`? TensorBoard writes from a thread, at any time: no."""
+    path = arguments[0] if arguments else None
+    if event == "open":
+        changes = isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+    else:
+        changes = event in CHANGES
+    if not changes or not isinstance(path, str | os.PathLike) or "tfevents" in str(path):
+        return False
+    within_an_open_folder = event != "open" and arguments[-1] not in (-1, None)  # how rmtree names files
+    return within_an_open_folder or Path(path).absolute().is_relative_to(folder)
+
+
+def announce_safetensors() -> None:
+    """safetensors writes files in Rust, which no audit hook sees: announce it."""
+    real = safetensors.torch.serialize_file
+
+    def serialize_file(tensors, filename, *more, **options):
+        sys.audit("open", str(filename), "w", os.O_WRONLY)
+        return real(tensors, filename, *more, **options)
+
+    safetensors.torch.serialize_file = serialize_file
+
+
+def outcome(folder: Path) -> dict[str, str]:
+    """What a run has left: the tensors and counts of its newest checkpoint, its metrics without times, hidden files."""
+    found = {str(p): "left over" for p in folder.rglob(".*")}
+    (file,) = folder.rglob("metrics.jsonl")
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    found["metrics"] = json.dumps([{k: v for k, v in row.items() if k != "seconds"} for row in rows])
+    newest = max(folder.rglob("step-*"))
+    found["checkpoint"] = newest.name
+    found["counts"] = (newest / "training.json").read_text()
+    for file in newest.rglob("*.safetensors"):  # tensor by tensor: the order within a file is the writer's
+        for name, tensor in safetensors.torch.load_file(file).items():
+            found[f"{file.name} {name}"] = hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
+    return found
+
+
+def survived(case: Case, every: int = 1) -> tuple[int, int, int]:
+    """Kill `case.work` before each write (or each `every`-th) -> (writes, kills tried, kills survived)."""
+    with tempfile.TemporaryDirectory() as top:
+        start, run = Path(top).resolve() / "start", Path(top).resolve() / "run"
+
+        def begin() -> None:  # under one path: a run belongs to its folder
+            shutil.rmtree(run, ignore_errors=True)
+            shutil.copytree(start, run)
+
+        run.mkdir()
+        assert forked(case.begin, run)[0] == 0
+        run.rename(start)
+        begin()
+        code, writes = forked(case.work, run)
+        assert code == 0 and forked(case.again, run)[0] == 0
+        expected, tried, good = outcome(run), 0, 0
+        for kill_at in range(1, writes + 1, every):
+            begin()
+            if forked(case.work, run, kill_at)[0] != -signal.SIGKILL:
+                continue
+            tried += 1
+            found = outcome(run) if forked(case.again, run)[0] == 0 else {}
+            good += found == expected
+            if found != expected:
+                unlike = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
+                print(f"killed before write {kill_at}: other {unlike}", file=sys.stderr)
+        return writes, tried, good
+
+
+# ------------------------------------------------------------------------------------------- a run of train.py
+def cases(base: Path) -> Mapping[str, Case]:
+    """Three short runs of DiffusionNFT in the tiny world: its state has an old policy and moments too."""
+    import harness.run
+    import train
+
+    small = "--preset tiny --stage nft --task text --prompts-per-step 1 --group-size 2 --num-steps 2 --train-prompts 4"
+    flags = f"{small} --eval-prompts 0 --threads 1 --device cpu --rank 2 --alpha 2 --save-every 1 --keep 2".split()
+
+    def steps(count: int) -> Callable[[Path], None]:
+        def work(folder: Path) -> None:
+            argv = [*flags, "--model", str(base), "--out", str(folder), "--name", "run", "--steps", str(count)]
+            assert train.main(argv) == 0
+
+        return work
+
+    def left_by_a_kill(folder: Path) -> None:
+        steps(2)(folder)
+        done = folder / "run/checkpoints/step-000002"
+        shutil.copytree(done, done.with_name(".step-000003"))
+        shutil.copytree(done, done.with_name(".step-000002-old"))
+
+    def stopped_at_once(folder: Path) -> None:
+        harness.run.any_rank = lambda flag: True  # as if SIGTERM came before the first step: it saves over a checkpoint
+        steps(3)(folder)
+
+    return {
+        "a new run of three steps": Case(lambda folder: None, steps(3), steps(3)),
+        "a run that is continued, with what a kill has left": Case(left_by_a_kill, steps(4), steps(4)),
+        "a run that is stopped as soon as it is continued": Case(steps(2), stopped_at_once, steps(3)),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--every", type=int, default=1, help="kill before each N-th write only")
+    every = parser.parse_args().every
+    from models import load
+
+    load.torch.set_num_threads(1)
+    total = [0, 0]
+    with tempfile.TemporaryDirectory() as folder:
+        model = load.new_tiny(0, width=32, layers=1)
+        model.save_full(Path(folder), model.transformer.state_dict())
+        for name, case in cases(Path(folder)).items():
+            writes, tried, good = survived(case, every)
+            total = [total[0] + tried, total[1] + good]
+            print(f"{name}: {writes} writes, {tried} kills, {good} survived", flush=True)
+    print(f"tried {total[0]}, survived {total[1]}")
+    return 0 if total[0] == total[1] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,117 @@
+"""What a run trains: the weights, what follows them at a distance, and one optimizer update."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+import nft
+from harness.ranks import average, own
+from models.flow import FlowModel
+from settings import Settings
+
+
+def optimizers(model: FlowModel, s: Settings) -> list[torch.optim.Optimizer]:
+    """AdamW, as in F. When the tiny base is pretrained, Muon trains the matrices of its blocks.
+
+    Pretraining is the longest stage on a CPU. Muon (from torch.optim, its updates scaled to AdamW's size, so that one
+    learning rate serves both) reached AdamW's loss in about half the steps there, in one run of each.
+    """
+    trained = model.trainable()
+    inner = {n for n, p in trained.items() if s.stage == "pretrain" and p.ndim == 2 and "transformer_blocks" in n}
+    others = [p for n, p in trained.items() if n not in inner]
+    found: list[torch.optim.Optimizer] = [torch.optim.AdamW(others, s.lr, (0.9, 0.99), weight_decay=s.weight_decay)]
+    if inner:
+        matrices = [trained[n] for n in trained if n in inner]
+        muon = torch.optim.Muon(matrices, s.lr, weight_decay=s.weight_decay, adjust_lr_fn="match_rms_adamw")
+        found.append(muon)
+    return found
+
+
+class Weights:
+    """The trained tensors of a model by name, their average, DiffusionNFT's old policy, and the optimizers."""
+
+    def __init__(self, model: FlowModel, s: Settings):
+        self.s = s
+        self.parameters = model.trainable()
+        self.average = {n: p.detach().clone() for n, p in self.parameters.items()}  # the EMA: what is exported
+        # DiffusionNFT's old policy, which draws (Q Eq. 7): it follows the student at a distance
+        self.old = {n: p.detach().clone() for n, p in self.parameters.items()} if s.stage == "nft" else {}
+        self.optimizers = optimizers(model, s)
+
+    def update(self, step: int) -> float:
+        """Average the gradients over ranks, clip them, step the optimizers and the averages -> the gradient's norm.
+
+        A gradient that is not finite is a FloatingPointError, before it reaches the weights.
+        """
+        s, parameters = self.s, list(self.parameters.values())
+        missing = sum(p.grad is None for p in parameters)
+        if missing:
+            raise RuntimeError(f"{missing} of {len(parameters)} trained tensors have no gradient")
+        average([p.grad for p in parameters if not isinstance(p, DTensor)])  # sharded ones come averaged (FSDP2)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, s.grad_norm)
+        norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+        if not np.isfinite(norm):
+            raise FloatingPointError(f"step {step}: the gradient's norm is {norm}; lower --lr or look at the rewards")
+        rise = min(1.0, (step + 1) / max(s.warmup, 1))
+        fall = 0.5 + 0.5 * np.cos(np.pi * step / s.steps) if s.decay else 1.0
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = s.lr * rise * float(fall)
+            optimizer.step()
+            optimizer.zero_grad()
+        now = [own(p.detach()) for p in parameters]
+        if (step + 1) % s.ema_every == 0:
+            # With ema_decay alone the average would remember the start for long; (1+s)/(10+s) lets it follow at first.
+            decay = min(s.ema_decay, (1 + step) / (10 + step))
+            torch._foreach_lerp_([own(a) for a in self.average.values()], now, 1 - decay)
+        if self.old:
+            nft.ema_update([own(o) for o in self.old.values()], now, nft.old_policy_decay(step))
+        return norm
+
+    @contextmanager
+    def holding(self, values: Mapping[str, Tensor]) -> Iterator[None]:
+        """Context: the parameters hold `values` inside, and their own numbers again after it."""
+        mine = {n: own(p.detach()).clone() for n, p in self.parameters.items()}
+        for name, p in self.parameters.items():
+            own(p.data).copy_(own(values[name]))
+        try:
+            yield
+        finally:
+            for name, p in self.parameters.items():
+                own(p.data).copy_(mine[name])
+
+    # -------------------------------------------------------------------------------- what a checkpoint has to hold
+    def state(self) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """Every tensor that continuing needs, under one flat set of names, and how many updates each one has had."""
+        tensors = {f"weights.{n}": p.detach() for n, p in self.parameters.items()}
+        tensors |= {f"average.{n}": a for n, a in self.average.items()}
+        tensors |= {f"old.{n}": o for n, o in self.old.items()}
+        updates = {}
+        for name, p in self.parameters.items():
+            for optimizer in self.optimizers:
+                for key, value in optimizer.state.get(p, {}).items():
+                    if key == "step":
+                        updates[name] = float(value)
+                    else:
+                        tensors[f"{key}.{name}"] = value
+        return tensors, updates
+
+    def make_moments(self, updates: Mapping[str, float]) -> None:
+        """Let the optimizers create their moments, for a checkpoint to fill, as after so many updates of each tensor.
+
+        This takes an update with zero gradients at rate zero.
+        """
+        for p in self.parameters.values():
+            p.grad = torch.zeros_like(p)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = 0.0
+            optimizer.step()
+            optimizer.zero_grad()
+            for name, p in self.parameters.items():
+                if "step" in optimizer.state.get(p, {}):
+                    optimizer.state[p]["step"].fill_(updates[name])

@@ -198,7 +198,7 @@ def everything(s: Settings, chosen: dict) -> Path:
     if not s.eval_prompts:
         return Path(learnt)
     compared = {**{{"merge": "merged"}.get(k, k): v for k, v in cold.items()}, "opd student": learnt}
-    final = settings.for_stage(chosen, "opd", name=s.name, **common, mar=0.0, compare=compared)
+    final = settings.for_stage(chosen, "eval", name=s.name, **common, compare=compared)
     rows, where = evaluation.compare(final)
     if rows:
         print(report.markdown_table({name: row["scores"] for name, row in rows.items()}))

@@ -24,7 +24,7 @@ def locate_all(s: Settings) -> None:
     if ranks.local_rank() > 0:
         ranks.wait()
     adapters.locate(s.model, models.BASE_FILES)
-    teachers = s.teachers.values() if s.stage in ("opd", "sft", "merge") else ()
+    teachers = s.teachers.values() if s.stage in ("opd", "sft", "merge", "eval") else ()
     anchor = [s.anchor] if s.stage == "opd" and s.mar > 0 and s.anchor not in s.teachers else []
     for where in (*teachers, *anchor, *([s.init] if s.init else []), *s.compare.values()):
         adapters.kind(adapters.locate(where))

@@ -9,7 +9,7 @@ import io
 import json
 import os
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import settings
@@ -128,7 +128,7 @@ def describe(s: Settings, world: int | None = None, local: int | None = None, pr
     """
     world = world or int(os.environ.get("WORLD_SIZE", "1"))
     local = local or int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    resolved, s = json.dumps(asdict(s), indent=1), replace(s, stage="eval") if prog == "eval.py" else s
+    resolved, s = json.dumps(asdict(s), indent=1), s
     base = base_of(s)
     lines = [("run", f"{Path(s.out) / name}: {_standing(s, Path(s.out) / name)}") for name in runs_of(s)]
     lines += _model_lines(s, base)

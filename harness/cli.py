@@ -1,0 +1,261 @@
+"""From a command line to Settings: flags, --config and presets are put together and checked.
+
+Only the standard library and settings.py are imported, so that `--help` and a mistake are answered before a program
+spends seconds on importing torch. A mistake is a `SettingsError` of one line; a program then ends with exit code 2.
+"""
+
+import argparse
+import contextlib
+import difflib
+import io
+import json
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from settings import (
+    FIELDS,
+    PRESETS,
+    TASKS,
+    VELOCITY,
+    Settings,
+    SettingsError,
+    is_tiny,
+    parts_of,
+    read_by,
+    task_list,
+    window_of,
+)
+
+DESCRIPTION = "Flow-OPD and Qwen-Image-2.0-RL, from pretraining to on-policy distillation."
+
+
+def answer_early(argv: Sequence[str], prog: str = "train.py") -> None:
+    """Answer --help and a wrong flag, and exit; return if there is work to do. Only rank 0 prints."""
+    with contextlib.ExitStack() as stack:
+        if int(os.environ.get("RANK", "0")) > 0:
+            stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+            stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        try:
+            parse(argv, prog)
+        except SettingsError as fault:
+            print(f"error: {fault}", file=sys.stderr)
+            sys.exit(2)
+
+
+def parse(argv: Sequence[str], prog: str = "train.py") -> tuple[Settings, dict]:
+    """The command line -> (settings, what was given on it and in --config).
+
+    Raises SettingsError for an unknown flag, for one that the stage does not read, for a wrong value and for a
+    combination that cannot work.
+    """
+    first = _Parser(prog, allow_abbrev=False, argument_default=argparse.SUPPRESS, add_help=False)
+    for name in ("config", "preset", "stage", "tasks"):
+        first.add_argument(_flag(name))
+    given = vars(first.parse_known_args(argv)[0])
+    file = _read_config(given["config"]) if given.get("config") else {}
+    given = {**file, **given}
+    if prog == "eval.py":
+        given["stage"] = "eval"
+    elif given.get("stage") == "eval":
+        raise SettingsError("--stage eval is a program of its own: python eval.py")
+    values = _values({name: given[name] for name in ("preset", "stage", "tasks") if name in given})
+    _check_values(values)
+    readable = read_by(values)
+    flags, unknown = _parser(prog, values, readable).parse_known_args(argv)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].split("=")[0], map(_flag, FIELDS), 1)
+        hint = f"did you mean {near[0]}?" if near else "see --help"
+        raise SettingsError(f"unknown flag {unknown[0]}; {hint}")
+    flags = {name: _pairs(name, v) if FIELDS[name].type is dict else v for name, v in vars(flags).items()}
+    given |= flags
+    return resolve(given), given
+
+
+def resolve(given: dict) -> Settings:
+    """Values that are given, over those of the preset and its stage -> checked settings with a name."""
+    s = _values(given)
+    _check(s)
+    if s.stage == "all":  # refuse now what a part would refuse after the others have trained for hours
+        for part in (*parts_of(s), "eval"):
+            for_stage(given, part)
+    return s
+
+
+def for_stage(given: dict, stage: str, **more) -> Settings:
+    """Settings of one stage of a larger plan: what was given, as far as the stage reads it, and the plan's own."""
+    own = {name: value for name, value in given.items() if stage in FIELDS[name].metadata["stages"]}
+    own.pop("name", None)
+    return resolve({**own, "stage": stage, **more})
+
+
+def _values(given: dict) -> Settings:
+    """Unchecked settings: what is given, over the preset's values for the stage, over the preset's for all."""
+    preset, stage = given.get("preset", Settings.preset), given.get("stage", Settings.stage)
+    if preset not in PRESETS:
+        raise SettingsError(f"--preset {preset}: choose from {', '.join(PRESETS)}")
+    values = {**PRESETS[preset][""], **PRESETS[preset].get(stage, {}), **given}
+    if values.get("estimator") == "velocity":
+        values = {**VELOCITY, **values}
+    if not values.get("name"):
+        values["name"] = "-".join(part for part in (preset, stage, values.get("task", "")) if part)
+    if stage == "eval" and "name" not in given:
+        values["name"] = "eval"
+    return Settings(**values)
+
+
+# --------------------------------------------------------------------------------------------- flags and the file
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise SettingsError(message.removeprefix("argument "))
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _parser(prog: str, values: Settings, readable: Iterable[str]) -> argparse.ArgumentParser:
+    """A parser of the flags that a stage reads; --help shows them in groups, with the values that they would have."""
+    at = f"--preset {values.preset}" + (f" --stage {values.stage}" if prog == "train.py" else "")
+    epilog = f"These are the flags that {at} reads, and the values that it has without them."
+    parser = _Parser(prog, usage=f"{prog} [FLAGS]", description=DESCRIPTION, epilog=epilog, allow_abbrev=False,
+                     argument_default=argparse.SUPPRESS)  # fmt: skip
+    group = parser
+    for name, f in FIELDS.items():
+        if "group" in f.metadata:
+            group = parser.add_argument_group(f.metadata["group"])
+        value = getattr(values, name)
+        shown = " ".join(f"{k}={v}" for k, v in value.items()) if f.type is dict else value
+        text = f"{f.metadata['help']} [{shown}]".replace("%", "%%") if name in readable else argparse.SUPPRESS
+        if f.type is bool:
+            group.add_argument(_flag(name), action=argparse.BooleanOptionalAction, help=text)
+        elif f.type is dict:
+            group.add_argument(_flag(name), nargs="+", action="extend", metavar=f.metadata["metavar"], help=text)
+        else:
+            choices = "{" + ",".join(c for c in f.metadata.get("choices", ()) if c not in ("", "eval")) + "}"
+            metavar = choices if "choices" in f.metadata else f.type.__name__.upper()
+            group.add_argument(_flag(name), type=f.type, metavar=metavar, help=text)
+    return parser
+
+
+def _pairs(name: str, items: Sequence[str]) -> dict[str, str]:
+    for item in items:
+        if "=" not in item:
+            raise SettingsError(f"{_flag(name)} {item}: write it as {FIELDS[name].metadata['metavar']}")
+    return dict(item.split("=", 1) for item in items)
+
+
+def _read_config(path: str) -> dict:
+    """Settings by name from a JSON file, checked for names and types."""
+    try:
+        found = json.loads(Path(path).read_text())
+    except OSError as fault:
+        raise SettingsError(f"--config {path}: {fault.strerror}") from fault
+    except (ValueError, RecursionError) as fault:
+        raise SettingsError(f"--config {path}: not JSON ({fault})") from fault
+    if not isinstance(found, dict):
+        raise SettingsError(f"--config {path}: must be one JSON object of settings")
+    for name, value in found.items():
+        if name not in FIELDS:
+            near = difflib.get_close_matches(name, FIELDS, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise SettingsError(f"--config {path}: no setting {name!r}{hint}")
+        kind = FIELDS[name].type
+        fits = type(value) is kind or (kind is float and type(value) is int)
+        if not fits or (kind is dict and not all(isinstance(item, str) for item in value.values())):
+            meant = "an object of names and paths" if kind is dict else f"a {kind.__name__}"
+            raise SettingsError(f"--config {path}: {name} must be {meant}, not {value!r}")
+        found[name] = kind(value)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------- checks
+def _check(s: Settings) -> None:
+    """Refuse values out of bounds, and combinations that would end in a wrong result or in nothing."""
+    _check_values(s)
+    _check_names(s)
+    if s.stage in ("curate", "grpo", "nft", "opd"):
+        _check_rollout(s)
+    if s.stage == "opd":
+        _check_objective(s)
+    for task in task_list(s) if s.stage in ("opd", "sft") else ():
+        if task not in s.teachers:
+            raise SettingsError(f"task {task!r} has no teacher: give --teachers {task}=PATH, or other --tasks")
+    if s.stage == "merge" and not s.teachers:
+        raise SettingsError("--stage merge needs --teachers TASK=PATH, at least one")
+    if s.parallel != "ddp" and s.parameters != "full":
+        raise SettingsError(f"--parallel {s.parallel} shards full parameters: add --parameters full, or use ddp")
+    if s.stage == "all" and s.parameters == "full" and "merge" in parts_of(s):
+        raise SettingsError("--stage all merges LoRA teachers: use --parameters lora")
+    if s.stage == "reward":
+        _check_reward(s)
+
+
+def _check_values(s: Settings) -> None:
+    for name, f in FIELDS.items():
+        value, known = getattr(s, name), f.metadata
+        if "choices" in known and value not in known["choices"]:
+            raise SettingsError(f"{_flag(name)} {value}: choose from {', '.join(c for c in known['choices'] if c)}")
+        if "low" in known and not value >= known["low"]:  # 'not >=' refuses NaN, too
+            raise SettingsError(f"{_flag(name)} {value}: must be at least {known['low']}")
+        if "high" in known and value > known["high"]:
+            raise SettingsError(f"{_flag(name)} {value}: must be at most {known['high']}")
+    if not is_tiny(s) and s.resolution % 16:
+        raise SettingsError(f"--resolution {s.resolution}: must be a multiple of 16 (VAE 8 x patch 2)")
+
+
+def _check_names(s: Settings) -> None:
+    if Path(s.name).name != s.name or s.name in (".", ".."):
+        raise SettingsError(f"--name {s.name}: must be a plain folder name")
+    for name in s.compare:  # names adapters, files and rows of the table
+        if name in ("", "base") or set(name) & set("./\\"):
+            raise SettingsError(f"--compare {name}=...: give it a name of its own, without dots and slashes")
+    for task in (*s.teachers, *(set(s.prompts) - {"auto"}), *(task_list(s) or [s.tasks])):
+        if task not in TASKS:
+            raise SettingsError(f"task {task!r}: choose from {', '.join(TASKS)}")
+    if s.stage == "pretrain" and not is_tiny(s):
+        raise SettingsError("--stage pretrain makes a tiny world's base: add --preset tiny")
+
+
+def _check_rollout(s: Settings) -> None:
+    start, stop = window_of(s)
+    if (s.stage == "grpo" or (s.stage == "opd" and s.states == "sde")) and (start >= stop or s.noise_level == 0):
+        way = ", or use --states ode" if s.stage == "opd" else ""
+        raise SettingsError(f"--stage {s.stage} needs noise: widen --window and set --noise-level above 0{way}")
+    if s.stage in ("grpo", "nft") and s.prompts_per_step % s.updates:
+        raise SettingsError(f"--updates {s.updates} must divide --prompts-per-step {s.prompts_per_step}")
+    if s.stage != "opd" and s.group_size < 2:
+        raise SettingsError("--group-size 1: a group of one has no advantage and no range; use at least 2")
+    joint = s.stage == "opd" or (s.stage in ("grpo", "nft") and s.task == "mix" and s.mix == "joint")
+    if joint and s.prompts_per_step < len(task_list(s)):  # a task without a prompt would never be trained
+        raise SettingsError(f"--prompts-per-step {s.prompts_per_step}: {len(task_list(s))} tasks need one prompt each")
+    if s.kernel == "cps" and (s.noise_level > 1 or (start < stop == s.num_steps)):
+        raise SettingsError("--kernel cps needs a --noise-level of at most 1, and has no noise in the last step: "
+                            f"let --window stop at {s.num_steps - 1}")  # fmt: skip
+    if s.stage == "grpo" and s.beta > 0 and s.kernel != "sde":
+        raise SettingsError("--beta is the SDE kernel's KL (F Eq. 9): use --kernel sde or --beta 0")
+    known = ("both", "teacher", "neither") if s.stage == "opd" else ("both", "rollout", "neither")
+    if s.guidance not in known:
+        raise SettingsError(f"--guidance {s.guidance}: --stage {s.stage} knows {', '.join(known)}")
+
+
+def _check_objective(s: Settings) -> None:
+    """Is there an equation for this estimator, weight and kind of states?"""
+    if s.estimator == "velocity" and (s.weight, s.states) != (VELOCITY["weight"], VELOCITY["states"]):
+        raise SettingsError("--estimator velocity is analytic with --weight uniform --states ode: say analytic")
+    ratio = s.estimator not in ("analytic", "velocity")  # a policy gradient: it needs the density of an action
+    if ratio and s.states == "ode":
+        raise SettingsError(f"--estimator {s.estimator} needs the density of an SDE step: use --states sde")
+    if s.weight in ("kl", "kl_dt") and s.states == "ode":
+        raise SettingsError(f"--weight {s.weight} is infinite without noise: use uniform, dt or ode, or --states sde")
+    if ratio and s.weight not in ("kl", "kl_dt"):
+        raise SettingsError(f"--estimator {s.estimator} rewards with the KL: use --weight kl or kl_dt, or analytic")
+
+
+def _check_reward(s: Settings) -> None:
+    if is_tiny(s) == bool(s.data):
+        has = "makes its own pictures: leave out" if s.data else "needs"
+        raise SettingsError(f"--stage reward with --preset {s.preset} {has} --data FILE.jsonl")
+    if s.objective == "pairwise" and (s.batch_size % 2 or s.micro_batch % 2):
+        raise SettingsError("--objective pairwise takes pictures in twos: make --batch-size and --micro-batch even")

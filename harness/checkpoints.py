@@ -16,7 +16,6 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 
 import torch.distributed.checkpoint as dcp
@@ -27,7 +26,7 @@ from data.common import write_atomic
 from harness.ranks import rank_and_world, reason, wait
 from harness.weights import Weights
 from models.lora import ModelError, last_checkpoint
-from settings import Settings, SettingsError
+from settings import Settings, SettingsError, read_by
 
 # Settings that may change when a run is continued: they move no number of a step, or only who computes it. (With
 # --overlap, `steps` and `save_every` decide before which steps nothing is drawn ahead.)
@@ -42,7 +41,7 @@ def prepare(folder: Path, s: Settings) -> None:
 
     SettingsError if it holds a checkpoint that was made with other settings.
     """
-    resolved = {k: v for k, v in asdict(s).items() if k not in ("resume", "dry_run", "config", "threads")}
+    resolved = {k: v for k, v in read_by(s).items() if k not in ("resume", "dry_run", "config", "threads")}
     file = folder / "config.json"
     if not s.resume:
         shutil.rmtree(folder, ignore_errors=True)

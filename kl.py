@@ -7,18 +7,16 @@
 
 From Eq. 8 to Eq. 9: both policies stand at the *same* state x_t, and `sde.sde_mean` is affine in v, so that x
 cancels and mu_p - mu_q = -dt (1 + sigma^2 (1-t)/(2t)) (v_p - v_q). Square it, divide by 2 sigma^2 dt, and
-pull sigma into the bracket. This file has Eq. 8 and Eq. 9 as two routes that share no arithmetic; the tests
-make them agree.
+pull sigma into the bracket. The file has Eq. 8 and Eq. 9 as two routes that share no arithmetic: the losses take
+Eq. 9, the logged KL of distillation takes Eq. 8, and the tests make them agree.
 
 The two papers answer differently. F weighs every step by w(t), which grows without bound as sigma -> 0: on
 SD3.5's ten steps it runs from 0.0016 at t=1 to 1.1 at t=0.28, so F's distillation is mostly about the
 low-noise end. Q rolls out an ODE, where the KL of two deterministic steps is infinite; it bounds a transport
 distance, and the weight is 1 at all times.
 
-ERRATUM: Q Eq. 15 says "forward KL" and prints KL(p_theta || p_theta*), student first: that is the reverse one
-(mode-seeking, an expectation over the student's own samples), as in F Eq. 2. For the Gaussians here, which
-share a covariance, the two directions are equal; over whole trajectories they are not, since the states
-differ.
+ERRATUM: Q Eq. 15 says "forward KL" and prints KL(p_theta || p_theta*), student first: that is the reverse one,
+as in F Eq. 2. For Gaussians that share a covariance the two are equal; over whole trajectories they are not.
 
 Notation as in sde.py: means and velocities (B, ...), times and sigma floats or (B,), results (B,).
 """
@@ -34,43 +32,34 @@ from sde import Time, flat_reduce, full_precision, per_sample, require_noise, sa
 def gaussian_kl(mean_p: Tensor, mean_q: Tensor, std: Time, reduce: str = "sum") -> Tensor:
     """F Eq. 8: KL(N(mean_p, std^2 I) || N(mean_q, std^2 I)) in nats, (B,); "mean" divides it by D.
 
-    std > 0 is the step's sigma sqrt(dt), the same for both. Gradients flow to both means. It holds for any
-    kernel of `sde.rollout`, Flow-CPS included, since it only looks at the means.
-    Raises ValueError where shapes differ, std is 0 (no density) or `reduce` is unknown.
+    std > 0 is the step's sigma sqrt(dt), the same for both. Gradients flow to both means. It looks at the means
+    only, so it holds for every kernel of `sde.rollout`. Raises ValueError if shapes differ or std is 0.
     """
     same_shape(mean_p=mean_p, mean_q=mean_q)
     require_noise(std)
-    gap, std = full_precision(mean_p) - full_precision(mean_q), per_sample(std, mean_p)
+    gap, std = full_precision(mean_p) - full_precision(mean_q), per_sample(std, mean_p)  # (B, ...)
     return flat_reduce(gap**2 / (2 * std**2), reduce)
 
 
 def kl_weight(t: Time, dt: Time, sigma: Time) -> Time:
     """F Eq. 9: w(t) = dt/2 (sigma (1-t)/(2t) + 1/sigma)^2 in nats per unit of ||dv||^2; a float, or (B,).
 
-    t in (0, 1], dt > 0, sigma > 0. Raises ValueError for sigma = 0, where the weight is infinite.
+    t in (0, 1], dt > 0. Raises ValueError for sigma = 0: the weight is infinite there.
     """
     require_noise(sigma)
     t, dt, sigma = full_precision(t), full_precision(dt), full_precision(sigma)
-    # sigma (1-t)/(2t): v's part in the score term; 1/sigma: v's part in the drift.
+    # sigma (1-t)/(2t): v's part in the score term; 1/sigma: v's part in the drift
     return dt / 2 * (sigma * (1 - t) / (2 * t) + 1 / sigma) ** 2
 
 
-def velocity_kl(
-    v_p: Tensor, v_q: Tensor, t: Time, dt: Time, sigma: Time, reduce: str = "sum", scale: str = "true"
-) -> Tensor:
-    """F Eq. 9: KL between two SDE policies at one state, w(t) ||v_p - v_q||^2 in nats, (B,). Gradients flow.
+def velocity_kl(v_p: Tensor, v_q: Tensor, t: Time, dt: Time, sigma: Time, reduce: str = "sum") -> Tensor:
+    """F Eq. 9: KL between two SDE policies at one state, w(t) ||v_p - v_q||^2 in nats, (B,). Gradients flow to both.
 
-    scale="true" equals `gaussian_kl` of the two `sde.sde_mean`s. DEVIATION: the released code divides by
-    2 sigma^2 where F Eq. 8 has 2 sigma^2 dt, and averages over D; scale="released" is the true KL times dt,
-    and with reduce="mean" it is the released loss, KL dt/D, for comparing runs with it.
-    Raises ValueError where shapes differ, sigma is 0, or `reduce` or `scale` is unknown.
+    It equals `gaussian_kl` of the two `sde.sde_mean`s. Raises ValueError if shapes differ or sigma is 0.
     """
     same_shape(v_p=v_p, v_q=v_q)
-    if scale not in ("true", "released"):
-        raise ValueError(f"scale must be 'true' or 'released', not {scale!r}")
     gap_B = flat_reduce((full_precision(v_p) - full_precision(v_q)).square(), reduce)
-    weight = kl_weight(t, dt, sigma)
-    return gap_B * per_sample(weight if scale == "true" else weight * full_precision(dt), gap_B)
+    return gap_B * per_sample(kl_weight(t, dt, sigma), gap_B)
 
 
 def w2_bound(velocity_gap_sq: Tensor, lipschitz: Tensor, ts: Tensor | Sequence[float]) -> Tensor:
@@ -81,9 +70,8 @@ def w2_bound(velocity_gap_sq: Tensor, lipschitz: Tensor, ts: Tensor | Sequence[f
     Gradients flow (infinite slope where the gap is zero everywhere).
 
     Why it holds: run both ODEs from one noise; d/dt ||x - y|| <= ||v - v*||(x) + L_t ||x - y||, and Grönwall
-    and Cauchy-Schwarz on an interval of length at most 1 give the bound. It is attained by a constant gap
-    with L=0.
-    Raises ValueError where shapes differ, a value is negative or ts is not monotone.
+    and Cauchy-Schwarz on an interval of length at most 1 give the bound. A constant gap with L=0 attains it.
+    Raises ValueError if shapes differ, a value is negative or ts is not monotone.
     """
     gap_sq, lipschitz = full_precision(velocity_gap_sq), full_precision(lipschitz)
     ts = full_precision(torch.as_tensor(ts, device=gap_sq.device))

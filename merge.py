@@ -28,6 +28,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from sde import full_precision
+
 METHODS = ("cat", "svd", "ties", "factor")
 SUFFIX_A, SUFFIX_B = ".lora_A.weight", ".lora_B.weight"
 
@@ -47,44 +49,51 @@ def merge_lora(
               `<module>.lora_B.weight` (out, r); ranks may differ between adapters (except under "factor").
     weights   K finite numbers, default 1/K each. They need not sum to 1; "ties" uses their ratios only.
     method    "cat", "svd", "ties" or "factor", see the top of this file.
-    rank      of "svd" and "ties"; default the largest rank that goes in, module by module. The singular
-              values are shared evenly between the factors (B = U sqrt(S), A = sqrt(S) V^T), so that both
-              start at the same size and one learning rate suits both.
+    rank      of "svd" and "ties"; default the largest rank that goes in, module by module.
     scales    K numbers alpha_k / r_k, default 1: pass them, or a teacher trained at alpha = 2 r counts half.
     density   "ties" only: the fraction of each delta's entries that survives trimming, in (0, 1].
 
     Returns a state dict with the keys of adapter 0 in its dtype; computed in float32 at least. Its update is
     B @ A at scale 1: SAVE IT WITH alpha = rank (module by module, where ranks differ). No gradient flows.
-    Raises ValueError, naming the adapter and the key, for anything that does not fit together.
+    Raises ValueError if adapters, weights, scales or rank do not fit together.
     """
-    if not adapters:
-        raise ValueError("merge_lora needs at least one adapter")
     if method not in METHODS:
         raise ValueError(f"unknown merge method {method!r}; choose one of {METHODS}")
     if rank is not None and method in ("cat", "factor"):
         raise ValueError(f"rank={rank} was given, but {method!r} fixes the rank itself; use method='svd'")
     if not 0 < density <= 1:
         raise ValueError(f"density must lie in (0, 1], got {density}")
-    weights = _numbers("weights", weights, len(adapters), 1 / len(adapters))
-    scales = _numbers("scales", scales, len(adapters), 1)
-    layers = [_layers(adapter, k) for k, adapter in enumerate(adapters)]
-    _check_match(layers)
+    K = len(adapters)
+    weights = [1 / K for _ in adapters] if weights is None else [float(w) for w in weights]
+    scales = [1.0] * K if scales is None else [float(s) for s in scales]
+    if not K == len(weights) == len(scales) > 0 or not torch.tensor([weights, scales]).isfinite().all():
+        raise ValueError(f"{K} adapters need as many finite weights and scales, not {weights} and {scales}")
+    layers = [_layers(adapter) for adapter in adapters]
+    updates = [{module: (len(b), a.shape[1]) for module, (a, b) in layer.items()} for layer in layers]  # (out, in)
+    for k, update in enumerate(updates):
+        if odd := sorted({module for module, _ in update.items() ^ updates[0].items()}):
+            raise ValueError(f"adapters {k} and 0 do not update the same weights: {odd[0]!r}")
 
     merged = {}
     for module, (first, _) in layers[0].items():
-        a = [_compute(layer[module][0]) for layer in layers]  # K x (r_k, in)
-        b = [scale * _compute(layer[module][1]) for layer, scale in zip(layers, scales)]  # K x (out, r_k)
+        a = [full_precision(layer[module][0]) for layer in layers]  # K x (r_k, in)
+        b = [scale * full_precision(layer[module][1]) for layer, scale in zip(layers, scales)]  # K x (out, r_k)
         a_merged, b_merged = _merge_layer(a, b, weights, method, rank, density, module)
         merged[module + SUFFIX_A] = a_merged.to(first.dtype)
         merged[module + SUFFIX_B] = b_merged.to(first.dtype)
     return merged
 
 
-def delta(adapter: Mapping[str, Tensor], scale: float = 1.0) -> dict[str, Tensor]:
-    """What an adapter adds to the weights (F §5.1): {module: scale * B @ A}, each (out, in).
-
-    Float32 at least; gradients flow into A and B. Raises ValueError where keys do not pair up."""
-    return {module: scale * _compute(b) @ _compute(a) for module, (a, b) in _layers(adapter, 0).items()}
+def _layers(adapter: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """{module: (A, B)}. Raises ValueError for a key that is no LoRA factor, has no partner or another shape."""
+    layers = {}
+    for key in adapter:
+        module = key.removesuffix(SUFFIX_A).removesuffix(SUFFIX_B)
+        a, b = adapter.get(module + SUFFIX_A), adapter.get(module + SUFFIX_B)
+        if a is None or b is None or not a.ndim == b.ndim == 2 or a.shape[0] != b.shape[1]:
+            raise ValueError(f"{key!r}: expected a pair of matrices *{SUFFIX_A} (r, in) and *{SUFFIX_B} (out, r)")
+        layers[module] = a, b
+    return layers
 
 
 def _merge_layer(a, b, weights, method, rank, density, module) -> tuple[Tensor, Tensor]:
@@ -94,7 +103,7 @@ def _merge_layer(a, b, weights, method, rank, density, module) -> tuple[Tensor, 
             raise ValueError(f"'factor' cannot average unequal ranks: {module} has {[len(a_k) for a_k in a]}")
         # ERRATUM (released code): sum_k w_k A_k and sum_k w_k B_k multiply to sum_jk w_j w_k B_j A_k, cross
         # terms and all. The true merge is the sum over j = k with weight w_k instead of w_k^2.
-        return _weighted_sum(weights, a), _weighted_sum(weights, b)
+        return sum(w * a_k for w, a_k in zip(weights, a)), sum(w * b_k for w, b_k in zip(weights, b))
 
     # [w_1 B_1 .. w_K B_K] [A_1; ..; A_K] = sum_k w_k B_k A_k: block multiplication *is* the weighted sum.
     a_stack = torch.cat(a)  # (R, in)
@@ -119,8 +128,7 @@ def _svd_of_product(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     With b = Q_b R_b and a^T = Q_a R_a, b a = Q_b (R_b R_a^T) Q_a^T. The Q are orthonormal, so the SVD of the
     small core (at most R, R) is the SVD of the whole: O((out + in) R^2) instead of O(out in min(out, in)).
-    For three rank-32 teachers on a 1536 x 1536 layer R is 96, and a merge of every layer takes seconds on a
-    CPU instead of minutes."""
+    """
     q_b, r_b = torch.linalg.qr(b)  # (out, R), (R, R)
     q_a, r_a = torch.linalg.qr(a.T)  # (in, R), (R, R)
     u, s, vh = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)  # (R, R), (R,), (R, R)
@@ -130,9 +138,10 @@ def _svd_of_product(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _truncate(u: Tensor, s: Tensor, vh: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The leading `rank` triples as balanced factors: A = sqrt(S) V^T (rank, in), B = U sqrt(S) (out, rank).
 
-    A singular pair is unique only up to a common sign; the largest entry of each column of U is made
-    positive, so that the same teachers give, up to rounding, the same factors whatever their order or the
-    library used."""
+    Both start at the same size, so that one learning rate suits both. A singular pair is unique only up to a
+    common sign; the largest entry of each column of U is made positive, so that the same teachers give, up to
+    rounding, the same factors whatever their order or the library used.
+    """
     u, root, vh = u[:, :rank], s[:rank].sqrt(), vh[:rank]
     sign = u.gather(0, u.abs().argmax(dim=0, keepdim=True)).sign().squeeze(0)  # (rank,), +1 or -1
     return (sign * root)[:, None] * vh, u * (sign * root)
@@ -147,7 +156,8 @@ def _ties(deltas: Sequence[Tensor], weights: Sequence[float], density: float) ->
     3. Average, per entry, only the teachers that agree with it: sum_agree w_k d_k / sum_agree |w_k|.
 
     DEVIATION: the paper trims over the whole model at once; here each module keeps its own share, so that a
-    module with small updates is not silenced and memory stays at one layer."""
+    module with small updates is not silenced and memory stays at one layer.
+    """
     shares = [w * _trim(d, density) for w, d in zip(weights, deltas)]
     elected = sum(shares).sign()  # (out, in)
     share = torch.stack(shares)  # (K, out, in)
@@ -164,54 +174,3 @@ def _trim(matrix: Tensor, density: float) -> Tensor:
     mask = torch.zeros_like(matrix, dtype=torch.bool).flatten()
     mask[index] = True
     return matrix * mask.view_as(matrix)
-
-
-def _weighted_sum(weights: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
-    return sum(w * tensor for w, tensor in zip(weights, tensors))
-
-
-def _compute(tensor: Tensor) -> Tensor:
-    """In float32 at least: half-precision factors are multiplied as if they were exact."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def _numbers(name: str, values: Sequence[float] | None, count: int, default: float) -> list[float]:
-    """`values` as `count` finite floats, or the default for each."""
-    if values is None:
-        return [default] * count
-    numbers = [float(value) for value in values]
-    if len(numbers) != count:
-        raise ValueError(f"{len(numbers)} {name} for {count} adapters")
-    if not torch.tensor(numbers).isfinite().all():
-        raise ValueError(f"{name} must be finite, got {numbers}")
-    return numbers
-
-
-def _layers(adapter: Mapping[str, Tensor], k: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """{module: (A, B)} of adapter k, its keys paired and its ranks checked."""
-    layers = {}
-    for key in adapter:
-        module = key.removesuffix(SUFFIX_A).removesuffix(SUFFIX_B)
-        if module == key:
-            raise ValueError(f"adapter {k}: {key!r} is no LoRA factor (expected *{SUFFIX_A} or *{SUFFIX_B})")
-        pair = (adapter.get(module + SUFFIX_A), adapter.get(module + SUFFIX_B))
-        if pair[0] is None or pair[1] is None:
-            raise ValueError(f"adapter {k}: {key!r} has no partner")
-        a_shape, b_shape = tuple(pair[0].shape), tuple(pair[1].shape)
-        if [len(a_shape), len(b_shape)] != [2, 2] or a_shape[0] != b_shape[1]:
-            raise ValueError(f"adapter {k}: {module!r} needs A (r, in), B (out, r), got {a_shape}, {b_shape}")
-        layers[module] = pair
-    return layers
-
-
-def _check_match(layers: Sequence[Mapping[str, tuple[Tensor, Tensor]]]) -> None:
-    """Every adapter has the modules of adapter 0, with the same (out, in)."""
-    for k, layer in enumerate(layers):
-        odd = sorted(set(layer) ^ set(layers[0]))
-        if odd:
-            raise ValueError(f"adapters {k} and 0 have different modules: only one of them has {odd[0]!r}")
-        for module, (a, b) in layer.items():
-            a_0, b_0 = layers[0][module]
-            shape, shape_0 = (b.shape[0], a.shape[1]), (b_0.shape[0], a_0.shape[1])
-            if shape != shape_0:
-                raise ValueError(f"adapter {k}: {module!r} updates {shape} weights, adapter 0's {shape_0}")

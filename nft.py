@@ -22,12 +22,11 @@ included: this is one reading of Q's 40-step ODE rollout, which leaves no noise 
 Notation: t = 1 is noise; v, v_old, v_ref are the student's, the sampling policy's and the frozen reference's
 velocities at (x_t, t, c), all (B, ...); per-sample values are (B,).
 
-How the code departs: not at all from Q, `nft_loss` is Eq. 8 itself.
-DEVIATION: public DiffusionNFT code compares predictions of x_0 instead of v and divides each squared error by
-its own detached mean absolute error; Q's equation has neither.
+`nft_loss` is Q Eq. 8 itself. DEVIATION (public DiffusionNFT code): it compares predictions of x_0 instead of v and
+divides each squared error by its own detached mean absolute error; Q's equation has neither.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -38,9 +37,8 @@ from sde import flat_reduce, full_precision, same_shape
 def optimality(advantage: Tensor, advantage_max: float) -> Tensor:
     """Q §2.2 (below Eq. 8): r = clip(A, -A_max, A_max) / (2 A_max) + 1/2, the chance that an image is "good".
 
-    advantage: any shape, group-relative (grpo.group_advantages), so 0 is the group's mean and maps to 1/2;
-    advantage_max > 0: where r saturates at 0 or 1. Returns that shape, float32 at least, no gradient.
-    Raises ValueError on advantage_max <= 0.
+    advantage: any shape, group-relative (`grpo.group_advantages`), so 0 is the group's mean and maps to 1/2. r
+    saturates at 0 or 1 at advantage_max > 0. Returns that shape, float32 at least, no gradient.
     """
     if advantage_max <= 0:
         raise ValueError(f"advantage_max must be > 0, got {advantage_max}")
@@ -48,17 +46,14 @@ def optimality(advantage: Tensor, advantage_max: float) -> Tensor:
     return clipped / (2 * advantage_max) + 0.5
 
 
-def nft_loss(
-    v: Tensor, v_old: Tensor, v_target: Tensor, r: Tensor, beta: float, reduce: str = "sum"
-) -> Tensor:
-    """Q Eq. 7-8, per sample: r ||v+ - v*||^2 + (1-r) ||v- - v*||^2.
+def nft_loss(v: Tensor, v_old: Tensor, v_target: Tensor, r: Tensor, beta: float, reduce: str = "sum") -> Tensor:
+    """Q Eq. 7-8, per sample: r ||v+ - v*||^2 + (1-r) ||v- - v*||^2, (B,), float32 at least.
 
     v, v_old, v_target = eps - x_0: (B, ...); r: (B,) in [0, 1] from `optimality`; beta > 0, Q's interpolation
-    strength (1 or 0.1 in public runs). reduce "sum" is Eq. 8's squared norm, "mean" divides it by D.
-    Returns (B,), float32 at least. The gradient flows to v only. With r = 1, beta = 1 this is plain flow
-    matching.
-    Raises ValueError on unequal shapes, on beta <= 0, on an unknown `reduce` and on r outside [0, 1]: an
-    advantage passed by mistake would train without complaint, with steps (2r-1)/beta of the wrong length.
+    strength (1 or 0.1 in public runs). "mean" divides the squared norms by D. The gradient flows to v only. With
+    r = 1, beta = 1 this is plain flow matching.
+    Raises ValueError for unequal shapes, beta <= 0 and r outside [0, 1]: an advantage passed by mistake would
+    train without complaint, with steps (2r-1)/beta of the wrong length.
     """
     same_shape(v=v, v_old=v_old, v_target=v_target)
     if beta <= 0:
@@ -76,47 +71,34 @@ def nft_loss(
 
 
 def velocity_penalty(v: Tensor, v_ref: Tensor, reduce: str = "sum") -> Tensor:
-    """Q Eq. 9, per sample: ||v - v_ref||^2, which holds the student near the pre-trained model.
+    """Q Eq. 9, per sample: ||v - v_ref||^2, (B,), float32 at least, gradient to v only. "mean" divides by D.
 
-    v, v_ref: (B, ...). Returns (B,), float32 at least; the gradient flows to v only. "mean" divides by D.
     ERRATUM: Q calls this a KL penalty. The forward process has no sampling noise, so there is no Gaussian
     transition to take a KL of; it is a squared distance of velocities. One SDE step's KL is the same distance
-    times the weight w(t) of F Eq. 9 (kl.kl_weight), i.e. Q weighs every time alike.
-    Raises ValueError on unequal shapes and an unknown `reduce`.
+    times the weight w(t) of F Eq. 9 (`kl.kl_weight`), i.e. Q weighs every time alike.
     """
     same_shape(v=v, v_ref=v_ref)
     return flat_reduce((full_precision(v) - full_precision(v_ref).detach()).square(), reduce)
 
 
 @torch.no_grad()
-def ema_update(
-    old: Mapping[str, Tensor] | Sequence[Tensor], new: Mapping[str, Tensor] | Sequence[Tensor], decay: float
-) -> None:
+def ema_update(old: Sequence[Tensor], new: Sequence[Tensor], decay: float) -> None:
     """Q Eq. 7's old policy: DiffusionNFT's soft update of what samples, in place: old <- decay old + (1-decay) new.
 
-    old, new: two mappings with the same keys or two sequences of equal length, tensors of equal shapes; decay
-    in [0, 1]: 0 copies (fully on-policy), 1 freezes. Under no_grad; `new` is not changed. Keep `old` in
-    float32: (1-decay) times a small step is below half precision's resolution and would be lost.
-    Raises ValueError on a decay outside [0, 1] and where keys, lengths or shapes differ; then nothing is
-    written.
+    decay in [0, 1]: 0 copies (fully on-policy), 1 freezes. Keep `old` in float32: (1-decay) times a small step is
+    below half precision's resolution and would be lost. Raises ValueError if decay or shapes do not fit; then
+    nothing is written.
     """
-    if not 0 <= decay <= 1:
-        raise ValueError(f"decay must lie in [0, 1], got {decay}")
-    old, new = (x if isinstance(x, Mapping) else dict(enumerate(x)) for x in (old, new))
-    if old.keys() != new.keys():
-        raise ValueError(f"old and new differ in keys {sorted(map(str, old.keys() ^ new.keys()))}")
-    for key, target in old.items():
-        if target.shape != new[key].shape:
-            raise ValueError(f"{key}: old has shape {tuple(target.shape)}, new {tuple(new[key].shape)}")
-    for key, target in old.items():
-        target.lerp_(new[key].to(target), 1 - decay)  # old + (1-decay) (new - old)
+    if not 0 <= decay <= 1 or [x.shape for x in old] != [x.shape for x in new]:
+        raise ValueError(f"need a decay in [0, 1] and tensors of equal shapes, got {decay}")
+    for target, tensor in zip(old, new):
+        target.lerp_(tensor.to(target), 1 - decay)  # old + (1-decay) (new - old)
 
 
-def old_policy_decay(step: int, rate: float = 0.001, cap: float = 0.5, delay: int = 0) -> float:
-    """Q Eq. 7's old policy: the decay of `ema_update` at update `step`: min(rate max(step - delay, 0), cap).
+def old_policy_decay(step: int) -> float:
+    """The decay of `ema_update` at update `step`: min(0.001 step, 0.5).
 
-    It starts at 0, where sampling with the newest policy learns fastest, and rises to `cap`, where a slower
-    sampling policy keeps the late phase stable. Public runs use (0.001, 0.5, 0), the default, and
-    (0.0075, 0.999, 75). Q states no schedule, so this is DiffusionNFT's. Returns a float in [0, cap].
+    It starts at 0, where sampling with the newest policy learns fastest, and rises to 0.5, where a slower sampling
+    policy keeps the late phase stable. Q is silent on the schedule; this is one of DiffusionNFT's.
     """
-    return min(rate * max(step - delay, 0), cap)
+    return min(0.001 * step, 0.5)

@@ -122,7 +122,8 @@ def learn(run, step, v, v_target, v_anchor, future, weight: float, totals: dict[
         mar_B = opd.mar_penalty(v, v_anchor, at.t, at.dt, at.sigma, at.reduce, at.weight)
         loss_B, found["mar"] = loss_B + s.mar * mar_B, mar_B
     if step.sigma > 0:
-        found["kl"] = kl.velocity_kl(v, v_target, step.t, step.dt, step.sigma)
+        means = (sde.transition_mean(step, u, s.noise_level) for u in (v, v_target))
+        found["kl"] = kl.gaussian_kl(*means, step.std)  # F Eq. 8, in nats
     (loss_B.sum() * weight).backward()
     for key, value in found.items():
         totals[key] = totals.get(key, 0.0) + value.detach().sum().item() * weight

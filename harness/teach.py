@@ -7,7 +7,7 @@
 
 Q 4.1's hybrid, `--guidance rollout`: pictures are drawn with classifier-free guidance, so that rewards see what the
 model can do, and the objective is without, so that the two branches are not moved against each other. `both` and
-`neither` are Q's two other strategies; `grpo.unguided` says which ratio the hybrid optimises.
+`neither` are Q's two other strategies; `grpo.hybrid_transition` says which ratio the hybrid optimises.
 """
 
 import concurrent.futures

@@ -1,7 +1,7 @@
 """Is the KL that distillation minimises the true one, and does Q's transport bound bound?
 
-F Eq. 8 against torch.distributions and Monte Carlo, F Eq. 9 against Eq. 8 through the SDE's own means, Q Eq.
-17 on linear flows whose Wasserstein distance is known. Planted wrong formulas must fail the same oracles.
+Proven here: F Eq. 8 against torch.distributions and against sampled actions, F Eq. 9 against Eq. 8 through the SDE's
+own means, Q Eq. 17 on linear flows whose Wasserstein distance is known. Planted wrong formulas fail the same oracles.
 """
 
 import math
@@ -18,7 +18,7 @@ SHAPE = (3, 2, 5)  # B, C, W; D = 10
 SD35_GRID = (1, 0.960, 0.913, 0.858, 0.790, 0.707, 0.602, 0.465, 0.278, 0.009, 0)
 
 
-def draw(seed: int, shape=SHAPE, dtype=F64) -> torch.Tensor:
+def draw(seed, shape=SHAPE, dtype=F64):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
@@ -29,16 +29,12 @@ def test_gaussian_kl_equals_torch_distributions(std):
     scale = std.reshape(3, 1, 1) if isinstance(std, torch.Tensor) else std
     expected = kl_divergence(Independent(Normal(p, scale), 2), Independent(Normal(q, scale), 2))
     torch.testing.assert_close(kl.gaussian_kl(p, q, std), expected)  # the default is the sum
-    torch.testing.assert_close(kl.gaussian_kl(p, q, std, reduce="sum"), expected)
     torch.testing.assert_close(kl.gaussian_kl(p, q, std, reduce="mean"), expected / 10)
-
-
-def test_gaussian_kl_by_hand():
-    # ||(3,4)||^2 / (2 * .25) = 25/.5 = 50
+    # By hand: ||(3,4)||^2 / (2 * .25) = 25/.5 = 50
     assert kl.gaussian_kl(torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2), 0.5).item() == 50
 
 
-def test_gaussian_kl_is_the_mean_log_ratio_of_sampled_actions():
+def test_the_kl_is_the_mean_log_ratio_of_sampled_actions():
     # Monte Carlo of E_p[log p - log q] with the actions that sde_step draws; 4 standard errors.
     B, t, dt, sigma = 100_000, 0.6, 0.1, 0.8
     x, v_p, v_q = (draw(seed, (1, 3)).expand(B, 3) for seed in (2, 3, 4))
@@ -54,16 +50,14 @@ def test_gaussian_kl_is_the_mean_log_ratio_of_sampled_actions():
 # ---------------------------------------------------------------------------------------------------- F Eq. 9
 def test_kl_weight_by_hand():
     # t=.5, dt=.2, sigma=.5: .5*.5/1 + 2 = 2.25; .1 * 5.0625 = .50625
-    assert kl.kl_weight(0.5, 0.2, 0.5) == pytest.approx(0.50625, abs=1e-12)
     # t=.8, dt=.1, sigma=2: 2*.2/1.6 + .5 = .75; .05 * .5625 = .028125
-    assert kl.kl_weight(0.8, 0.1, 2.0) == pytest.approx(0.028125, abs=1e-12)
     both = kl.kl_weight(*(torch.tensor(pair) for pair in ((0.5, 0.8), (0.2, 0.1), (0.5, 2.0))))
     torch.testing.assert_close(both, torch.tensor([0.50625, 0.028125]))
-
-
-def test_kl_weight_at_pure_noise_is_dt_over_two_sigma_squared():
+    assert kl.kl_weight(0.5, 0.2, 0.5) == pytest.approx(0.50625, abs=1e-12)
     # At t=1 the score term does not see v: only 1/sigma is left.
     assert kl.kl_weight(1.0, 0.04, 3.5) == pytest.approx(0.04 / (2 * 3.5**2))
+    value = kl.velocity_kl(torch.tensor([[1.0, 2.0]]), torch.zeros(1, 2), 0.5, 0.2, 0.5)
+    assert value.item() == pytest.approx(0.50625 * 5)
 
 
 def test_kl_weight_spans_three_orders_of_magnitude_over_sd35s_trained_steps():
@@ -74,20 +68,13 @@ def test_kl_weight_spans_three_orders_of_magnitude_over_sd35s_trained_steps():
     assert weights[0] == pytest.approx(0.001633, rel=1e-3) and weights[-1] == pytest.approx(1.105, rel=1e-3)
 
 
-def test_kl_weight_grows_without_bound_as_noise_vanishes():
-    weights = [kl.kl_weight(0.5, 0.1, sigma) for sigma in (1e-1, 1e-2, 1e-3)]
-    assert weights[1] / weights[0] == pytest.approx(100, rel=0.01)
-    assert weights[2] / weights[1] == pytest.approx(100, rel=0.01)
-
-
 @pytest.mark.parametrize("t, t_next", [(1.0, 0.9), (0.9, 0.7), (0.5, 0.45), (0.05, 0.01)])
 @pytest.mark.parametrize("level", [0.2, 0.7, 1.3])
 @pytest.mark.parametrize("reduce", ["sum", "mean"])
 def test_velocity_kl_equals_gaussian_kl_of_the_sde_means(t, t_next, level, reduce):
     x, v_p, v_q, dt, sigma = draw(6), draw(7), draw(8), t - t_next, sde.noise_scale(t, t_next, level)
     _, mean_p, std = sde.sde_step(x, v_p, t, dt, sigma)
-    mean_q = sde.sde_mean(x, v_q, t, dt, sigma)
-    expected = kl.gaussian_kl(mean_p, mean_q, std, reduce)
+    expected = kl.gaussian_kl(mean_p, sde.sde_mean(x, v_q, t, dt, sigma), std, reduce)
     torch.testing.assert_close(kl.velocity_kl(v_p, v_q, t, dt, sigma, reduce), expected, rtol=1e-6, atol=0)
 
 
@@ -100,35 +87,6 @@ def test_a_weight_without_dt_or_without_its_score_term_is_not_the_kl_of_the_mean
         assert not torch.isclose(per_gap, torch.full((3,), wrong, dtype=F64), rtol=0.1).any()
 
 
-def test_velocity_kl_takes_one_time_per_sample():
-    v_p, v_q = draw(9), draw(10)
-    t, dt, sigma = (torch.tensor(x, dtype=F64) for x in ((1.0, 0.6, 0.2), (0.1, 0.2, 0.05), (3.0, 0.9, 0.4)))
-    for scale in ("true", "released"):
-        together = kl.velocity_kl(v_p, v_q, t, dt, sigma, scale=scale)
-        assert together.shape == (3,)
-        for i in range(3):
-            row = slice(i, i + 1)
-            alone = kl.velocity_kl(
-                v_p[row], v_q[row], t[i].item(), dt[i].item(), sigma[i].item(), scale=scale
-            )
-            torch.testing.assert_close(together[row], alone)
-
-
-def test_velocity_kl_defaults_are_the_true_sum():
-    # w = .50625 (by hand above), ||(1,2)||^2 = 5
-    value = kl.velocity_kl(torch.tensor([[1.0, 2.0]]), torch.zeros(1, 2), 0.5, 0.2, 0.5)
-    assert value.item() == pytest.approx(2.53125)
-
-
-def test_released_scale_is_the_mean_gap_over_two_sigma_squared():
-    # The released loss, from the means: dmu^2 / (2 sigma^2) averaged over D, the true KL times dt/D.
-    x, v_p, v_q, t, dt, sigma = draw(11), draw(12), draw(13), 0.6, 0.1, 0.8
-    gap = sde.sde_mean(x, v_p, t, dt, sigma) - sde.sde_mean(x, v_q, t, dt, sigma)
-    released = (gap**2 / (2 * sigma**2)).mean((1, 2))
-    torch.testing.assert_close(kl.velocity_kl(v_p, v_q, t, dt, sigma, "mean", scale="released"), released)
-    torch.testing.assert_close(released, kl.velocity_kl(v_p, v_q, t, dt, sigma) * dt / 10)
-
-
 def test_kl_of_a_policy_with_itself_is_zero():
     v = draw(14)
     assert kl.velocity_kl(v, v, 0.5, 0.1, 0.4).tolist() == [0, 0, 0]
@@ -136,85 +94,68 @@ def test_kl_of_a_policy_with_itself_is_zero():
 
 
 def test_gradients_flow_to_both_policies_with_opposite_sign():
-    v_p, v_q = draw(15).requires_grad_(), draw(16).requires_grad_()
-    kl.velocity_kl(v_p, v_q, 0.5, 0.2, 0.5).sum().backward()
-    torch.testing.assert_close(v_p.grad, 2 * 0.50625 * (v_p - v_q).detach())  # 2 w (v_p - v_q)
-    torch.testing.assert_close(v_q.grad, -v_p.grad)
-    mean_p, mean_q = draw(17).requires_grad_(), draw(18).requires_grad_()
-    kl.gaussian_kl(mean_p, mean_q, 0.5).sum().backward()
-    torch.testing.assert_close(mean_p.grad, (mean_p - mean_q).detach() / 0.25)
-    torch.testing.assert_close(mean_q.grad, -mean_p.grad)
+    p, q = draw(15).requires_grad_(), draw(16).requires_grad_()
+    # 2 w (v_p - v_q) with w by hand above, and (mu_p - mu_q) / std^2
+    for loss, slope in ((kl.velocity_kl(p, q, 0.5, 0.2, 0.5), 2 * 0.50625), (kl.gaussian_kl(p, q, 0.5), 1 / 0.25)):
+        by_p, by_q = torch.autograd.grad(loss.sum(), (p, q))
+        torch.testing.assert_close(by_p, slope * (p - q).detach())
+        torch.testing.assert_close(by_q, -by_p)
 
 
-def test_sample_i_does_not_move_sample_j():
-    v_p, v_q = draw(19), draw(20)
-    changed = v_p.clone()
-    changed[1] += 1
-    for distance in (lambda v: kl.velocity_kl(v, v_q, 0.5, 0.1, 0.4), lambda v: kl.gaussian_kl(v, v_q, 0.4)):
-        before, after = distance(v_p), distance(changed)
-        assert torch.equal(before[[0, 2]], after[[0, 2]]) and before[1] != after[1]
+def test_a_sample_has_its_own_time_and_does_not_move_another():
+    v_p, v_q = draw(9), draw(10)
+    times = [torch.tensor(x, dtype=F64) for x in ((1.0, 0.6, 0.2), (0.1, 0.2, 0.05), (3.0, 0.9, 0.4))]
+    together = kl.velocity_kl(v_p, v_q, *times)
+    for i in range(3):
+        row = slice(i, i + 1)
+        torch.testing.assert_close(together[row], kl.velocity_kl(v_p[row], v_q[row], *(t[i].item() for t in times)))
+    moved = v_p + torch.tensor([0.0, 1.0, 0.0]).reshape(3, 1, 1)
+    for distance in (lambda v: kl.velocity_kl(v, v_q, *times), lambda v: kl.gaussian_kl(v, v_q, times[2])):
+        before, after = distance(v_p), distance(moved)
+        assert before.shape == (3,) and torch.equal(before[[0, 2]], after[[0, 2]]) and before[1] != after[1]
 
 
-def test_no_noise_means_no_kl():
-    v = draw(21)
-    with pytest.raises(ValueError, match="must be positive"):
-        kl.gaussian_kl(v, v, 0.0)
-    for sigma in (0.0, torch.tensor([0.1, 0.0, 0.2])):
-        with pytest.raises(ValueError, match="must be positive"):
-            kl.kl_weight(0.5, 0.1, sigma)
-        with pytest.raises(ValueError, match="must be positive"):
-            kl.velocity_kl(v, v, 0.5, 0.1, sigma)
-
-
-def test_unequal_shapes_and_unknown_options_raise():
+def test_no_noise_unequal_shapes_and_columns_are_refused():
     a, b = torch.ones(3, 2), torch.ones(3, 1)
-    with pytest.raises(ValueError, match=r"mean_p \(3, 2\), mean_q \(3, 1\)"):
-        kl.gaussian_kl(a, b, 0.5)
-    with pytest.raises(ValueError, match=r"v_p \(3, 2\), v_q \(3, 1\)"):
-        kl.velocity_kl(a, b, 0.5, 0.1, 0.4)
-    with pytest.raises(ValueError, match=r"shape \(3,\), not \(3, 1\)"):  # the released (B,1) x (B,) -> (B,B)
-        kl.velocity_kl(a, a, 0.5, 0.1, torch.ones(3, 1))
-    with pytest.raises(ValueError, match=r"shape \(3,\), not \(3, 1\)"):
-        kl.gaussian_kl(a, a, torch.ones(3, 1))
-    with pytest.raises(ValueError, match="'true' or 'released', not 'paper'"):
-        kl.velocity_kl(a, a, 0.5, 0.1, 0.4, scale="paper")
-    for call in (
-        lambda: kl.velocity_kl(a, a, 0.5, 0.1, 0.4, "max"),
-        lambda: kl.gaussian_kl(a, a, 0.5, "max"),
-    ):
-        with pytest.raises(ValueError, match="'sum' or 'mean', not 'max'"):
+    calls = [
+        lambda: kl.gaussian_kl(a, a, 0.0), lambda: kl.kl_weight(0.5, 0.1, torch.tensor([0.1, 0.0, 0.2])),
+        lambda: kl.velocity_kl(a, a, 0.5, 0.1, 0.0), lambda: kl.gaussian_kl(a, b, 0.5),
+        lambda: kl.velocity_kl(a, b, 0.5, 0.1, 0.4), lambda: kl.gaussian_kl(a, a, b),
+        lambda: kl.velocity_kl(a, a, 0.5, 0.1, b),  # the released (B,1) x (B,) -> (B,B)
+    ]  # fmt: skip
+    for call in calls:
+        with pytest.raises(ValueError):
             call()
 
 
-def test_bfloat16_is_computed_in_float32_and_float64_is_kept():
-    for dtype, result in ((torch.bfloat16, torch.float32), (torch.float32, torch.float32), (F64, F64)):
-        p, q, full_p, full_q = (draw(seed).to(dtype).to(kind) for kind in (dtype, F64) for seed in (22, 23))
-        for distance in (
-            lambda p, q: kl.gaussian_kl(p, q, 0.4),
-            lambda p, q: kl.velocity_kl(p, q, 0.5, 0.1, 0.4),
-            lambda p, q: kl.w2_bound(p[0, 0].abs(), q[0, 0].abs(), torch.linspace(1, 0, 5)),
-        ):
-            assert distance(p, q).dtype == result
-            torch.testing.assert_close(distance(p, q).double(), distance(full_p, full_q), rtol=1e-5, atol=0)
-    low = torch.tensor([0.9, 0.5, 0.3], dtype=torch.bfloat16)
-    assert kl.kl_weight(low, low, low).dtype == torch.float32
-    v = torch.zeros(3, 2)
-    assert kl.velocity_kl(v, v, low, low, low, scale="released").dtype == torch.float32
+@pytest.mark.parametrize("given, kept", [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (F64, F64)])
+def test_bfloat16_is_computed_in_float32_and_float64_is_kept(given, kept):
+    p, q, times = draw(22).to(given), draw(23).to(given), torch.tensor([0.9, 0.5, 0.3]).to(given)
+    for distance in (
+        lambda p, q, t: kl.gaussian_kl(p, q, t),
+        lambda p, q, t: kl.velocity_kl(p, q, t, t, t),
+        lambda p, q, t: kl.w2_bound(p[0, 0].abs(), q[0, 0].abs(), torch.linspace(1, 0, 5)),
+    ):
+        assert distance(p, q, times).dtype == kept
+        full = distance(p.double(), q.double(), times.double())
+        torch.testing.assert_close(distance(p, q, times).double(), full, rtol=1e-5, atol=0)
 
 
 # --------------------------------------------------------------------------------------------------- Q Eq. 17
 def test_w2_bound_trapezoid_by_hand_on_an_uneven_grid():
     # gap^2 = 4, 1, 3 at t = 1, .6, 0: .4*2.5 + .6*2 = 2.2; L = 0, 1, 2: .4*.5 + .6*1.5 = 1.1
-    gap, lipschitz, ts = torch.tensor([4.0, 1.0, 3.0]), torch.tensor([0.0, 1.0, 2.0]), (1.0, 0.6, 0.0)
-    expected = pytest.approx(math.sqrt(2.2) * math.exp(1.1))
-    assert kl.w2_bound(gap, lipschitz, ts).item() == expected
-    assert kl.w2_bound(gap.flip(0), lipschitz.flip(0), torch.tensor([0.0, 0.6, 1.0])).item() == expected
+    gap, lipschitz = torch.tensor([4.0, 1.0, 3.0], requires_grad=True), torch.tensor([0.0, 1.0, 2.0])
+    expected = math.sqrt(2.2) * math.exp(1.1)
+    bound = kl.w2_bound(gap, lipschitz, (1.0, 0.6, 0.0))
+    assert bound.item() == pytest.approx(expected)
+    assert kl.w2_bound(gap.flip(0), lipschitz.flip(0), torch.tensor([0.0, 0.6, 1.0])).item() == pytest.approx(expected)
+    bound.backward()  # d/dgap = exp(1.1) / (2 sqrt(2.2)) times the trapezoid weights (.2, .5, .3)
+    torch.testing.assert_close(gap.grad, expected / 4.4 * torch.tensor([0.2, 0.5, 0.3]))
 
 
 def test_w2_bound_is_attained_by_a_constant_gap_with_a_constant_teacher():
     # v = a and v* = b shift the noise by -a and -b: W2 of two translates is |a - b| = |(3, -4)| = 5; L = 0.
-    bound = kl.w2_bound(torch.full((6,), 25.0), torch.zeros(6), torch.linspace(1, 0, 6))
-    assert bound.item() == pytest.approx(5)
+    assert kl.w2_bound(torch.full((6,), 25.0), torch.zeros(6), torch.linspace(1, 0, 6)).item() == pytest.approx(5)
 
 
 def linear_flow(student, teacher, without_exp=False, num=2001):
@@ -233,44 +174,25 @@ def linear_flow(student, teacher, without_exp=False, num=2001):
 
 @pytest.mark.parametrize(
     "student, teacher",
-    [
-        ([0.5], [0.6]),
-        ([-0.5], [-0.6]),
-        ([-2.2], [-2.0]),
-        ([0.3, -0.8], [0.1, -1.0]),
-        ([1.0, 0.0], [-1.0, 0.5]),
-    ],
+    [([0.5], [0.6]), ([-0.5], [-0.6]), ([-2.2], [-2.0]), ([0.3, -0.8], [0.1, -1.0]), ([1.0, 0.0], [-1.0, 0.5])],
 )
 def test_w2_bound_holds_on_linear_gaussian_flows(student, teacher):
     distance, bound = linear_flow(student, teacher)
     assert 0 < distance <= bound
 
 
-def test_w2_bound_is_near_tight_for_a_slowly_expanding_flow():
+def test_w2_bound_is_near_tight_for_a_slow_flow_and_false_without_its_lipschitz_factor():
     # a = -.1, b = -.12: the Lipschitz factor is all that the flow really does to an early error.
     distance, bound = linear_flow([-0.1], [-0.12])
     assert distance <= bound < 1.08 * distance
-
-
-def test_the_bound_without_its_lipschitz_factor_is_violated():
-    distance, wrong = linear_flow([-2.2], [-2.0], without_exp=True)
+    distance, wrong = linear_flow([-2.2], [-2.0], without_exp=True)  # a planted bug
     assert wrong < distance
 
 
-def test_w2_bound_gradient_reaches_the_gap():
-    gap = torch.full((3,), 4.0, requires_grad=True)
-    kl.w2_bound(gap, torch.ones(3), (1.0, 0.5, 0.0)).backward()
-    # bound = e sqrt(I), I = 4; d/dgap = e / (2*2) * trapezoid weights (.25, .5, .25)
-    torch.testing.assert_close(gap.grad, math.e / 4 * torch.tensor([0.25, 0.5, 0.25]))
-
-
-def test_w2_bound_rejects_bad_arguments():
+def test_w2_bound_refuses_what_is_no_gap_no_constant_and_no_grid():
     ones, ts = torch.ones(3), (1.0, 0.5, 0.0)
-    with pytest.raises(ValueError, match=r"velocity_gap_sq \(3,\), lipschitz \(2,\), ts \(3,\)"):
-        kl.w2_bound(ones, torch.ones(2), ts)
-    for gap, lipschitz in ((-ones, ones), (ones, -0.5 * ones)):
-        with pytest.raises(ValueError, match="must not be negative"):
-            kl.w2_bound(gap, lipschitz, ts)
-    for bad in ((1.0, 0.0, 0.5), (0.5, 1.0, 0.0), (1.0, 1.0, 0.0), (0.0, 1.0, 1.0)):
-        with pytest.raises(ValueError, match="ascend or descend"):
-            kl.w2_bound(ones, ones, bad)
+    bad = [(ones, torch.ones(2), ts), (-ones, ones, ts), (ones, -0.5 * ones, ts)]
+    bad += [(ones, ones, grid) for grid in ((1.0, 0.0, 0.5), (1.0, 1.0, 0.0), (0.0, 1.0, 1.0))]
+    for arguments in bad:
+        with pytest.raises(ValueError):
+            kl.w2_bound(*arguments)

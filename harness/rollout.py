@@ -198,8 +198,8 @@ def roll_out(run: Run, rows: Sequence[Row], stoppable: bool = True) -> tuple[lis
     """Sample a trajectory a row from the current policy (F Eq. 5-6).
 
     Returns the micro-batches and the images (B, 3, H, W). A micro-batch is {"path": transitions, "velocity": the field
-    v(x, t) of the objective, "noise": the rows' generators}. Under Q 4.1's hybrid the path is what `grpo.hybrid_transition`
-    makes of the guided one.
+    v(x, t) of the objective, "noise": the rows' generators}. Under Q 4.1's hybrid the path is what
+    `grpo.hybrid_transition` makes of the guided one.
     """
     s, model, parts, images = run.s, run.model, [], []
     level, window = (0.0, None) if deterministic(s) else (s.noise_level, settings.window_of(s))
@@ -216,7 +216,8 @@ def roll_out(run: Run, rows: Sequence[Row], stoppable: bool = True) -> tuple[lis
         path = [*deque(walk, maxlen=1 if ends else None)]
         images.append(model.decode(path[-1].x_next))
         if plain:
-            path = [grpo.hybrid_transition(step, v, s.noise_level, s.kernel) for step, v in zip(path, plain, strict=True)]
+            pairs = zip(path, plain, strict=True)
+            path = [grpo.hybrid_transition(step, v, s.noise_level, s.kernel) for step, v in pairs]
         cfg = settings.trained_cfg(s)
         parts.append({"path": path, "velocity": field(model, cond, uncond, cfg), "noise": noise})
     return parts, torch.cat(images)

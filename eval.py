@@ -33,7 +33,6 @@ from data.files import Prompt
 from harness import load as student
 from harness import ranks, report, rollout
 from models import flow
-from models import load as models
 from scorers import panel as scoring
 from tiny import drawings as tiny
 from tiny import edits as tiny_edit
@@ -131,7 +130,7 @@ def compare(s: Settings) -> tuple[dict[str, dict], Path]:
     student.locate_all(s)
     folder = Path(s.out) / s.name
     prompts = rollout.load_prompts(s, "test", s.eval_prompts, settings.test_tasks(s))
-    model = models.load(s, device)
+    model = student.base_model(s, device)
     experts = student.load_teachers(model, s)
     names: dict[str, str | None] = {"base": None} | {f"teacher {task}": name for task, name in experts.items()}
     for name, where in s.compare.items():

@@ -133,7 +133,7 @@ def merge_teachers(s: Settings) -> Path:
     """Cold start by merging (F 5.1): the mean of the teachers' updates as one adapter. No training."""
     device = ranks.start(s)
     student.locate_all(s)
-    model = models.load(s, device)
+    model = student.base_model(s, device)
     states, scales = [], []
     for where in s.teachers.values():
         folder = adapters.locate(where)

@@ -75,8 +75,7 @@ def random_model(s, device, config: dict):
     import torch
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    from models import load as models
-    from models import qwen
+    from models import qwen, sd3
     from models.flow import TRANSFORMERS, Cond
 
     dtype, kind = getattr(torch, s.precision), TRANSFORMERS[config.get("_class_name", "SD3Transformer2DModel")]
@@ -86,9 +85,9 @@ def random_model(s, device, config: dict):
         transformer = kind(**{key: value for key, value in config.items() if key != "_class_name"})
         torch.set_default_dtype(before)
     transformer.requires_grad_(False).eval()
-    if kind is models.SD3Transformer2DModel:
+    if kind is TRANSFORMERS["SD3Transformer2DModel"]:
         scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-        model = models.SD35Model(Path(), transformer, scheduler, device, s.resolution, s.text_length)
+        model = sd3.SD35Model(Path(), transformer, scheduler, device, s.resolution, s.text_length)
     else:
         scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
         sides = s.resolution, s.source_resolution or s.resolution

@@ -49,12 +49,11 @@ def scores_at(run: Path | None, guidance: str) -> dict[str, float]:
     """Scores of a run (None: the base) on all test prompts, drawn with guidance ("both") or without ("neither")."""
     import eval as evaluation
     import settings
-    from harness import ranks, rollout
-    from models import load as models
+    from harness import load, ranks, rollout
     from models import lora as adapters
 
     s, _ = settings.parse([*QWEN, "--stage", "opd", "--guidance", guidance])
-    model = models.load(s, ranks.start(s))
+    model = load.base_model(s, ranks.start(s))
     if run:
         model.add_expert("expert", str(adapters.last_checkpoint(run)))
     prompts = rollout.load_prompts(s, "test", s.eval_prompts, settings.test_tasks(s))
@@ -166,15 +165,14 @@ def nft() -> None:
 def student() -> None:
     """How far pictures lie from the guided teacher's of the same noise, and what drawing them costs."""
     import settings
-    from harness import ranks, rollout
-    from models import load as models
+    from harness import load, ranks, rollout
     from models import lora as adapters
 
     s, _ = settings.parse([*QWEN, "--stage", "opd"])
     rows: dict[str, list] = {}
     prompts = rollout.load_prompts(s, "test", s.eval_prompts, settings.test_tasks(s))
     for seed in SEEDS:
-        model = models.load(s, ranks.start(s))
+        model = load.base_model(s, ranks.start(s))
         for task in prompts:
             model.add_expert(task, str(adapters.last_checkpoint(teacher(task, seed))))
         model.add_expert("opd", str(adapters.last_checkpoint(opd_student(seed))))

@@ -13,7 +13,7 @@ from harness.run import Run
 from models import flow
 from models import load as models
 from models import lora as adapters
-from settings import Settings
+from settings import Settings, is_tiny
 
 
 def locate_all(s: Settings) -> None:
@@ -32,11 +32,17 @@ def locate_all(s: Settings) -> None:
         ranks.wait()
 
 
+def base_model(s: Settings, device: torch.device | str = "cpu") -> flow.FlowModel:
+    """The frozen base that the settings describe, on `device`."""
+    more = (s.precision, s.resolution, s.text_length, s.source_resolution, s.cfg_rescale, s.gradient_checkpointing)
+    return models.load(s.model, device, is_tiny(s), *more)
+
+
 def student_run(s: Settings) -> Run:
     """The frozen base and a student: a LoRA on it or a transformer of its own, new or from --init (a cold start)."""
     device = ranks.start(s)
     locate_all(s)
-    model, lora = models.load(s, device), None
+    model, lora = base_model(s, device), None
     if s.parameters == "full":
         model.train_fully(s.init, keep_base=needs_base(s))
         ranks.shard(model, s)

@@ -30,6 +30,7 @@ from tqdm import tqdm
 from data import files as data
 from data.common import write_atomic
 from harness import checkpoints
+from harness.card import model_card
 from harness.ranks import any_rank, average_numbers, rank_and_world, wait
 from harness.weights import Weights
 from models import lora as adapters
@@ -160,7 +161,7 @@ class Run:
 
     def write_card(self, folder: Path, scores: dict[str, float]) -> None:
         """The model card of a checkpoint, README.md; scores are known once the run has ended."""
-        card = adapters.model_card(asdict(self.s), self.record.last, scores, self.step, self.model.pipeline)
+        card = model_card(asdict(self.s), self.record.last, scores, self.step, self.model.pipeline)
         write_atomic(folder / "README.md", card)
 
 

@@ -2,15 +2,15 @@
 
     packed latents     the transformer reads p x p patches of the latent as tokens of p^2 C channels: `pack`, `unpack`.
                        All the rest of the project sees (B, C, H, W).
-    a masked text      prompts of unequal length are padded, and a mask says where (`flow.Cond.mask`)
+    a masked text      prompts of unequal length are padded, and a mask says where (`Cond.mask`)
     source pictures    an edit's source becomes more tokens behind those of the picture that is being made
-                       (`flow.Cond.source`); the velocity of the first ones alone counts. It is read twice: by the VAE,
+                       (`Cond.source`); the velocity of the first ones alone counts. It is read twice: by the VAE,
                        which keeps every pixel, and by the text encoder, a Qwen2.5-VL, which says what is in it.
     time in [0, 1]     where SD3 embeds [0, 1000]
     rescaled guidance  the guided velocity keeps the length of the one with the prompt: `QwenFlow.guide`
     a grid by size     the scheduler's shift grows with the number of tokens: `shift_of`
 
-`QwenFlow` is what the tiny-qwen world's model (models.py) shares with `QwenModel`, the published pipelines:
+`QwenFlow` is what the tiny-qwen world's model (tiny.py) shares with `QwenModel`, the published pipelines:
 QwenImagePipeline draws, QwenImageEditPipeline and QwenImageEditPlusPipeline edit as well as draw.
 """
 
@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from models import qwen_vl
-from models.flow import Cond, FlowModel, fingerprint, joined, read_part, read_transformer, require_parts
-from models.lora import ModelError
+from models.flow import Cond, FlowModel, joined
+from models.hub import ModelError, fingerprint, read_part, read_transformer, require_parts
 
 DRAWS = "QwenImagePipeline"
 # Pipeline -> what it puts before an edit's prompt (where its template has no place for the picture), and the side of a

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
 from data.common import first_line
-from models.lora import ModelError, _json, locate
+from models.hub import ModelError, locate, read_json
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")  # all write a picture into the text alike
 FILES = ("*.json", "merges.txt", "*.safetensors")  # what the Hub has of a VLM
@@ -118,7 +118,7 @@ def load(where: str, device: torch.device | str = "cpu", dtype: torch.dtype = to
 
     ModelError, one line, if it is missing, broken or of another family; then only its config.json has been fetched.
     """
-    family = _json(locate(where, ("config.json",)) / "config.json").get("model_type")
+    family = read_json(locate(where, ("config.json",)) / "config.json").get("model_type")
     if family not in FAMILIES:
         raise ModelError(f"{where}: a {family} model; give a Qwen2-VL, Qwen2.5-VL or Qwen3-VL, or serve it elsewhere")
     folder = locate(where, FILES)

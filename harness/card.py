@@ -1,0 +1,110 @@
+"""The model card of a checkpoint: README.md with the Hub's front matter, how to load it, how it was made."""
+
+import html
+import re
+from collections.abc import Mapping
+
+from huggingface_hub import ModelCardData
+
+from models.hub import LORA_FILE, base_and_revision, hub_id
+
+
+def model_card(settings: Mapping, metrics: Mapping, scores: Mapping, step: int, pipeline: str = "") -> str:
+    """README.md of a checkpoint's folder, an adapter's or a whole transformer's.
+
+    `settings` are the run's resolved settings, `metrics` the last line of metrics.jsonl, `scores` {name: number} of the
+    last evaluation; `pipeline` is the diffusers class that loads the adapter, "" if there is none. Any strings will do:
+    they are escaped. A base that is a local path is left out of the front matter, which the Hub would refuse.
+    """
+    base, stage = str(settings.get("model", "")), str(settings.get("stage", ""))
+    whole = settings.get("parameters") == "full" or stage == "pretrain"
+    does = ["image-to-image", "text-to-image"] if "Edit" in pipeline else ["text-to-image"]  # an editor draws too
+    front = ModelCardData(
+        base_model=hub_id(base) or None,
+        library_name="diffusers",
+        pipeline_tag=does[0],
+        tags=[*([] if whole else ["lora", "peft"]), *does, "flow-matching", "reinforcement-learning"],
+    )
+    trained = f"Stage {_cell(stage)}, {int(step)} steps, on {_cell(base)}."
+    if stage == "opd":
+        trained += f" On-policy distillation with the estimator {_cell(settings.get('estimator', ''))}."
+    teachers = dict(settings.get("teachers") or {}) if stage in ("opd", "sft", "merge") else {}
+    parts = [
+        "---", front.to_yaml(), "---", "", f"# {_cell(settings.get('name') or 'LoRA')}", "",
+        "A whole transformer." if whole else "A LoRA adapter; its update is `alpha / r * B @ A`.", "",
+        "## How to load it", "", "```python", _code(settings, pipeline, whole), "```", "",
+        "## How it was trained", "", trained, "",
+        *_table("teacher of", teachers),
+        *_table("setting", {key: value for key, value in settings.items() if value not in ("", None, {}, [])}),
+        *(["## Scores", "", *_table("score", scores)] if scores else []),
+        *(["## Last training metrics", "", *_table("metric", metrics)] if metrics else []),
+    ]  # fmt: skip
+    return "\n".join(parts)
+
+
+def _code(settings: Mapping, pipeline: str, whole: bool) -> str:
+    """Python that loads the checkpoint and draws as the run drew its student's pictures."""
+    base, revision = base_and_revision(str(settings.get("model", "")))
+    base = repr(base) + (f", revision={revision!r}" if revision else "")  # Python strings, whatever is in them
+    dtype, transformer, here = "torch_dtype=torch.bfloat16", 'subfolder="transformer"', '"path/to/this/folder"'
+    if not pipeline:
+        lines = [f"transformer = AutoModel.from_pretrained({here if whole else base}, {transformer})"]
+        if not whole:
+            lines += ["from peft import PeftModel", "", f"transformer = PeftModel.from_pretrained(transformer, {here})"]
+        return "\n".join(["from diffusers import AutoModel", "", *lines])
+    if whole:
+        load = [
+            f"from diffusers import AutoModel, {pipeline}", "",
+            f'transformer = AutoModel.from_pretrained({here}, {transformer}, {dtype})',
+            f'pipe = {pipeline}.from_pretrained({base}, transformer=transformer, {dtype}).to("cuda")',
+        ]  # fmt: skip
+    else:
+        load = [
+            f"from diffusers import {pipeline}", "",
+            f'pipe = {pipeline}.from_pretrained({base}, {dtype}).to("cuda")',
+            f'pipe.load_lora_weights({here}, weight_name="{LORA_FILE}")',
+            f"# or, with PEFT: pipe.transformer = peft.PeftModel.from_pretrained(pipe.transformer, {here})",
+        ]  # fmt: skip
+    return "\n".join(["import torch", *load, *_calls(settings, pipeline)])
+
+
+def _calls(settings: Mapping, pipeline: str) -> list[str]:
+    """How a picture is drawn as the run drew its student's: steps, guidance and, of Qwen-Image, size."""
+    steps, side = f"num_inference_steps={settings.get('eval_steps', 40)!r}", settings.get("resolution", 1024)
+    # Distilled from guided teachers (Q 4.3), a student has the guidance in its weights.
+    scale = 1.0 if settings.get("guidance") in ("teacher", "neither") else settings.get("cfg", 4.5)
+    if not pipeline.startswith("QwenImage"):
+        return [f'image = pipe("a photo of two cats", {steps}, guidance_scale={scale!r}).images[0]']
+    guided = f'negative_prompt=" ", true_cfg_scale={scale!r}' if scale != 1 else "true_cfg_scale=1.0"
+    options = f"{guided}, {steps}, height={side!r}, width={side!r}"
+    if "Edit" not in pipeline:
+        return [f'image = pipe("a photo of two cats", {options}).images[0]']
+    return [
+        "from diffusers.utils import load_image", "", 'source = load_image("path/to/a/picture.png")',
+        f'image = pipe(image=source, prompt="make the cat blue", {options}).images[0]', "",
+        "# It draws from a prompt alone too, through the pipeline that needs no source:",
+        "from diffusers import QwenImagePipeline", "",
+        'parts = {name: part for name, part in pipe.components.items() if name != "processor"}',
+        "draw = QwenImagePipeline(**parts)",
+        f'image = draw("a photo of two cats", {options}).images[0]',
+    ]  # fmt: skip
+
+
+def _table(title: str, rows: Mapping) -> list[str]:
+    if not rows:
+        return []
+    return [f"| {title} | value |", "|---|---|", *(f"| {_cell(k)} | {_cell(v)} |" for k, v in rows.items()), ""]
+
+
+def _cell(value: object) -> str:
+    """Any value as text on one line that Markdown and HTML take literally."""
+    # An underscore between letters, as in most names of settings, emphasises nothing and stays readable.
+    special = r"[\\`*\[\]|~]|(?<![^\W_])_|_(?![^\W_])"
+    return re.sub(special, r"\\\g<0>", html.escape(_flat(value), quote=False))
+
+
+def _flat(value: object) -> str:
+    """Any value as text on one line."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{_flat(k)}={_flat(v)}" for k, v in value.items())
+    return " ".join((f"{value:.6g}" if isinstance(value, float) else str(value)).split())

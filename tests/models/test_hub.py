@@ -1,0 +1,280 @@
+"""Oracles for finding a model: paths, runs and Hub ids; what a folder holds; and parts that are whole or refused."""
+
+import fnmatch
+import hashlib
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+import safetensors.torch
+import torch
+from diffusers import AutoencoderKL
+from huggingface_hub import errors
+from safetensors import safe_open
+
+from models import hub
+from models.hub import ADAPTER_FILES, LORA_FILE, PEFT_FILES, TRANSFORMER_FILES, ModelError
+from models.load import BASE_FILES
+from tests.helpers import sd3
+from tests.helpers.qwen_hub import build_qwen
+from tests.helpers.refusals import refusal
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return sd3.build_sd35(tmp_path_factory.mktemp("sd35"))
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    """A folder with the files of an adapter in both layouts; nothing here reads what is in them."""
+    (tmp_path / "lora").mkdir()
+    for name in ADAPTER_FILES:
+        (tmp_path / "lora" / name).write_text("{}")
+    return tmp_path / "lora"
+
+
+# ------------------------------------------------------------------------------------------------------ locations
+@pytest.fixture
+def fetched(monkeypatch, tmp_path):
+    """A Hub that writes down what is asked of it, and answers with `fetched.answer`, a folder or an exception."""
+    found = SimpleNamespace(calls=[], answer=AssertionError("nothing may be fetched here"))
+
+    def snapshot_download(repo, **options):
+        found.calls.append((repo, options))
+        if isinstance(found.answer, Exception):
+            raise found.answer
+        return str(found.answer)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.chdir(tmp_path)
+    return found
+
+
+def test_folders_files_and_home_paths_are_themselves(fetched, adapter, tmp_path, monkeypatch):
+    assert hub.locate(str(adapter)) == hub.locate(adapter) == adapter
+    assert hub.locate("lora") == Path("lora"), "relative, and it exists"
+    for name in ADAPTER_FILES:
+        assert hub.locate(str(adapter / name)) == adapter
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert hub.locate("~/lora") == adapter
+    (tmp_path / "notes.txt").write_text("")
+    assert "notes.txt" in refusal(hub.locate, str(tmp_path / "notes.txt"))
+    assert fetched.calls == []
+
+
+def test_a_run_stands_for_its_last_complete_checkpoint(fetched, tmp_path):
+    checkpoints = tmp_path / "run" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    assert hub.last_checkpoint(tmp_path / "run") is None and hub.last_checkpoint(tmp_path / "none") is None
+    assert "no complete checkpoint" in refusal(hub.locate, "run")
+    (checkpoints / ".step-000003").mkdir()
+    assert hub.last_checkpoint(tmp_path / "run") is None, "it is being written"
+    for name in ("step-000002", "step-000010", "step-000010.old", "step-999999", "step-1000000"):
+        (checkpoints / name).mkdir()
+    assert hub.locate("run") == Path("run/checkpoints/step-1000000"), "by number, not by letter"
+    assert hub.locate("run/checkpoints/step-000002") == Path("run/checkpoints/step-000002")
+
+
+LOCAL = ["./a/b", "../a/b", "~/a/b", "/a/b", "a/b.safetensors", "a/b.bin", "here/b", "single", "", "a//b", "a/../b",
+         "a b/c"]  # fmt: skip
+
+
+@pytest.mark.parametrize("where", LOCAL)
+def test_a_missing_path_is_an_error_and_never_a_download(fetched, tmp_path, where):
+    (tmp_path / "here").mkdir()
+    assert where in refusal(hub.locate, where) and fetched.calls == []
+
+
+IDS = {
+    "jieliu/SD3.5M-FlowGRPO-GenEval": ("jieliu/SD3.5M-FlowGRPO-GenEval", "", None),
+    "stabilityai/stable-diffusion-3.5-medium@v1.0": ("stabilityai/stable-diffusion-3.5-medium", "", "v1.0"),
+    "CostaliyA/Flow-OPD/a/b.2": ("CostaliyA/Flow-OPD", "a/b.2/", None),
+    "owner/name/sub@refs/pr/1": ("owner/name", "sub/", "refs/pr/1"),
+}
+
+
+@pytest.mark.parametrize("where", IDS)
+def test_a_hub_id_is_fetched_with_what_an_expert_may_be_and_no_pickles(fetched, adapter, where):
+    repo, inside, revision = IDS[where]
+    fetched.answer = adapter.parent / "snapshot"
+    shutil.copytree(adapter, fetched.answer / inside)
+    assert hub.locate(where) == fetched.answer / inside
+    ((asked, options),) = fetched.calls
+    assert asked == repo == hub.hub_id(where) and options["revision"] == revision
+    assert options["allow_patterns"] == [inside + name for name in (*ADAPTER_FILES, *TRANSFORMER_FILES)]
+    assert {"*.bin", "*.pt", "*.pkl", "*.ckpt"} <= set(options["ignore_patterns"])
+    assert hub.base_and_revision(where) == ((where.split("@")[0], revision) if revision else (where, ""))
+
+
+def test_other_files_are_fetched_on_request_and_a_repository_without_them_is_refused(fetched, base):
+    fetched.answer = base
+    assert hub.locate("owner/name", ("vae/*.json",)) == base
+    assert fetched.calls[-1][1]["allow_patterns"] == ["vae/*.json"]
+    assert hub.locate("owner/name") == base, "a full checkpoint is an expert too"
+    fetched.answer = base / "vae"
+    assert "owner/name" in refusal(hub.locate, "owner/name")
+
+
+RESPONSE = SimpleNamespace(headers={}, request=None, status_code=401)
+HUB_FAULTS = {
+    "licence": errors.GatedRepoError("401\nlong", response=RESPONSE),
+    "no public repository": errors.RepositoryNotFoundError("404\nlong", response=RESPONSE),
+    "no revision r1": errors.RevisionNotFoundError("404\nlong", response=RESPONSE),
+    "no connection": errors.LocalEntryNotFoundError("Cannot find\nlong"),
+    "HF_HUB_OFFLINE": errors.OfflineModeIsEnabled("offline"),
+    "500 broken": errors.HfHubHTTPError("\n500 broken\nlong", response=RESPONSE),
+    "No space left": OSError(28, "No space left on device"),
+    "TimeoutError": TimeoutError(),
+}
+
+
+@pytest.mark.parametrize("reason", HUB_FAULTS)
+def test_what_the_hub_refuses_is_said_in_one_line(fetched, reason):
+    fetched.answer = HUB_FAULTS[reason]
+    said = refusal(hub.locate, "o/n@r1")
+    assert said.startswith("o/n@r1: ") and reason in said
+
+
+def test_offline_the_cache_is_asked_and_nothing_else(monkeypatch, adapter, tmp_path):
+    """The real snapshot_download, with HF_HUB_OFFLINE on and a cache of our own."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    assert "owner/name" in refusal(hub.locate, "owner/name")
+    commit = "0123456789" * 4
+    snapshot = tmp_path / "cache" / "models--owner--name" / "snapshots" / commit
+    shutil.copytree(adapter, snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text(commit)
+    assert hub.locate("owner/name") == snapshot and hub.kind(snapshot) == "peft"
+
+
+def test_what_is_fetched_of_a_base_is_what_a_run_needs_and_no_more(base, tmp_path):
+    """Names of the published repositories' files: the right ones match, copies and pickles do not."""
+
+    def wanted(name):
+        return any(fnmatch.fnmatch(name, pattern) for pattern in BASE_FILES)  # as the Hub's client filters
+
+    for folder in (base, build_qwen(tmp_path / "qwen", "plus")):
+        for file in map(str, (file.relative_to(folder) for file in folder.rglob("*") if file.is_file())):
+            assert wanted(file) == ("generation_config" not in file), file
+    for name in ("text_encoder_3/model-00001-of-00002.safetensors", "vae/config.json", "tokenizer_3/spiece.model",
+                 "transformer/diffusion_pytorch_model-00009-of-00009.safetensors", "processor/tokenizer.json",
+                 "transformer/diffusion_pytorch_model.safetensors.index.json"):  # fmt: skip
+        assert wanted(name), name
+    for name in ("sd3.5_medium.safetensors", "text_encoders/t5xxl_fp8_e4m3fn.safetensors", "README.md",
+                 "text_encoder/model.fp16.safetensors", "transformer/diffusion_pytorch_model.fp16.safetensors",
+                 "text_encoder/pytorch_model.bin", "vae/diffusion_pytorch_model.bin"):  # fmt: skip
+        assert not wanted(name), name
+
+
+# --------------------------------------------------------------------------------------------------- what is there
+def test_folders_are_told_apart_by_what_they_hold_and_pefts_layout_comes_first(base, adapter):
+    assert hub.kind(adapter) == hub.kind(str(adapter)) == "peft"
+    (adapter / PEFT_FILES[0]).unlink()
+    assert hub.kind(adapter) == "diffusers", "half a PEFT adapter does not count"
+    assert hub.kind(base) == hub.kind(base / "transformer") == "full"
+
+
+@pytest.mark.parametrize(
+    "names", [(), PEFT_FILES[:1], PEFT_FILES[1:], (PEFT_FILES[0], "adapter_model.bin"), ("lora.pt",)]
+)
+def test_folders_that_hold_nothing_usable_are_refused_pickles_among_them(base, tmp_path, names):
+    for name in names:
+        (tmp_path / name).write_text("{}")
+    said = refusal(hub.kind, tmp_path)
+    assert said.startswith(f"{tmp_path}: ") and all(name in said for name in ADAPTER_FILES)
+    assert refusal(hub.kind, base / "vae").startswith(f"{base / 'vae'}: "), "a model, and no transformer"
+
+
+def test_the_fingerprint_is_the_hash_of_small_files_and_of_the_two_ends_of_large_ones(tmp_path):
+    for name, text in (("b", b"two"), ("a", b"one")):
+        (tmp_path / f"{name}.safetensors").write_bytes(text)
+    (tmp_path / "config.json").write_text("{}")
+    assert hub.fingerprint(tmp_path) == hashlib.sha256(b"onetwo").hexdigest()[:16], "in the order of the names"
+    size, edge = 17 << 20, 8 << 20
+    content = bytearray(torch.randint(0, 256, (size,), dtype=torch.uint8).numpy().tobytes())
+    (tmp_path / "large").mkdir()
+    file = tmp_path / "large" / "x.safetensors"
+    file.write_bytes(content)
+    whole = hub.fingerprint(tmp_path / "large")
+    assert whole == hashlib.sha256(content[:edge] + content[-edge:]).hexdigest()[:16]
+    for place, changes in ((0, True), (edge - 1, True), (edge + 7, False), (size - edge, True), (size - 1, True)):
+        file.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        assert (hub.fingerprint(tmp_path / "large") != whole) == changes, place
+
+
+# ------------------------------------------------------------------------------------------------------------ parts
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_transformer_is_read_frozen_and_in_the_asked_precision_from_either_folder(base, dtype):
+    one, two = hub.read_transformer(base, dtype), hub.read_transformer(base / "transformer", dtype)
+    for (name, p), q in zip(one.named_parameters(), two.parameters(), strict=True):
+        assert torch.equal(p, q) and p.dtype == dtype and not p.requires_grad, name
+    assert not one.training
+
+
+def rewrite(file, change):
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    tensors = safetensors.torch.load_file(file)
+    change(tensors)
+    safetensors.torch.save_file(tensors, file, metadata=metadata)
+
+
+def pickled(file):
+    torch.save(safetensors.torch.load_file(file), file.with_name("diffusion_pytorch_model.bin"))
+    file.unlink()
+
+
+WEIGHTS = {
+    "half a file": lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
+    "no file": lambda file: file.unlink(),
+    "a pickle": pickled,
+    "a missing tensor": lambda file: rewrite(file, lambda t: t.popitem()),
+    "another shape": lambda file: rewrite(file, lambda t: t.update({[*t][-1]: torch.ones(3)})),
+}
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae"])
+@pytest.mark.parametrize("fault", WEIGHTS)
+def test_weights_that_are_not_whole_are_refused_in_one_line(base, tmp_path, part, fault):
+    folder = shutil.copytree(base / part, tmp_path / part)
+    WEIGHTS[fault](folder / "diffusion_pytorch_model.safetensors")
+    read = hub.read_transformer if part == "transformer" else lambda *args: hub.read_part(AutoencoderKL, *args)
+    assert refusal(read, folder, torch.float32).startswith(f"{folder}: not ")
+
+
+@pytest.mark.parametrize("text", [None, "{", "[1]", '{"_class_name": "FluxTransformer2DModel"}'])
+def test_a_transformer_whose_config_is_not_one_is_refused(base, tmp_path, text):
+    folder = shutil.copytree(base / "transformer", tmp_path / "transformer")
+    (folder / "config.json").unlink()
+    if text is not None:
+        (folder / "config.json").write_text(text)
+    assert refusal(hub.read_transformer, folder, torch.float32).startswith(str(folder))
+
+
+def test_a_transformer_with_a_tensor_too_many_is_another_one(base, tmp_path):
+    folder = shutil.copytree(base / "transformer", tmp_path / "transformer")
+    rewrite(folder / "diffusion_pytorch_model.safetensors", lambda t: t.update(extra=torch.ones(2)))
+    assert "extra" in refusal(hub.read_transformer, folder, torch.float32)
+
+
+def test_only_what_changes_the_function_makes_another_architecture(base, tmp_path):
+    read = hub.read_transformer(base, torch.float32)
+    same = {**read.config, "sample_size": 999, "_name_or_path": "elsewhere", "unknown": 1}
+    assert hub.read_transformer(base, torch.float32, same)
+    said = refusal(hub.read_transformer, base, torch.float32, {**read.config, "num_layers": 5})
+    assert "num_layers" in said and str(base) in said
+    with pytest.raises(ModelError):
+        hub.read_transformer(base, torch.float32, {"_class_name": "QwenImageTransformer2DModel"})
+
+
+def test_a_missing_part_is_refused_by_its_folder(base, tmp_path):
+    folder = shutil.copytree(base, tmp_path / "copy")
+    shutil.rmtree(folder / "vae")
+    assert str(folder / "vae") in refusal(hub.read_part, AutoencoderKL, folder / "vae", torch.float32)
+    hub.require_parts(folder, ["transformer"])
+    assert LORA_FILE not in refusal(hub.require_parts, folder, ["transformer", "vae"])

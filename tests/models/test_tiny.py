@@ -1,0 +1,213 @@
+"""Oracles for the tiny worlds' models: encoding and pixels by hand, files that come back bitwise."""
+
+import re
+import shutil
+
+import pytest
+import torch
+
+from models import lora
+from models.experts import STUDENT
+from models.tiny import load_tiny, new_tiny
+from tests.conftest import same
+from tests.helpers.refusals import refusal
+from tiny import drawings as tiny
+from tiny import edits as tiny_edit
+
+WIDTH = 32
+PROMPTS = ["a photo of a red circle", 'a sign that says "CAT"', "a photo of two crosses"]
+
+
+def new_base(seed=0, width=WIDTH):
+    return new_tiny(seed, width=width, layers=2)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder, model = tmp_path_factory.mktemp("models") / "base", new_base()
+    model.save_full(folder, model.transformer.state_dict())
+    return folder
+
+
+@torch.no_grad()
+def velocity(model):
+    """v of three fixed samples and prompts."""
+    x = torch.randn(3, *model.latent_shape, generator=torch.Generator().manual_seed(0))
+    return model.velocity(x, torch.tensor([0.9, 0.5, 0.1]), model.encode(PROMPTS))
+
+
+def gap(a, b):
+    return (a - b).abs().max().item()
+
+
+# ------------------------------------------------------------------------------------- the tiny model: text, pixels
+def test_encoding_has_one_embedding_a_token_and_their_mean():
+    model = new_base()
+    cond = model.encode(PROMPTS)
+    assert cond.tokens.shape == (3, tiny.MAX_TOKENS, WIDTH) and cond.pooled.shape == (3, WIDTH)
+    ids = torch.tensor(tiny.tokenize(PROMPTS[1]))
+    expected = model.text_encoder.word.weight[ids] + model.text_encoder.place.weight
+    torch.testing.assert_close(cond.tokens[1], expected.detach())
+    torch.testing.assert_close(cond.pooled, cond.tokens.sum(1) / tiny.MAX_TOKENS)
+    with pytest.raises(ValueError, match="no word 'dragon'"):
+        model.encode(["a photo of a dragon"])
+
+
+def test_a_picture_for_a_model_that_draws_only_is_refused():
+    model = new_base()
+    refusal(model.encode, PROMPTS[:1], [torch.rand(3, 24, 24)])
+    assert model.encode(PROMPTS[:2], [None, None]).source is None, "no picture is no edit"
+
+
+def test_prompts_are_encoded_without_gradient_and_tokens_with():
+    model = new_base()
+    assert not model.encode(PROMPTS).tokens.requires_grad
+    model.encode_tokens(torch.tensor([tiny.tokenize(PROMPTS[0])])).pooled.sum().backward()
+    assert model.text_encoder.word.weight.grad.abs().sum() > 0
+
+
+def test_decoding_and_latents_are_inverse_and_decoding_is_clamped():
+    model, images = new_base(), torch.rand(2, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+    latents = model.latents(images)
+    assert latents.min() < -0.9 and latents.max() > 0.9, "pixels in [-1, 1]"
+    torch.testing.assert_close(model.decode(latents), images)
+    shown = model.decode(torch.tensor([-3.0, -1.0, 0.0, 0.5, 1.0, 3.0]).bfloat16())
+    assert shown.tolist() == [0.0, 0.0, 0.5, 0.75, 1.0, 1.0] and shown.dtype == torch.float32
+
+
+# --------------------------------------------------------------------------------------- the tiny model: its files
+def test_a_new_model_is_a_function_of_its_seed_and_leaves_the_global_generator_alone():
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    first, again, other = new_base(0), new_base(0), new_base(1)
+    assert torch.equal(torch.rand(1), expected)
+    assert torch.equal(velocity(first), velocity(again)) and gap(velocity(first), velocity(other)) > 1e-2
+
+
+def test_before_there_is_a_student_all_of_the_tiny_model_trains_the_text_encoder_included(base):
+    model = new_base()
+    names = {f"{part}.{n}" for part in ("transformer", "text_encoder")
+             for n, _ in getattr(model, part).named_parameters()}  # fmt: skip
+    assert set(model.trainable()) == names and {"text_encoder.word.weight", "text_encoder.place.weight"} < names
+    assert model.trainable()["text_encoder.word.weight"] is model.text_encoder.word.weight
+    for start in (lambda m: m.add_adapter(STUDENT, lora.lora_config(4, 8.0)), lambda m: m.train_fully()):
+        model = load_tiny(base)
+        start(model)
+        found = {id(p) for p in model.trainable().values()}
+        assert found == {id(p) for p in model.transformer.parameters() if p.requires_grad} and found
+        assert not any(p.requires_grad for p in model.text_encoder.parameters()), "it is trained in pretraining only"
+
+
+def test_a_base_checkpoint_comes_back_bitwise_frozen_and_with_a_fingerprint(base, tmp_path):
+    model = load_tiny(base)
+    assert torch.equal(velocity(model), velocity(new_base()))
+    assert not any(p.requires_grad for p in (*model.transformer.parameters(), *model.text_encoder.parameters()))
+    assert model.source == str(base) and re.fullmatch("[0-9a-f]{16}", model.fingerprint)
+    assert load_tiny(base).fingerprint == model.fingerprint
+    other = new_base(1)
+    other.save_full(tmp_path, other.transformer.state_dict())
+    assert load_tiny(tmp_path).fingerprint != model.fingerprint
+
+
+def test_what_is_saved_is_the_state_that_is_given(base, tmp_path):
+    model = load_tiny(base)
+    averaged = {key: 2 * value for key, value in model.transformer.state_dict().items()}
+    model.save_full(tmp_path, averaged)
+    again = load_tiny(tmp_path)
+    assert same(dict(again.transformer.state_dict()), averaged)
+    assert same(dict(again.text_encoder.state_dict()), dict(model.text_encoder.state_dict()))
+
+
+def broken(folder, fault, tmp_path):
+    """A copy of a base with something wrong."""
+    folder = shutil.copytree(folder, tmp_path / "copy")
+    if fault == "another width":
+        wide = new_base(width=64)
+        wide.save_full(tmp_path / "wide", wide.transformer.state_dict())
+        shutil.copytree(tmp_path / "wide" / "text_encoder", folder / "text_encoder", dirs_exist_ok=True)
+    elif fault == "a pipeline":
+        (folder / "model_index.json").write_text("{}")
+    elif fault.startswith("no "):
+        (folder / fault[3:]).unlink()
+    else:
+        (folder / fault[5:]).write_bytes((folder / fault[5:]).read_bytes()[:99])
+    return folder
+
+
+FILES = ("transformer/config.json", "transformer/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "fault", ["another width", "a pipeline", *(f"{how} {f}" for how in ("no", "half") for f in FILES)]
+)
+def test_a_tiny_base_that_is_not_whole_is_refused(base, tmp_path, fault):
+    folder = broken(base, fault, tmp_path)
+    assert str(folder) in refusal(load_tiny, folder)
+
+
+# ------------------------------------------------------------------------------------------ the tiny-qwen world's model
+@pytest.fixture(scope="module")
+def qwen_base(tmp_path_factory):
+    folder, model = tmp_path_factory.mktemp("models") / "qwen-base", new_qwen()
+    model.save_full(folder, model.transformer.state_dict())
+    return folder
+
+
+def new_qwen(seed=0):
+    return new_tiny(seed, width=WIDTH, layers=2, qwen=True)
+
+
+def tiny_pictures(rows):
+    return list(torch.rand(rows, 3, 24, 24, generator=torch.Generator().manual_seed(3)))
+
+
+def known_prompts(rows):
+    """Prompts of the world's own, of different lengths."""
+    found = {len(text.split()): text for text in (p.text for p in tiny_edit.make_prompts("edit", "train", 60))}
+    assert len(found) >= rows
+    return [found[length] for length in sorted(found)][:rows]
+
+
+def test_the_tiny_qwen_models_text_has_a_mask_and_its_sources_are_pixels(qwen_base):
+    model, prompts, images = load_tiny(qwen_base), known_prompts(3), tiny_pictures(3)
+    cond = model.encode(prompts, images)
+    ids = torch.tensor([tiny_edit.tokenize(p) for p in prompts])
+    assert torch.equal(cond.mask, ids > 0) and len(set(cond.mask.sum(1).tolist())) == 3
+    expected = model.text_encoder.word.weight[ids] + model.text_encoder.place.weight
+    assert torch.equal(cond.tokens, expected) and cond.pooled is None
+    assert torch.equal(cond.source, torch.stack(images) * 2 - 1)
+    assert model.encode(prompts).source is None and model.encode(prompts, [None] * 3).source is None
+    for wrong in ([images[0], None, images[2]], [image[:, :20] for image in images]):
+        refusal(model.encode, prompts, wrong)
+    fresh = new_qwen()
+    fresh.encode_tokens(ids, images).tokens.sum().backward()
+    assert fresh.text_encoder.word.weight.grad.abs().sum() > 0, "pretraining learns the words"
+
+
+@torch.no_grad()
+def test_the_tiny_qwen_model_reads_the_source_the_text_and_no_padding(qwen_base):
+    model, prompts, images = load_tiny(qwen_base), known_prompts(3), tiny_pictures(3)
+    x, t = torch.randn(3, 3, 24, 24, generator=torch.Generator().manual_seed(0)), torch.tensor([0.9, 0.5, 0.1])
+    cond = model.encode(prompts, images)
+    found = model.velocity(x, t, cond)
+    assert gap(model.velocity(x, t, model.encode(prompts)), found) > 1e-3, "with and without a source"
+    assert gap(model.velocity(x, t, cond._replace(source=cond.source.flip(0))), found) > 1e-3
+    assert gap(model.velocity(x, t, model.encode(prompts[::-1], images)), found) > 1e-3
+    loud = cond._replace(tokens=cond.tokens + 50.0 * ~cond.mask[..., None])
+    assert gap(model.velocity(x, t, loud), found) < 1e-5
+    again = new_qwen()
+    assert torch.equal(again.velocity(x, t, again.encode(prompts, images)), found), "made again, or saved and read"
+    alone = model.velocity(x[1:2], 0.5, cond.rows(slice(1, 2)))
+    assert gap(alone, found[1:2]) < 1e-5
+
+
+def test_the_tiny_qwen_models_unread_parameters_do_not_train(qwen_base):
+    model = load_tiny(qwen_base)
+    model.train_fully()
+    model.velocity(torch.randn(2, 3, 24, 24), 0.5, model.encode(known_prompts(2), tiny_pictures(2))).sum().backward()
+    got = {name for name, p in model.transformer.named_parameters() if p.grad is not None}
+    assert set(model.trainable()) == got and len(got) < len(dict(model.transformer.named_parameters()))
+    fresh = new_qwen()
+    assert not [n for n in fresh.trainable() if "transformer_blocks.1.txt_mlp" in n], "nor in pretraining"
+    assert {"text_encoder.word.weight", "text_encoder.place.weight"} < set(fresh.trainable())

@@ -12,7 +12,7 @@ import eval as evaluation
 import opd
 import rewards
 from harness import distil, rollout
-from models import load as models
+from models import sd3
 from scorers import panel as scoring
 from tests.conftest import close, flat, metrics, same, weights, with_adapter
 from tiny import drawings as tiny
@@ -207,7 +207,7 @@ def test_sd35_is_distilled_without_a_vae_and_without_a_reward(real, monkeypatch,
 
         monkeypatch.setattr(owner, name, call)
 
-    for owner, name in ((models.SD35Model, "decode"), (models.AutoencoderKL, "from_pretrained")):
+    for owner, name in ((sd3.SD35Model, "decode"), (sd3.AutoencoderKL, "from_pretrained")):
         watched(owner, name)
     for owner, name in ((scoring, "build"), (rewards, "score_jpeg")):
         watched(owner, name)

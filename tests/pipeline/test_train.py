@@ -30,6 +30,7 @@ from harness import run as runtime
 from harness.run import Run
 from models import load as models
 from models import lora as adapters
+from models import sd3
 from scorers import panel as scoring
 from tests.conftest import (
     QWEN_TASKS,
@@ -510,7 +511,7 @@ def test_sd35s_gradient_does_not_depend_on_how_it_is_computed(real, updates):
 
 
 def test_each_prompt_is_encoded_once_and_a_continued_run_encodes_what_is_left(real, monkeypatch, spy):
-    opened, encoded, read = [], [], models._read_text_encoders
+    opened, encoded, read = [], [], sd3._read_text_encoders
 
     def counted(*args):
         pipe = read(*args)
@@ -524,7 +525,7 @@ def test_each_prompt_is_encoded_once_and_a_continued_run_encodes_what_is_left(re
         opened.append(pipe)
         return pipe
 
-    monkeypatch.setattr(models, "_read_text_encoders", counted)
+    monkeypatch.setattr(sd3, "_read_text_encoders", counted)
     rows, flags = spy(rollout, "rows_of"), ["--steps", "3", "--save-every", "1", "--window", "0:1", "--mar", "0"]
 
     def steps(first):  # prompts of the steps that this process did

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import settings
 from harness import plan, threads
-from scorers import recipe
+from scorers import registry
 from settings import Settings, is_tiny
 
 if __name__ == "__main__":
@@ -51,7 +51,7 @@ def score(images: Tensor, prompts: Sequence[Prompt], task: str, panel: scoring.P
         found = panel.ask(images, prompts, 1, rollout.sources(prompts))
         asked = {name: row[~np.isnan(row)] for name, row in zip(found.names, found.values, strict=True)}
         named = {f"{task} {name}": float(row.mean()) for name, row in asked.items() if len(row)}
-        return named, list(panel.totals(found, prompts)), {}
+        return named, list(scoring.totals(found)), {}
     if task in settings.QWEN_TASKS:
         return score_two_sides(images, prompts, task)
     if task != "composition":
@@ -86,7 +86,7 @@ def panel_of(s: Settings, device: torch.device) -> scoring.Panel | None:
     """The scorers that --rewards names for an evaluation; None in the tiny world and where it names none."""
     if is_tiny(s) or not s.rewards:
         return None
-    return scoring.build(recipe.read(s), device, False, False)
+    return scoring.build(registry.read(s.rewards, settings.rewarded_tasks(s), is_tiny(s)), device)
 
 
 def evaluate(
@@ -159,7 +159,7 @@ def compare(s: Settings) -> tuple[dict[str, dict], Path]:
 def main(argv: Sequence[str] | None = None) -> int:
     try:
         s, _ = settings.parse(list(sys.argv[1:] if argv is None else argv), prog="eval.py")
-        recipe.read(s)
+        registry.read(s.rewards, settings.rewarded_tasks(s), is_tiny(s))
         if s.dry_run:
             print(plan.describe(s, prog="eval.py"))
             return 0

@@ -612,14 +612,14 @@ def load(folder: str | Path, device: torch.device | str = "cpu", dtype=torch.flo
 
 
 def scorer(
-    folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, batch: int = 64
+    model: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, batch: int = 64
 ) -> rewards.Scorer:
     """A trained reward model as a reward, named as its folder: R / 5 in [0.2, 1], higher is better, of any picture.
 
     Divided by 5 as every other rating is, so that weights mean the same. `batch` pictures go through the model at once.
     It judges the picture alone; a source image is not looked at. RewardError names the scorer and the prompt.
     """
-    judge, name = load(folder, device, dtype), Path(str(folder)).name
+    judge, name = load(model, device, dtype), Path(str(model)).name
 
     def score(images: Tensor, prompts: Sequence[data.Prompt], sources: object = None) -> Tensor:
         texts = [p.text for p in prompts]

@@ -1,8 +1,8 @@
-"""Rewards: how good is this image for this prompt, and which rule turns what a model saw into that number?
+"""Rewards: the rules that turn what a model saw in an image into a number.
 
-A reward has two halves. The *eyes* (an OCR engine, an object detector, a vision-language judge) look at the
-pixels and report; the *rule* turns the report into a score. This file holds the rules. They are plain Python
-on plain data, so the tiny world's template matchers and the real models are scored by the very same lines.
+A reward has two halves. A model (an OCR engine, an object detector, a vision-language judge, a face network) looks at
+the pixels and reports; the *rule* turns the report into a score. This file holds the rules. They are plain Python on
+plain data, so the tiny worlds' template matchers and the real models are scored by the very same lines.
 
     what is asked                                rule                               source
     is the quoted text on the image?             ocr_reward                         F §6.1 (OCR)
@@ -10,19 +10,20 @@ on plain data, so the tiny world's template matchers and the real models are sco
     how nearly are they there (training)?        geneval_reward                     F §6.1, GRPO's signal
     what does a VLM's score token say?           expected_score                     Q Eq. 12, Q §3
     what does a VLM judge's written reply say?   parse_judge -> judge_reward        F App. A, Fig. 6, Table 4
-    how plain is the picture (smoke runs)?       score_jpeg                         DDPO
+    ... with one rating a level                  parse_levels -> capped_alignment   Q §3.2
+    ... with one answer a demand of an edit      parse_demands -> capped_editing    Q §3.3
+    is it still the same person after an edit?   similarity, identity               Q §3.3
     several rewards as one                       composite                          F §6.1, App. A, Q §4.1
     one number for a model                       table2_average                     F Table 2
 
 Notation: B samples, K rewards; boxes are (x0, y0, x1, y1) in pixels with y pointing *down*; a detection is a
-dict {"class", "score", "box", "color"}; metadata is one line of a GenEval file (see `data.py`).
+dict {"class", "score", "box", "color"}; metadata is one line of a GenEval file (see `data/files.py`).
 
 One principle: a score that could not be computed is an error that names its cause, never a silent 0, which
 would train on as if every image were bad. Nothing here is differentiable: rewards are numbers about finished
 images, and no gradient flows through them.
 """
 
-import io
 import math
 import re
 import statistics
@@ -30,8 +31,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import torch
-from PIL import Image
 
 # GenEval's thresholds. Counting asks for far more confidence, because a detector's weak second guesses on one
 # object would otherwise be counted as objects.
@@ -42,9 +41,12 @@ POSITION_MARGIN, POSITION_COSINE = 0.1, 0.5
 RELATIONS = ("left of", "right of", "above", "below")
 
 SCORE_TOKENS = {str(score): score for score in range(1, 6)}  # Q Eq. 12's S = {1, 2, 3, 4, 5}
+LEVELS = {"excellent": 5, "good": 4, "fair": 3, "poor": 2, "bad": 1}  # DeQA's words for the same
 JUDGE_TAGS = {"quality": "QualityScore", "instruction": "InstructionScore", "overall": "OverallScore"}
 LOWEST_RATING, HIGHEST_RATING = 1, 5  # the scale of F Fig. 6 and of DeQA's levels (bad .. excellent)
 PICKSCORE_SCALE = 26  # PickScore is published as about 20 to 23; 26 is the divisor that brings it near 0..1
+# Q's order of importance (§3.2 prints the first; §3.3 lists what the second is made of).
+ALIGNMENT, EDITING = ("objects", "attributes", "relations", "actions"), ("core", "extra", "coherence")
 
 
 class RewardError(ValueError):
@@ -52,11 +54,11 @@ class RewardError(ValueError):
 
 
 class Scorer(NamedTuple):
-    """Anything that judges pictures, near or far: one signature for all. Higher is better.
+    """Anything that turns pictures into numbers, near or far, in one signature. Higher is better.
 
     score(images, prompts, sources) -> (B,) float32 on the CPU, where images is (B, 3, H, W) in [0, 1] on the CPU,
-    prompts are B `data.Prompt`, and sources, for editing only, are B source images (3, H', W'), else None.
-    low, high: the range that a score can have, checked by `check_scores`; infinite where there is none.
+    prompts are B `data.files.Prompt`, and sources, for editing only, are B source images (3, H', W'), else None.
+    low, high: the range that a score can have, checked by `check_scores`; infinite if there is none.
     """
 
     name: str
@@ -69,7 +71,7 @@ class Scorer(NamedTuple):
 def ocr_target(prompt: str) -> str:
     """The text an image has to show: what stands between the prompt's first pair of ASCII double quotes.
 
-    F §6.1 (OCR data). Raises ValueError where there is no such pair or nothing but blanks inside it.
+    F §6.1 (OCR data). Raises ValueError if there is no such pair or nothing but blanks inside it.
     """
     parts = prompt.split('"')  # before, target, after, ...
     if len(parts) < 3 or not parts[1].strip():
@@ -91,9 +93,9 @@ def levenshtein(a: str, b: str) -> int:
 def ocr_reward(read_text: str, prompt: str) -> float:
     """How much of the quoted text was read: 1 - distance / length, in [0, 1]. F §6.1 (OCR).
 
-    distance = 0 where the target occurs anywhere in `read_text`, else the Levenshtein distance, at most the
+    distance = 0 if the target occurs anywhere in `read_text`, else the Levenshtein distance, at most the
     target's length. Case and white space do not count: engines are unsure of both. `read_text` holds all the
-    lines that the engine read, joined. Raises ValueError where the prompt has no target.
+    lines that the engine read, joined. Raises ValueError if the prompt has no target.
 
     Known weakness, kept because the papers' numbers depend on it: text around the target costs nothing, so
     an image that repeats itself still scores 1.
@@ -130,7 +132,7 @@ def relative_position(box_a: Sequence[float], box_b: Sequence[float]) -> set[str
 
     F §6.1 (GenEval). With o = centre(a) - centre(b), in pixels, y down:
         o' = sign(o) max(|o| - 0.1 (size(a) + size(b)), 0)      per axis: overlapping boxes have no order
-        right of / below where o'_x / o'_y >  0.5 |o|,   left of / above where < -0.5 |o|
+        right of / below if o'_x / o'_y >  0.5 |o|,   left of / above if < -0.5 |o|
     Compared as a product, not as the quotient o'/|o|, so that equal centres need no special case.
     """
     offset, margin = [], []
@@ -145,12 +147,12 @@ def relative_position(box_a: Sequence[float], box_b: Sequence[float]) -> set[str
 def geneval_verdict(detections: Sequence[dict], metadata: Mapping) -> bool:
     """GenEval's evaluation: is *everything* on the prompt's checklist true? F §6.1, Table 2.
 
-    `detections` are those that `filter_detections` kept. True where
+    `detections` are those that `filter_detections` kept. True if
       * every `include` finds at least `count` objects of its class,
       * its `count` best scored objects all have its `color`,
       * each of them holds the `position` relation to each of the best objects of the include it refers to,
       * no `exclude` class reaches its count (how "exactly two" is asked: include 2, exclude 3).
-    Raises ValueError where the metadata has no include.
+    Raises ValueError if the metadata has no include.
     """
     include = _checklist(metadata)
     best = [_of_class(detections, entry)[: entry["count"]] for entry in include]
@@ -172,7 +174,7 @@ def geneval_reward(detections: Sequence[dict], metadata: Mapping) -> float:
         count      max(0, 1 - |count - found| / count)
         color      share of its objects in that color      0 unless found == count
         position   1 if every pair holds the relation      0 unless both includes found exactly their count
-    Raises ValueError where the metadata has no include.
+    Raises ValueError if the metadata has no include.
 
     DEVIATION: the released training code gives a wrong relation 0.5 and lets the count's part go below 0
     (five dogs for one: -3). Here a wrong relation is 0, since half a reward for a coin's toss teaches little,
@@ -215,7 +217,7 @@ def _relation_holds(position: Sequence, objects: Sequence[dict], groups: Sequenc
 def per_tag_accuracy(verdicts: Sequence[bool], tags: Sequence[str]) -> dict[str, float]:
     """Share of True verdicts of each tag, in [0, 1], tags in order of first appearance. F §6.1 (GenEval).
 
-    Raises ValueError where there is no verdict, or not one tag a verdict.
+    Raises ValueError if there is no verdict, or not one tag a verdict.
     """
     if len(verdicts) == 0 or len(verdicts) != len(tags):
         raise ValueError(f"need one tag a verdict, and one at least: {len(verdicts)} and {len(tags)}")
@@ -234,18 +236,19 @@ def geneval_score(verdicts: Sequence[bool], tags: Sequence[str]) -> float:
 
 
 # ----------------------------------------------------------------------------------- what a VLM says in words
-def expected_score(logprobs: Mapping[str, float]) -> float:
+def expected_score(logprobs: Mapping[str, float], scale: Mapping[str, int] = SCORE_TOKENS) -> float:
     """Q Eq. 12: R = sum over s in {1..5} of s p(s), in [1, 5], from the score token's {text: log-prob}.
 
-    p is normalised over the five score tokens alone; servers return only the top few log-probs, so some of
-    the five may be missing (p = 0). Blanks around a token do not count; " 4" and "4" add up: both say four.
-    The expectation is finer than the likeliest token: in a group whose images all get a "4" it still ranks.
-    Raises RewardError where none of the five is there or their log-probs are not numbers.
+    p is normalised over the tokens that say a word of `scale`; servers return only the top few log-probs, so some may
+    be missing (p = 0). Blanks around a token and capitals do not count: " 4" and "4" both say four and add up. The
+    expectation is finer than the likeliest token: in a group whose images all get a "4" it still ranks.
+    `reward_model.expected_score` is the differentiable form, from logits, that a reward model is trained with.
+    Raises RewardError if no token says a word of the scale or the log-probs are not numbers.
     """
-    stripped = [(token.strip(), lp) for token, lp in logprobs.items()]
-    known = [(SCORE_TOKENS[token], lp) for token, lp in stripped if token in SCORE_TOKENS]
+    words = [(token.strip().lower(), logprob) for token, logprob in logprobs.items()]
+    known = [(scale[word], logprob) for word, logprob in words if word in scale]
     if not known:
-        raise RewardError(f"no score token 1 to 5 among the judge's log-probs: {dict(logprobs)}")
+        raise RewardError(f"no score token {', '.join(scale)} among the judge's log-probs: {dict(logprobs)}")
     top = max(lp for _, lp in known)  # p is unchanged by a common factor; this one keeps exp() from vanishing
     weights = [(score, math.exp(lp - top)) for score, lp in known]
     score = sum(s * w for s, w in weights) / sum(w for _, w in weights)
@@ -257,8 +260,8 @@ def expected_score(logprobs: Mapping[str, float]) -> float:
 def parse_judge(reply: str) -> dict[str, float]:
     """The judge's ratings {"quality", "instruction", "overall"}, each in [1, 5], from its written reply.
 
-    F App. A, Fig. 6: <QualityScore>X</QualityScore> and so on, after a <Thought>. Where the thought quotes
-    the tags too, the last ones count. Raises RewardError with the reply in it where a tag is missing, no
+    F App. A, Fig. 6: <QualityScore>X</QualityScore> and so on, after a <Thought>. If the thought quotes
+    the tags too, the last ones count. Raises RewardError with the reply in it if a tag is missing, no
     number or off the scale: a judge that answers something else is broken, and a 0 would hide that.
 
     ERRATUM: F App. A names Qwen3-30B-A3B-Instruct as this judge, a model that reads text only; the released
@@ -266,10 +269,8 @@ def parse_judge(reply: str) -> dict[str, float]:
     """
     ratings = {}
     for name, tag in JUDGE_TAGS.items():
-        found = re.findall(rf"<{tag}>\s*([0-9]+(?:\.[0-9]+)?)\s*</{tag}>", reply)
-        if not found or not LOWEST_RATING <= float(found[-1]) <= HIGHEST_RATING:
-            raise RewardError(f"no <{tag}> from {LOWEST_RATING} to {HIGHEST_RATING} in the reply: {reply}")
-        ratings[name] = float(found[-1])
+        found = re.findall(rf"<{tag}>\s*([0-9.]+)\s*</{tag}>", reply)
+        ratings[name] = _rating(f"<{tag}>", found[-1] if found else "", reply)
     return ratings
 
 
@@ -278,18 +279,136 @@ def judge_reward(reply: str) -> float:
     return parse_judge(reply)["overall"] / HIGHEST_RATING
 
 
+def parse_final(reply: str) -> float:
+    """UnifiedReward's rating in [1, 5]: the last number after `Final Score:`. F Table 4. RewardError without one."""
+    found = re.findall(r"final score:[^\w-]*(\d+(?:\.\d+)?)", reply, re.IGNORECASE)
+    return _rating("number after `Final Score:`", found[-1] if found else "", reply)
+
+
+def parse_levels(reply: str) -> dict[str, float]:
+    """Q §3.2: {level of `ALIGNMENT`: rating} from the tags of the last <Verdict>; levels rated "none" are left out.
+
+    RewardError with the reply in it unless each of the four tags is there once, with none or a rating from 1 to 5.
+    """
+    tags = _verdict(reply)
+    said = {name.lower(): value for name, value in tags}
+    if set(said) != set(ALIGNMENT) or len(tags) != len(said):
+        raise RewardError(f"no <Verdict> with each of the four levels once in the reply: {reply}")
+    return {name: _rating(f"<{name}>", value, reply) for name, value in said.items() if value.lower() != "none"}
+
+
+def parse_demands(reply: str) -> tuple[list[bool], list[bool], float]:
+    """Q §3.3: (core demands met, extra demands met, coherence) from the tags of the last <Verdict>.
+
+    RewardError with the reply in it unless there is a <Core>, every demand says yes or no, and one <Coherence>.
+    """
+    tags, met = _verdict(reply), {"yes": True, "no": False}
+    demands = {name: [value.lower() for key, value in tags if key == name] for name in ("Core", "Extra")}
+    coherence = [value for key, value in tags if key == "Coherence"]
+    if not demands["Core"] or len(coherence) != 1 or not {*demands["Core"], *demands["Extra"]} <= set(met):
+        raise RewardError(f"no <Verdict> with a yes or no in each <Core>, <Extra> and one <Coherence>: {reply}")
+    core, extra = ([met[value] for value in demands[name]] for name in ("Core", "Extra"))
+    return core, extra, _rating("<Coherence>", coherence[0], reply)
+
+
+def _verdict(reply: str) -> list[tuple[str, str]]:
+    blocks = re.findall(r"<Verdict>(.*?)</Verdict>", reply, re.DOTALL)
+    return re.findall(r"<(\w+)>\s*(.*?)\s*</\1>", blocks[-1], re.DOTALL) if blocks else []
+
+
+def _rating(what: str, text: str, reply: str) -> float:
+    if not re.fullmatch(r"[0-9]+(\.[0-9]+)?", text) or not LOWEST_RATING <= float(text) <= HIGHEST_RATING:
+        raise RewardError(f"no {what} from {LOWEST_RATING} to {HIGHEST_RATING} in the reply: {reply}")
+    return float(text)
+
+
+def capped_alignment(scores: Mapping[str, float]) -> float:
+    """Q §3.2: one rating in [1, 5] from those of the levels of `ALIGNMENT`, each in [1, 5].
+
+        min(mean of the levels, objects, attributes + 1, relations + 2, actions + 3)
+
+    Levels that the prompt says nothing about are left out. Raises ValueError if none is left, for an unknown level
+    and for a rating off the scale.
+
+    DEVIATION: Q says that images which fail the highest-priority criteria are capped at low scores, and neither what
+    failing is, nor the cap, nor what lower levels do. Here every level caps the total at its own rating plus its rank,
+    so that the first one is a hard limit, the last one nearly none, and no threshold makes the reward jump.
+    """
+    return _capped(scores, ALIGNMENT)
+
+
+def capped_editing(core: Sequence[float], extra: Sequence[float], coherence: float) -> float:
+    """Q §3.3: one rating in [1, 5] from which demands were met (0 to 1 each), core and extra, and the coherence.
+
+    A share of demands becomes a rating, 1 + 4 x share; then min(mean, core, extra + 1, coherence + 2), as in
+    `capped_alignment`. `extra` may be empty: not all instructions have more than a core. Raises ValueError if
+    `core` is empty or the coherence is not in [1, 5].
+
+    DEVIATION: Q names the three things that are assessed and not how they become one score; the rule is the one of
+    the alignment reward, because an edit that misses its core has failed, whatever else it kept.
+    """
+    if not core:
+        raise ValueError("an edit without a core demand cannot be rated")
+    scores = {"core": _share(core), "coherence": coherence}
+    return _capped(scores | ({"extra": _share(extra)} if extra else {}), EDITING)
+
+
+def _share(met: Sequence[float]) -> float:
+    return LOWEST_RATING + (HIGHEST_RATING - LOWEST_RATING) * statistics.fmean(met)
+
+
+def _capped(scores: Mapping[str, float], priority: Sequence[str]) -> float:
+    if not scores or not set(scores) <= set(priority):
+        raise ValueError(f"ratings of {sorted(scores)}: need one at least, out of {', '.join(priority)}")
+    if not all(LOWEST_RATING <= score <= HIGHEST_RATING for score in scores.values()):
+        raise ValueError(f"ratings must lie from {LOWEST_RATING} to {HIGHEST_RATING}: {dict(scores)}")
+    ceiling = min(scores[level] + rank for rank, level in enumerate(priority) if level in scores)
+    return min(statistics.fmean(scores.values()), ceiling)
+
+
+# ---------------------------------------------------------------------------------------------- faces after an edit
+class Face(NamedTuple):
+    """A face: its box (x0, y0, x1, y1) in pixels, y down, and its embedding (D,), of any length."""
+
+    box: tuple[float, float, float, float]
+    embedding: np.ndarray
+
+
+def similarity(a: np.ndarray, b: np.ndarray, stranger: float = 0.0) -> float:
+    """How alike two embeddings are, in [0, 1]: max(0, (cosine - stranger) / (1 - stranger)). Q §3.3.
+
+    Embeddings of some models spread over all directions, those of others lie in a narrow cone in which even strangers
+    have a cosine of 0.9; `stranger` stretches what is left. Raises ValueError for unequal shapes, an embedding of
+    length 0 or values that are not finite.
+    """
+    a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    length = np.linalg.norm(a) * np.linalg.norm(b)
+    if a.shape != b.shape or a.ndim != 1 or not math.isfinite(length) or length == 0:
+        raise ValueError(f"embeddings of shapes {a.shape} and {b.shape}, lengths {length}: cannot be compared")
+    cosine = min(float(a @ b) / length, 1.0)  # rounding may exceed 1
+    return max(0.0, (cosine - stranger) / (1 - stranger))
+
+
+def identity(source_faces: Sequence[Face], result_faces: Sequence[Face], stranger: float = 0.0) -> float | None:
+    """How much of the person in the source is still there, in [0, 1]; None if the source shows nobody. Q §3.3.
+
+    The source's largest face is the subject. It is compared with *every* face of the result, and the likeliest counts:
+    an edit may add people and move the subject. A result without a face scores 0. Raises as `similarity`.
+    """
+    if not source_faces:
+        return None
+    subject = max(source_faces, key=lambda face: (face.box[2] - face.box[0]) * (face.box[3] - face.box[1]))
+    return max((similarity(subject.embedding, face.embedding, stranger) for face in result_faces), default=0.0)
+
+
 # -------------------------------------------------------------------------------------- several scores as one
 def check_scores(
-    name: str,
-    scores: Sequence[float],
-    prompts: Sequence[str],
-    low: float | None = None,
-    high: float | None = None,
+    name: str, scores: Sequence[float], prompts: Sequence[str], low: float | None = None, high: float | None = None
 ) -> np.ndarray:
     """A scorer's answer for a batch as float64 (B,), or a RewardError naming scorer and prompt. F §6.1.
 
     There must be one score for each of the B `prompts`, in shape (B,) exactly: a (B, 1) would later broadcast
-    against (B,) to (B, B). Every score must be finite and, where given, low <= score <= high.
+    against (B,) to (B, B). Every score must be finite and, if given, low <= score <= high.
     """
     scores_B = np.asarray(scores, dtype=np.float64)
     if scores_B.shape != (len(prompts),):
@@ -298,61 +417,26 @@ def check_scores(
         if not math.isfinite(score):
             raise RewardError(f"scorer {name!r}: {score} is not finite, for the prompt {prompt!r}")
         if (low is not None and score < low) or (high is not None and score > high):
-            raise RewardError(
-                f"scorer {name!r}: {score} is outside [{low}, {high}], for the prompt {prompt!r}"
-            )
+            raise RewardError(f"scorer {name!r}: {score} is outside [{low}, {high}], for the prompt {prompt!r}")
     return scores_B
 
 
-def composite(
-    scores_K: Mapping[str, Sequence[float]], weights: Mapping[str, float], prompts: Sequence[str]
-) -> np.ndarray:
-    """Weighted sum of rewards: R_b = sum over k of w_k R_kb -> float64 (B,). F §6.1, App. A.
+def composite(scores_KB: np.ndarray, weights_KB: np.ndarray) -> np.ndarray:
+    """Weighted sum of rewards: R_b = sum over k of w_kb R_kb -> float64 (B,). F §6.1, App. A; w_kb by category Q §4.2.
 
-    `scores_K` maps each scorer's name to its (B,) scores and `weights` the same names to w_k. Weights are
-    taken as given: 3:1:1 and 0.6:0.2:0.2 differ by a factor that group normalisation removes. This mixes
-    *before* normalisation, so a reward with a wide range dominates; Q Eq. 13 mixes after it
-    (`grpo.multi_reward_advantages`). Raises ValueError where the names differ or a weight is not finite, and
-    RewardError as `check_scores`.
+    A score whose weight is 0 does not count, also if it is nan because nobody was asked. Weights are taken as given:
+    3:1:1 and 0.6:0.2:0.2 differ by a factor that group normalisation removes. This mixes *before* normalisation, so a
+    reward with a wide range dominates; Q Eq. 13 mixes after it (`grpo.multi_reward_advantages`). Raises ValueError for
+    unequal shapes.
 
     ERRATUM: F contradicts itself on both of its mixes. GRPO-Mix 3:1:1 is a ratio of rewards in §6.1 but of
     epochs, each with one reward, in App. A; the DeQA teacher blends DeQA and PickScore 4:6 in §6.1 but 1:1
     in App. A. Ratios of rewards are weights here; a ratio of epochs is a matter of which prompts are drawn.
     """
-    if scores_K.keys() != weights.keys():
-        raise ValueError(f"scores of {sorted(scores_K)} but weights of {sorted(weights)}")
-    total_B = np.zeros(len(prompts))
-    for name, scores in scores_K.items():
-        if not math.isfinite(weights[name]):
-            raise ValueError(f"the weight of scorer {name!r} is {weights[name]}: it must be finite")
-        total_B += weights[name] * check_scores(name, scores, prompts)
-    return total_B
-
-
-def to_picture(image: torch.Tensor) -> Image.Image:
-    """An image (3, H, W) in [0, 1] as the 8-bit RGB picture that every eye sees and every file holds.
-
-    RewardError for values that are not finite: a nan becomes 0 when it is made a byte, and a broken decoder would be
-    scored as a black picture.
-    """
-    if not image.isfinite().all():
-        raise RewardError("a picture holds values that are not finite; the model that drew it has diverged")
-    pixels = (image.detach().float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).contiguous()
-    return Image.fromarray(pixels.cpu().numpy())
-
-
-def score_jpeg(images: torch.Tensor, prompts: Sequence) -> list[float]:
-    """Compressibility (DDPO's reward, in neither paper): 1 - JPEG bytes / raw bytes, (B,), below 1, higher is plainer.
-
-    images: (B, 3, H, W) in [0, 1]. It needs no model and no download and any image model can learn it: the reward to
-    try a new machine with. Quality 95 and no chroma subsampling, so that detail counts.
-    """
-    scores = []
-    for image in images:
-        stream = io.BytesIO()
-        to_picture(image).save(stream, "JPEG", quality=95, subsampling=0)
-        scores.append(1 - stream.tell() / image.numel())
-    return scores
+    scores_KB, weights_KB = np.asarray(scores_KB, np.float64), np.asarray(weights_KB, np.float64)
+    if scores_KB.shape != weights_KB.shape:
+        raise ValueError(f"scores of shape {scores_KB.shape} but weights of shape {weights_KB.shape}")
+    return np.where(weights_KB != 0, weights_KB * scores_KB, 0.0).sum(0)
 
 
 def table2_average(geneval: float, ocr: float, deqa: float, pickscore: float) -> float:

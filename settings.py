@@ -307,6 +307,11 @@ def task_list(s: Settings) -> list[str]:
     return [t for t in s.tasks.split(",") if t]
 
 
+def rewarded_tasks(s: Settings) -> tuple[str, ...]:
+    """The tasks whose default rewards are asked for without --rewards: those that are drawn. A teacher has one task."""
+    return (s.task,) if s.stage in ("grpo", "nft") and s.task in TASKS else tuple(task_list(s))
+
+
 def known_tasks(s: Settings) -> tuple[str, ...]:
     """All tasks of the paper that the run follows: Q's where it draws any of them."""
     return QWEN_TASKS if set(task_list(s)) & set(QWEN_TASKS) else FLOW_TASKS

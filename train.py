@@ -26,7 +26,7 @@ from pathlib import Path
 
 import settings
 from harness import plan, threads
-from scorers import recipe
+from scorers import registry
 from settings import Settings, task_list
 
 if __name__ == "__main__":
@@ -230,7 +230,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """0: done or stopped in good order; 2: the user's to mend; 1: anything else, with its traceback; 130: Ctrl-C."""
     try:
         s, chosen = settings.parse(list(sys.argv[1:] if argv is None else argv))
-        recipe.read(s)
+        registry.read(s.rewards, settings.rewarded_tasks(s), settings.is_tiny(s))
         if s.dry_run:
             print(plan.describe(s))
             return 0

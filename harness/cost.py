@@ -60,12 +60,13 @@ from harness.sizes import (
     unread_names,
     unread_parameters,
 )
-from scorers import recipe
+from scorers import registry
 from settings import (
     ASSETS,
     Settings,
     SettingsError,
     is_tiny,
+    rewarded_tasks,
     student_cfg,
     task_list,
     teacher_cfg,
@@ -484,17 +485,17 @@ def edits(s: Settings) -> bool:
 
 
 def judges(s: Settings) -> dict[str, Judge]:
-    """The VLM judges of this process by the scorer's name. Scorers that ask the same one share it (`judges._load`)."""
-    asked = recipe.read(s).scorers if s.stage in SCORED else {}
+    """The VLM judges of this process by the scorer's name. Scorers that ask the same one share it (`vlm._load`)."""
+    asked = registry.read(s.rewards, rewarded_tasks(s), is_tiny(s)).scorers if s.stage in SCORED else {}
     return {name: judge(entry) for name, entry in asked.items() if entry["kind"] == "vlm"}
 
 
 def judge(entry: dict) -> Judge:
     """What a scorer of the kind "vlm" loads. SettingsError for a checkpoint that is there and cannot be read."""
-    where = entry.get("model") or ASKED.get(entry["rubric"], next(iter(JUDGES)))
+    where = entry.get("model") or ASKED.get(entry.get("rubric"), next(iter(JUDGES)))
     folder = _folder(where)
     count = _numbers(sorted(folder.glob("*.safetensors"))) if folder else JUDGES.get(where, 0)
-    return Judge(where, entry.get("dtype", recipe.DTYPES[0]), entry.get("device", ""), count)
+    return Judge(where, entry.get("dtype", registry.DTYPES[0]), entry.get("device", ""), count)
 
 
 def judge_bytes(found: Judge) -> int:

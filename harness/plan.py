@@ -41,7 +41,8 @@ from harness.cost import (
     trained_steps,
     trained_tasks,
 )
-from scorers import recipe
+from rewards import RewardError
+from scorers import registry
 from settings import (
     Settings,
     SettingsError,
@@ -68,11 +69,11 @@ def answer_early(argv: list[str], prog: str) -> None:
             stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
         try:
             s, _ = settings.parse(argv, prog)
-            recipe.read(s)
+            registry.read(s.rewards, settings.rewarded_tasks(s), is_tiny(s))
             if s.dry_run:
                 print(describe(s, prog=prog))
                 sys.exit(0)
-        except SettingsError as fault:
+        except (SettingsError, RewardError) as fault:
             print(f"error: {fault}", file=sys.stderr)
             sys.exit(2)
 
@@ -214,7 +215,7 @@ def _objective_lines(s: Settings) -> list[tuple[str, str]]:
         lines.append(("objective", f"{s.estimator}, {way}, MAR {s.mar:g}"))
     if s.stage not in SCORED:
         return lines
-    asked = recipe.read(s)
+    asked = registry.read(s.rewards, settings.rewarded_tasks(s), is_tiny(s))
     for category, row in asked.weights.items():
         paid = " + ".join(f"{weight:g} {name}" for name, weight in row.items())
         lines.append(("reward", f"{category}: {paid}" + (f", {s.combine}" if len(row) > 1 else "")))

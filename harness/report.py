@@ -17,8 +17,8 @@ from torch import Tensor
 
 from data.common import write_atomic
 from data.files import Prompt
+from data.pictures import to_picture
 from harness.run import read_metrics
-from rewards import to_picture
 
 
 # ------------------------------------------------------------------------------------------------------ pictures

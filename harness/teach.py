@@ -36,7 +36,8 @@ from harness.load import student_run
 from harness.rollout import Row, batches, roll_out, trained_steps
 from harness.run import Run
 from scorers import panel as scoring
-from scorers import recipe
+from scorers import registry
+from scorers.remote import Limits
 from settings import Settings, is_tiny, task_list
 
 
@@ -52,8 +53,9 @@ def curate(s: Settings) -> Path:
     run = student_run(s)
     # Other rewards, samples or weights give other ranges: what an earlier run found with them does not count.
     moves_nothing = (*checkpoints.FREE, "threshold", "train_prompts", "prompts", "rewards", "threads", "out", "config")
-    alike, asked = {k: v for k, v in asdict(s).items() if k not in moves_nothing}, recipe.read(s)
-    where = ("device", "endpoints", "key_env", *recipe.LIMITS)  # what a --rewards file says of the way to a scorer
+    alike = {k: v for k, v in asdict(s).items() if k not in moves_nothing}
+    asked = registry.read(s.rewards, settings.rewarded_tasks(s), is_tiny(s))
+    where = ("device", "endpoints", "key_env", *Limits._fields)  # what a --rewards file says of the way to a scorer
     alike["scorers"] = {n: {k: v for k, v in e.items() if k not in where} for n, e in asked.scorers.items()}
     alike["weights"] = asked.weights
     known = curation.Ranges(run.folder / "ranges", run.rank, data.seed_for(json.dumps(alike, sort_keys=True)))
@@ -66,7 +68,7 @@ def curate(s: Settings) -> Path:
         _, images = roll_out(run, rows, stoppable=False)
         asked = [row.prompt for row in rows]
         scores = panel.ask(images, asked, s.group_size, rollout.sources(asked))
-        known.add(part, panel.totals(scores, asked).reshape(len(part), -1))
+        known.add(part, scoring.totals(scores).reshape(len(part), -1))
     ranks.wait()
     if run.rank == 0:
         print(curation.write(run.folder, prompts, known.all(), s.threshold))
@@ -75,14 +77,15 @@ def curate(s: Settings) -> Path:
 
 
 def panel_of(s: Settings, device: torch.device) -> scoring.Panel:
-    return scoring.build(recipe.read(s), device, is_tiny(s), s.on_reward_failure == "drop")
+    asked = registry.read(s.rewards, settings.rewarded_tasks(s), is_tiny(s))
+    return scoring.build(asked, device, is_tiny(s), s.on_reward_failure == "drop")
 
 
 def train_teacher(s: Settings) -> tuple[Run, scoring.Panel]:
     """GRPO (F 4.1, Q Eq. 4-6, 13) or DiffusionNFT (Q Eq. 7-9): draw groups, score, compare within groups, step."""
     # DEVIATION: F 6.1 trains the quality teacher on the prompts of all tasks; here it sees its own, as a specialist.
     prompts = rollout.load_prompts(s, "train", s.train_prompts, task_list(s) if s.task == "mix" else (s.task,))
-    panel, watch = panel_of(s, ranks.start(s)), recipe.read(s).watch
+    panel = panel_of(s, ranks.start(s))
     panel.check(p for some in prompts.values() for p in some)
     run = student_run(s)
     rollout.prepare(run, prompts)
@@ -90,7 +93,7 @@ def train_teacher(s: Settings) -> tuple[Run, scoring.Panel]:
     later = scoring.Later(lambda images, some: panel.ask(images, some, s.group_size, rollout.sources(some)))
     ahead, warned = None, set()
     for step in run.steps("reward"):
-        warn_if_hacked(run, watch, warned)
+        warn_if_hacked(run, panel.watched, warned)
         began = time.time()
         shares = ahead or draw_shares(run, prompts, later, step)
         # Nothing is drawn ahead of a checkpoint: a run that continues from it begins as this one goes on.
@@ -99,12 +102,11 @@ def train_teacher(s: Settings) -> tuple[Run, scoring.Panel]:
         scores = collect(run, shares)
         stats = []
         for share, found in zip(shares, scores, strict=True):
-            advantages = panel.advantages(found, share["prompts"], s.group_size, s.combine, s.advantage_std)
+            advantages = scoring.advantages(found, s.group_size, s.combine, s.advantage_std)
             stats.append(update(run, share["parts"], advantages))
         metrics = {key: float(np.mean([stat[key] for stat in stats])) for key in stats[0]}
         everything = scoring.joined(scores)
-        rows = [p for share in shares for p in share["prompts"]]
-        metrics |= scoring.metrics(panel, everything, rows, s.group_size)
+        metrics |= scoring.metrics(everything, s.group_size)
         run.log({**metrics, "seconds": time.time() - began}, scoring.histograms(everything))
     later.close()
     return run, panel

@@ -1,9 +1,11 @@
 """How do weights that are published as pickles become safetensors?
 
-Three scorers of `scorers.py` have no other checkpoint: HPS-v2.1 (open_clip's names), ImageReward (BLIP's names and a
+Three scorers of clip.py have no other checkpoint: HPS-v2.1 (open_clip's names), ImageReward (BLIP's names and a
 head) and the aesthetic predictor's head. Nothing of the project unpickles on its own; this does, once, when called:
 
-    python -c "import convert; convert.convert('hps', 'HPS_v2.1_compressed.pt', 'hps')"    then make("hps", model="hps")
+    python -c "from scorers.convert import convert; convert('hps', 'HPS_v2.1_compressed.pt', 'hps')"
+
+Then {"kind": "hps", "model": "hps"} in a file for --rewards.
 """
 
 import math
@@ -19,7 +21,8 @@ from torch import Tensor
 from data.common import first_line
 from models import lora as adapters
 from rewards import RewardError
-from scorers import local as scorers
+from scorers.clip import BERT, CLIP_H, HEAD_FILE, head_of
+from scorers.common import PICKLED, PROCESSOR_FILES, load_part
 
 
 def convert(kind: str, file: str | Path, out: str | Path, like: str = "") -> Path:
@@ -31,7 +34,7 @@ def convert(kind: str, file: str | Path, out: str | Path, like: str = "") -> Pat
     something else, a weight too many or too few, or a folder that exists.
     """
     if kind not in CONVERTERS:
-        raise RewardError(f"nothing to convert for {kind!r}{scorers.hint(kind, CONVERTERS)}")
+        raise RewardError(f"nothing to convert for {kind!r}{'; choose from ' + ', '.join(CONVERTERS)}")
     out = Path(out)
     if out.exists():
         raise RewardError(f"{out}: exists already; give a new folder")
@@ -49,7 +52,7 @@ def convert(kind: str, file: str | Path, out: str | Path, like: str = "") -> Pat
         raise
     except (AttributeError, KeyError, RuntimeError, ValueError) as fault:  # a name or a shape that the model lacks
         cause = " ".join(str(fault).split())
-        raise RewardError(f"{file}: not the weights of {kind}, {scorers.PICKLED[kind]} ({cause[:200]})") from fault
+        raise RewardError(f"{file}: not the weights of {kind}, {PICKLED[kind]} ({cause[:200]})") from fault
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
     return out
@@ -61,9 +64,9 @@ def _convert_aesthetic(state: Mapping[str, Tensor], out: Path, like: str) -> Non
 
 def _save_head(state: Mapping[str, Tensor], prefix: str, out: Path) -> None:
     state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    head = scorers.head_of(state["0.weight"].shape[1])
+    head = head_of(state["0.weight"].shape[1])
     head.load_state_dict(state)
-    safetensors.torch.save_file(head.float().state_dict(), out / scorers.HEAD_FILE)
+    safetensors.torch.save_file(head.float().state_dict(), out / HEAD_FILE)
 
 
 def _renamed(key: str, names: Sequence[tuple[str, str]]) -> str:
@@ -86,7 +89,7 @@ def _convert_hps(state: Mapping[str, Tensor], out: Path, like: str) -> None:
     """open_clip keeps queries, keys and values in one matrix and its two projections transposed."""
     import transformers
 
-    folder, renamed = adapters.locate(like or scorers.CLIP_H, ("config.json", *scorers.PROCESSOR_FILES)), {}
+    folder, renamed = adapters.locate(like or CLIP_H, ("config.json", *PROCESSOR_FILES)), {}
     state = dict(state)
     for key, new in (("visual.proj", "visual_projection.weight"), ("text_projection", "text_projection.weight")):
         renamed[new] = state.pop(key).T
@@ -101,7 +104,7 @@ def _convert_hps(state: Mapping[str, Tensor], out: Path, like: str) -> None:
     clip.load_state_dict(renamed)
     clip.save_pretrained(out)
     for part in ("CLIPImageProcessorPil", "CLIPTokenizer"):
-        scorers.load_part("hps", part, folder).save_pretrained(out)
+        load_part("hps", part, folder).save_pretrained(out)
 
 
 BLIP_NAMES = (  # BLIP's -> transformers'; the text half has the same names in both
@@ -139,8 +142,8 @@ def _convert_imagereward(state: Mapping[str, Tensor], out: Path, like: str) -> N
     _save_head(state, "mlp.layers.", out)
     sides = {"size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}}
     transformers.CLIPImageProcessorPil(**sides).save_pretrained(out)
-    words_folder = adapters.locate(like or scorers.BERT, scorers.PROCESSOR_FILES)
-    scorers.load_part("imagereward", "BertTokenizer", words_folder).save_pretrained(out)
+    words_folder = adapters.locate(like or BERT, PROCESSOR_FILES)
+    load_part("imagereward", "BertTokenizer", words_folder).save_pretrained(out)
 
 
 def _layers(state: Mapping[str, Tensor]) -> int:

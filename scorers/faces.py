@@ -4,9 +4,9 @@ Q §3.3 (face identity consistency) adds to the VLM's judgement of an edit a sco
 overlooks small shifts of identity. Three steps, each of which can be exchanged:
 
     find and describe    image -> faces, each a box and an embedding      an `Engine`: dlib's, or your own
-    compare              the source's largest face with the likeliest     `identity`
+    compare              the source's largest face with the likeliest     `rewards.identity`
                          of the result's
-    score                cosine of the embeddings -> [0, 1]               `similarity`
+    score                cosine of the embeddings -> [0, 1]               `rewards.similarity`
 
 What is *not there* decides whether such a reward can be trusted:
 
@@ -21,22 +21,21 @@ no face; all three are this project's choices.
 
 import hashlib
 import importlib.util
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rewards import RewardError, Scorer, to_picture
+from data.pictures import to_picture
+from rewards import Face, RewardError, Scorer, identity
 
 # "skip" gives this to every sample of a faceless source. All samples of a prompt share their source, so the whole
 # group gets it, and group normalisation (Q Eq. 4, 13) takes a constant away: it is neutral whatever its value. It is 1
 # so that the curve of mean scores is not pulled down by prompts about which this reward has nothing to say.
 NEUTRAL = 1.0
-NO_FACE = ("error", "skip")
 SIDE = 640  # faces are looked for on a copy of at most this size: the time that it takes grows with the pixels
 CONFIDENCE = 0.5  # dlib's fast detector gives true faces about 1, and a badge or a knot in wood about 0.1
 DLIB_STRANGER = 0.8  # see `dlib_engine`
@@ -46,13 +45,6 @@ DLIB_FILES = (
 )  # fmt: skip
 
 
-class Face(NamedTuple):
-    """A face: its box (x0, y0, x1, y1) in pixels, y down, and its embedding (D,), of any length."""
-
-    box: tuple[float, float, float, float]
-    embedding: np.ndarray
-
-
 class Engine(NamedTuple):
     """What sees faces: find((H, W, 3) uint8) -> faces; `stranger` is the cosine that scores 0, see `similarity`."""
 
@@ -60,49 +52,16 @@ class Engine(NamedTuple):
     stranger: float
 
 
-# ------------------------------------------------------------------------------------------------------- the rule
-def similarity(a: np.ndarray, b: np.ndarray, stranger: float = 0.0) -> float:
-    """How alike two embeddings are, in [0, 1]: max(0, (cosine - stranger) / (1 - stranger)). Q §3.3.
-
-    Embeddings of some models spread over all directions, those of others lie in a narrow cone where even strangers
-    have a cosine of 0.9; `stranger` stretches what is left. Raises ValueError for unequal shapes, an embedding of
-    length 0 or values that are not finite.
-    """
-    a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
-    length = np.linalg.norm(a) * np.linalg.norm(b)
-    if a.shape != b.shape or a.ndim != 1 or not math.isfinite(length) or length == 0:
-        raise ValueError(f"embeddings of shapes {a.shape} and {b.shape}, lengths {length}: cannot be compared")
-    cosine = min(float(a @ b) / length, 1.0)  # rounding may exceed 1
-    return max(0.0, (cosine - stranger) / (1 - stranger))
-
-
-def identity(source_faces: Sequence[Face], result_faces: Sequence[Face], stranger: float = 0.0) -> float | None:
-    """How much of the person in the source is still there, in [0, 1]; None where the source shows none. Q §3.3.
-
-    The source's largest face is the subject. It is compared with *every* face of the result, and the likeliest counts:
-    an edit may add people and move the subject. A result without a face scores 0. Raises as `similarity`.
-    """
-    if not source_faces:
-        return None
-    subject = max(source_faces, key=_area)
-    return max((similarity(subject.embedding, face.embedding, stranger) for face in result_faces), default=0.0)
-
-
-def _area(face: Face) -> float:
-    x0, y0, x1, y1 = face.box
-    return (x1 - x0) * (y1 - y0)
-
-
 # ----------------------------------------------------------------------------------------------------- the scorer
 class IdentityScore:
-    """The callable of `scorer`'s Scorer. `report` counts since the start what a mean score cannot tell."""
+    """The callable of `face`'s Scorer. `report` counts since the start what a mean score cannot tell."""
 
     def __init__(self, engine: Engine, no_face: str):
         self.engine, self.no_face = engine, no_face
         self.report = {"samples": 0, "no face in the source": 0, "no face in the result": 0}
 
     def __call__(self, images: Tensor, prompts: Sequence, sources: Sequence[Tensor] | None = None) -> Tensor:
-        """(B,) float32 in [0, 1]. RewardError naming the prompt, see `scorer`; the report then counts no sample."""
+        """(B,) float32 in [0, 1]. RewardError naming the prompt, see `face`; the report then counts no sample."""
         if sources is None:
             raise RewardError("scorer 'identity': needs the source images of edits; use it for the task edit alone")
         known: dict[bytes, list[Face]] = {}  # a group has one source: look at it once
@@ -129,16 +88,16 @@ class IdentityScore:
         return torch.tensor(scores, dtype=torch.float32)
 
 
-def scorer(engine: Engine | None = None, no_face: str = "error", folder: str = "") -> Scorer:
+def face(engine: Engine | None = None, no_face: Literal["error", "skip"] = "error", folder: str = "") -> Scorer:
     """Face identity as a reward for edits, in [0, 1]; higher is likelier the same person. Q §3.3.
 
     engine: dlib's by default, with its files in `folder`. no_face: what a source without a face means, an "error" that
-    ends the run and names the prompt, or "skip": `NEUTRAL` for its whole group. `scorer(...).score.report` counts such
+    ends the run and names the prompt, or "skip": `NEUTRAL` for its whole group. `face(...).score.report` counts such
     samples, and those whose result lost the face. Raises RewardError where dlib or its files are missing, ValueError
     for another `no_face`.
     """
-    if no_face not in NO_FACE:
-        raise ValueError(f"unknown no_face {no_face!r}: choose one of {', '.join(NO_FACE)}")
+    if no_face not in ("error", "skip"):
+        raise ValueError(f"unknown no_face {no_face!r}: choose error or skip")
     return Scorer("identity", IdentityScore(engine or dlib_engine(folder), no_face), 0.0, 1.0)
 
 

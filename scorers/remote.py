@@ -3,7 +3,7 @@
 Q §4.1 keeps its reward models behind remote API services. Two kinds of them are `rewards.Scorer`s here:
 
     judge    a vision-language model behind an OpenAI-style API (what vLLM and SGLang serve)    Q §3, F Fig. 6
-             POST {endpoint}/chat/completions, pictures as data URLs; `judges.py` words the question and reads the reply
+             POST {endpoint}/chat/completions, pictures as data URLs; `rubrics.py` words and reads it
     served   any scorer of this project on another machine                                      `reward_server.py`
              POST {endpoint}/score, pictures as base64 PNG; GET {endpoint}/health says what is served there
 
@@ -52,8 +52,9 @@ from urllib.parse import urlsplit
 import torch
 
 from data.files import Prompt
-from rewards import HIGHEST_RATING, LOWEST_RATING, RewardError, Scorer, check_scores, to_picture
-from scorers import vlm as judges
+from data.pictures import to_picture
+from rewards import HIGHEST_RATING, LOWEST_RATING, RewardError, Scorer, check_scores
+from scorers import rubrics as judges
 
 KEY_ENV = "OPENAI_API_KEY"
 TOP_LOGPROBS = 20  # the most that the API gives; all five score tokens are nearly always among them
@@ -359,7 +360,7 @@ def judge(
     """A vision-language model as a judge, over the OpenAI-style chat API. Q §3, Eq. 12; F App. A, Fig. 6.
 
     endpoints: such as http://gpu-7:8000/v1; model: as the server calls it; rubric: what is asked, and by `thought`
-    whether reasoning comes first, as in `judges.named`; name: the rubric's own, unless given. Scores lie in [0.2, 1].
+    whether reasoning comes first, as in `rubrics.named`; name: the rubric's own, unless given. Scores lie in [0.2, 1].
     One request a picture. The key is what the variable `key_env` holds; the default one may be unset, for servers that
     need none. RewardError, one line, for what cannot work.
     """
@@ -402,7 +403,7 @@ def score_logprobs(rubric: judges.Rubric, logprobs: dict | None) -> dict[str, fl
 
 def served(
     endpoints: Sequence[str],
-    name: str,
+    scorer: str,
     batch: int = 8,
     key_env: str = "",
     limits: Limits = LIMITS,
@@ -410,10 +411,11 @@ def served(
 ) -> Scorer:
     """A scorer behind `reward_server.py`, with the name and range that the server tells. Q §4.1.
 
-    endpoints: such as http://gpu-7:9000; all must serve the scorer `name`, so that a mixed-up port is an error and not
-    another reward; batch: pictures a request; key_env: the variable that holds the servers' token, "" for none. Waits
-    for the first of them to be up, at most the deadline. RewardError, one line, for what cannot work.
+    endpoints: such as http://gpu-7:9000; all must serve the scorer of that name, so that a mixed-up port is an
+    error and not another reward; batch: pictures a request; key_env: the variable that holds the servers' token,
+    "" for none. Waits for the first of them to be up, at most the deadline. RewardError, one line, if it cannot work.
     """
+    name = scorer
     client = Client(name, endpoints, read_key(key_env, True) if key_env else "", limits, clock)
     low, high = client.ask_all([Request("/health", None, partial(_read_health, name), "a start")])[0]
 

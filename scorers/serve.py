@@ -4,7 +4,7 @@
     python -m scorers.serve --scorer geneval --device cuda --port 9000 \\
         --host 0.0.0.0 --token-env REWARD_TOKEN                               a GPU machine, for others (Q §4.1)
 
-Any scorer of `recipe.KINDS` over HTTP, with JSON and PNG and the standard library; `remote.served` is the other end.
+Any scorer of `registry.KINDS` over HTTP, with JSON and PNG and the standard library; `remote.served` is the other end.
 
     GET /health    -> {"name": str, "low": number | null, "high": number | null}        null: no bound
     POST /score    {"images": [base64 PNG], "prompts": [{"text", "task", "metadata"}], "sources": [base64 PNG] | null}
@@ -45,7 +45,7 @@ from PIL import Image
 
 from data.files import TASKS, Prompt
 from rewards import RewardError, Scorer, check_scores
-from scorers import recipe
+from scorers import registry
 from scorers.remote import read_key
 
 LARGEST = (
@@ -355,12 +355,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError("--port must be from 0 to 65535, --max-body and --max-side above 0")
         bounds = BOUNDS._replace(body=int(given.max_body * 2**20), side=given.max_side)
         token = read_key(given.token_env, required=True) if given.token_env else ""
-        entry = recipe.checked(f"--scorer {given.scorer}", {"kind": given.scorer, **options}, recipe.KINDS)
-        from scorers import (
-            panel as scoring,  # here, because it brings transformers along, and --help does not need that
-        )
+        from scorers.selftest import self_test  # here, because --help needs no torch
 
-        scorer = scoring.make(entry.pop("kind"), entry)
+        scorer = registry.make(given.scorer, options)
+        self_test(scorer)
         server = Server(scorer, given.port, given.host, token, bounds)
     except (ValueError, OSError) as fault:
         print(f"error: {fault}", file=sys.stderr)
@@ -379,7 +377,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("reward_server.py", description="Serve a scorer over HTTP.", allow_abbrev=False)
-    parser.add_argument("--scorer", required=True, metavar="KIND", help="one of recipe.KINDS, such as ocr or vlm")
+    parser.add_argument("--scorer", required=True, metavar="KIND", help="one of registry.KINDS, such as ocr or vlm")
     parser.add_argument("--port", required=True, type=int, metavar="N", help="0: any free one")
     parser.add_argument("--host", default="localhost", help="the address to listen at (localhost: this machine only)")
     parser.add_argument("--token-env", metavar="NAME", help="the environment variable with the token that clients need")

@@ -12,9 +12,9 @@ everything else has stayed. Sources are drawings of `tiny.py`, two objects or a 
 Q scores edits by two rewards, and so does this file, by the project's general rules over tiny eyes:
 
     instruction   Q 3.3's decomposition into core demands (what was asked) and others (what else must be there), and how
-                  coherent the picture is, as `judges.capped_editing` makes one score of them. A demand is an entry of
+                  coherent the picture is, as `rewards.capped_editing` makes one score of them. A demand is an entry of
                   a GenEval checklist, held against `tiny.detect`, or the OCR rule.
-    identity      is what was not named still the same? The mean over its places of `faces.similarity` between the
+    identity      is what was not named still the same? The mean over its places of `rewards.similarity` between the
                   embeddings of source and result. The tiny identity network is `embedding`: colour and shape.
 
 Why RL has something to fix, as in tiny.py: in the pictures that the base learns from, the edit itself is wrong with
@@ -41,8 +41,6 @@ from PIL import Image
 import rewards
 from data import files as data
 from data.files import Prompt
-from scorers import faces
-from scorers import vlm as judges
 from tiny import drawings as tiny
 from tiny.drawings import CELL, CLASSES, COLORS, INKS, LETTERS, SIZE, include
 
@@ -256,12 +254,12 @@ def detect(images: torch.Tensor) -> list[list[dict]]:
 
 
 def score_instruction(images: torch.Tensor, prompts: Sequence[Prompt]) -> list[float]:
-    """Q 3.3's instruction following, in [0, 1]: `judges.capped_editing` of the demands that the result meets."""
+    """Q 3.3's instruction following, in [0, 1]: `rewards.capped_editing` of the demands that the result meets."""
     words, clean = tiny.read_text(images), tiny.purity(images, [*PAPERS.values(), *COLORS.values()])
     scores = []
     for p, found, word, coherence in zip(prompts, detect(images), words, clean.tolist(), strict=True):
         core, extra = demands(p, found, word)
-        rating = judges.capped_editing(core, extra, 1 + 4 * coherence)
+        rating = rewards.capped_editing(core, extra, 1 + 4 * coherence)
         scores.append((rating - rewards.LOWEST_RATING) / (rewards.HIGHEST_RATING - rewards.LOWEST_RATING))
     return scores
 
@@ -320,7 +318,7 @@ def score_identity(images: torch.Tensor, prompts: Sequence[Prompt], sources: Seq
         alike = []
         for box in p.metadata["keep"]:
             before, after = embedding(source, box), embedding(image, box)
-            alike.append(faces.similarity(before, after, STRANGER) if after.any() else 0.0)
+            alike.append(rewards.similarity(before, after, STRANGER) if after.any() else 0.0)
         scores.append(sum(alike) / len(alike))
     return scores
 

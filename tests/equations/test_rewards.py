@@ -1,14 +1,13 @@
 """Oracles for the scoring rules: hand-made detections and boxes, a recursive edit distance, F Table 2."""
 
-import io
+import itertools
 import math
 import random
+import statistics
 from functools import lru_cache
 
 import numpy as np
 import pytest
-import torch
-from PIL import Image
 
 import rewards as R
 
@@ -23,15 +22,12 @@ def test_ocr_target_is_what_the_first_pair_of_ascii_quotes_holds():
     assert R.ocr_target('"CAT"') == "CAT"
 
 
-@pytest.mark.parametrize(
-    "prompt", ["no quotes", 'one " only', 'empty ""', 'blank "  " here', "curly “CAT”", "'CAT'"]
-)
+@pytest.mark.parametrize("prompt", ["no quotes", 'one " only', 'empty ""', 'blank "  " here', "curly “CAT”", "'CAT'"])
 def test_a_prompt_without_a_quoted_target_is_an_error_with_the_prompt_in_it(prompt):
-    with pytest.raises(ValueError, match="no target text: put it in ASCII double quotes") as error:
-        R.ocr_target(prompt)
-    assert repr(prompt) in str(error.value)
-    with pytest.raises(ValueError, match="no target text"):
-        R.ocr_reward("CAT", prompt)
+    for rule in (R.ocr_target, lambda prompt: R.ocr_reward("CAT", prompt)):
+        with pytest.raises(ValueError) as error:
+            rule(prompt)
+        assert repr(prompt) in str(error.value)
 
 
 @lru_cache(None)
@@ -41,9 +37,7 @@ def recursive_distance(a, b):
         return len(a + b)
     if a[0] == b[0]:
         return recursive_distance(a[1:], b[1:])
-    return 1 + min(
-        recursive_distance(a[1:], b), recursive_distance(a, b[1:]), recursive_distance(a[1:], b[1:])
-    )
+    return 1 + min(recursive_distance(a[1:], b), recursive_distance(a, b[1:]), recursive_distance(a[1:], b[1:]))
 
 
 def test_levenshtein_equals_its_recursive_definition_on_random_words():
@@ -51,11 +45,6 @@ def test_levenshtein_equals_its_recursive_definition_on_random_words():
     for _ in range(400):
         a, b = ("".join(rng.choices("abc", k=rng.randrange(7))) for _ in range(2))
         assert R.levenshtein(a, b) == recursive_distance(a, b) == R.levenshtein(b, a), (a, b)
-
-
-def test_levenshtein_by_hand():
-    assert R.levenshtein("kitten", "sitting") == 3  # k->s, e->i, +g
-    assert R.levenshtein("", "abc") == 3 and R.levenshtein("abc", "") == 3 and R.levenshtein("", "") == 0
 
 
 def test_ocr_reward_by_hand():
@@ -173,20 +162,9 @@ TWO_DOGS = meta(need("dog", 2), exclude=[need("dog", 3)], tag="counting")
 
 
 def test_counting_verdict_needs_exactly_the_count_through_its_exclude():
-    assert [R.geneval_verdict([thing("dog")] * n, TWO_DOGS) for n in range(5)] == [
-        False,
-        False,
-        True,
-        False,
-        False,
-    ]
+    assert [R.geneval_verdict([thing("dog")] * n, TWO_DOGS) for n in range(5)] == [False, False, True, False, False]
     # Without the exclude "at least" is enough; other classes never matter.
-    assert [R.geneval_verdict([thing("dog")] * n, meta(need("dog", 2))) for n in range(4)] == [
-        False,
-        False,
-        True,
-        True,
-    ]
+    assert [R.geneval_verdict([thing("dog")] * n, meta(need("dog", 2))) for n in range(4)] == [False, False, True, True]
     assert R.geneval_verdict([thing("dog"), thing("dog"), thing("cat")], TWO_DOGS)
 
 
@@ -224,9 +202,7 @@ def test_position_is_asked_of_the_include_towards_the_one_it_refers_to():
     found = [thing("cow", box=MIDDLE), thing("laptop", box=RIGHT), thing("cat", box=LEFT)]
     assert R.geneval_verdict(found, metadata) and R.geneval_reward(found, metadata) == 1
     metadata["include"][1]["position"] = ["right of", 0]
-    assert not R.geneval_verdict(found, metadata) and R.geneval_reward(found, metadata) == pytest.approx(
-        3 / 4
-    )
+    assert not R.geneval_verdict(found, metadata) and R.geneval_reward(found, metadata) == pytest.approx(3 / 4)
 
 
 def test_every_pair_of_the_best_objects_must_hold_the_relation():
@@ -234,9 +210,8 @@ def test_every_pair_of_the_best_objects_must_hold_the_relation():
     laptops = [thing("laptop", 0.9, LEFT), thing("laptop", 0.8, MIDDLE)]
     above, cow = (60, 1, 70, 11), thing("cow", 0.9, RIGHT)
     assert R.geneval_verdict([*laptops, cow, thing("cow", 0.8, above)], metadata)
-    assert not R.geneval_verdict(
-        [*laptops, cow, thing("cow", 0.8, (15, 0, 25, 10))], metadata
-    )  # between laptops
+    between = thing("cow", 0.8, (15, 0, 25, 10))  # the laptops
+    assert not R.geneval_verdict([*laptops, cow, between], metadata)
     # A third, worse scored cow or laptop in the wrong place is not among the best two.
     spare = [thing("cow", 0.5, LEFT), thing("laptop", 0.5, (90, 0, 99, 10))]
     assert R.geneval_verdict([*spare, *laptops, cow, thing("cow", 0.8, above)], metadata)
@@ -245,7 +220,7 @@ def test_every_pair_of_the_best_objects_must_hold_the_relation():
 @pytest.mark.parametrize("metadata", [{}, {"include": []}, {"tag": "colors"}])
 @pytest.mark.parametrize("rule", [R.geneval_verdict, R.geneval_reward])
 def test_rules_without_a_checklist_are_an_error_not_true(rule, metadata):
-    with pytest.raises(ValueError, match="need metadata with a non-empty 'include'"):
+    with pytest.raises(ValueError, match="include"):
         rule([thing("dog")], metadata)
 
 
@@ -253,11 +228,6 @@ def test_rules_without_a_checklist_are_an_error_not_true(rule, metadata):
 def test_count_part_is_one_minus_the_relative_error_floored_at_zero():
     # count 2: found 0, 1, 2, 3, 4, 5 -> 1 - |2 - n| / 2 = 0, 1/2, 1, 1/2, 0, then -1/2, floored.
     assert [R.geneval_reward([thing("dog")] * n, TWO_DOGS) for n in range(6)] == [0, 0.5, 1, 0.5, 0, 0]
-
-
-def test_a_flood_of_one_class_costs_its_own_part_only():
-    # One cat as asked, five dogs for one: parts 0 and 1. Unfloored, -3 and 1 would sum to less than nothing.
-    assert R.geneval_reward([thing("dog")] * 5 + [thing("cat")], meta(need("dog"), need("cat"))) == 0.5
 
 
 def test_colour_part_is_the_share_of_matching_objects_where_the_count_is_exact():
@@ -275,9 +245,7 @@ def test_position_part_is_one_or_zero_and_needs_both_counts():
     # A wrong relation scores 0 (the released code's 0.5 would give 5/6).
     wrong = [thing("cow", box=LEFT), thing("laptop", box=RIGHT)]
     assert R.geneval_reward(wrong, metadata) == pytest.approx(2 / 3)
-    assert R.geneval_reward([cow], metadata) == pytest.approx(
-        1 / 3
-    )  # no laptop: no relation, no vacuous truth
+    assert R.geneval_reward([cow], metadata) == pytest.approx(1 / 3)  # no laptop: no relation, no vacuous truth
     assert R.geneval_reward([laptop], metadata) == pytest.approx(1 / 3)
     assert R.geneval_reward([cow, cow, laptop], metadata) == pytest.approx(1 / 3)  # parts 0, 1, 0
     # Two laptops, both left of the cow: the reference is ambiguous; parts 0, 1, 0.
@@ -297,35 +265,13 @@ def test_reward_is_one_exactly_where_an_exact_verdict_is_true_on_random_scenes()
     metadata = meta(*include, exclude=[need("dog", 2), need("cat", 2)])
     agree = {True: 0, False: 0}
     for _ in range(1500):
-        found = [
-            thing(
-                rng.choice(("dog", "cat")),
-                rng.random(),
-                rng.choice((LEFT, MIDDLE, RIGHT)),
-                rng.choice(("red", "blue")),
-            )
-            for _ in range(rng.randrange(1, 4))
-        ]
+        choices = (("dog", "cat"), (LEFT, MIDDLE, RIGHT), ("red", "blue"))
+        drawn = [[rng.choice(some) for some in choices] for _ in range(rng.randrange(1, 4))]
+        found = [thing(name, rng.random(), box, color) for name, box, color in drawn]
         reward, verdict = R.geneval_reward(found, metadata), R.geneval_verdict(found, metadata)
         assert 0 <= reward <= 1 and (reward == 1) == verdict
         agree[verdict] += 1
     assert min(agree.values()) > 20
-
-
-def test_detection_order_changes_nothing():
-    metadata = meta(need("dog", 2, color="red"), need("cat", 1, position=["left of", 0]))
-    found = [
-        thing("dog", 0.9, RIGHT),
-        thing("dog", 0.7, MIDDLE),
-        thing("dog", 0.5, LEFT, "blue"),
-        thing("cat"),
-    ]
-    rng = random.Random(3)
-    first = R.geneval_verdict(found, metadata), R.geneval_reward(found, metadata)
-    assert first[0]
-    for _ in range(10):
-        rng.shuffle(found)
-        assert (R.geneval_verdict(found, metadata), R.geneval_reward(found, metadata)) == first
 
 
 # ------------------------------------------------------------------------------------------------------ score
@@ -333,17 +279,12 @@ def test_geneval_score_weighs_tags_not_images():
     verdicts, tags = [True, False, False, False, True], ["colors", "colors", "colors", "colors", "position"]
     assert R.per_tag_accuracy(verdicts, tags) == {"colors": 0.25, "position": 1.0}
     assert R.geneval_score(verdicts, tags) == 0.625  # (1/4 + 1) / 2; the mean over images would be 2/5
-    assert list(R.per_tag_accuracy(np.array([1, 0, 1]) > 0, ["b", "a", "b"]).items()) == [
-        ("b", 1.0),
-        ("a", 0.0),
-    ]
+    assert list(R.per_tag_accuracy(np.array([1, 0, 1]) > 0, ["b", "a", "b"]).items()) == [("b", 1.0), ("a", 0.0)]
 
 
 @pytest.mark.parametrize("verdicts, tags", [([], []), ([True], []), ([True], ["a", "b"]), ([], ["a"])])
 def test_geneval_score_needs_one_tag_a_verdict(verdicts, tags):
-    with pytest.raises(
-        ValueError, match=f"need one tag a verdict, and one at least: {len(verdicts)} and {len(tags)}"
-    ):
+    with pytest.raises(ValueError):
         R.geneval_score(verdicts, tags)
 
 
@@ -357,9 +298,7 @@ def test_expected_score_by_hand():
 @pytest.mark.parametrize("score", [1, 2, 3, 4, 5])
 def test_one_certain_token_is_its_own_score(score):
     assert R.expected_score({str(score): -0.7}) == score
-    assert (
-        R.expected_score({str(score): 0.0} | {str(s): -math.inf for s in range(1, 6) if s != score}) == score
-    )
+    assert R.expected_score({str(score): 0.0} | {str(s): -math.inf for s in range(1, 6) if s != score}) == score
 
 
 def test_expected_score_of_equal_log_probs_is_three_however_small_they_are():
@@ -367,16 +306,20 @@ def test_expected_score_of_equal_log_probs_is_three_however_small_they_are():
     assert R.expected_score({"1": -1000.0, "2": -1000.0 - math.log(3)}) == pytest.approx(1.25)
 
 
-@pytest.mark.parametrize("logprobs", [{}, {"0": 0.0, "6": 0.0}, {"45": 0.0, "five": 0.0, "": 0.0}])
-def test_no_score_token_is_an_error(logprobs):
-    with pytest.raises(R.RewardError, match="no score token 1 to 5 among"):
+def test_levels_are_five_to_one_and_several_tokens_that_say_one_word_add_up():
+    half = {"excellent": 0.5, "good": 0.1, " good": 0.1, "Good": 0.1, "bad": 0.2}
+    logprobs = {token: math.log(p) for token, p in half.items()}
+    assert R.expected_score(logprobs, R.LEVELS) == pytest.approx(0.5 * 5 + 0.3 * 4 + 0.2 * 1)
+
+
+NO_SCORES = [{}, {"0": 0.0, "6": 0.0}, {"45": 0.0, "five": 0.0, "": 0.0}, {"3": math.nan}, {"3": math.inf},
+             {"3": -math.inf}, {"3": -1.0, "4": math.nan}]  # fmt: skip
+
+
+@pytest.mark.parametrize("logprobs", NO_SCORES)
+def test_no_score_token_or_no_number_is_an_error_and_not_a_score(logprobs):
+    with pytest.raises(R.RewardError):
         R.expected_score(logprobs)
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_log_probs_that_are_no_numbers_are_an_error(value):
-    with pytest.raises(R.RewardError, match="give no expectation"):
-        R.expected_score({"3": value})
 
 
 def reply(quality="3", instruction="4", overall="5"):
@@ -420,113 +363,168 @@ def test_judge_reward_is_the_overall_rating_over_five():
     assert [R.judge_reward(reply(overall=str(n))) for n in range(1, 6)] == [0.2, 0.4, 0.6, 0.8, 1.0]
 
 
+def test_unifiedreward_is_the_last_number_after_final_score():
+    for text, score in (("Final Score: 4", 4), ("Final Score:** 3.5", 3.5), ("final score: 2/5", 2)):
+        assert R.parse_final(f"cat (object): 1\n{text}") == score
+    assert R.parse_final("Final Score: 2? Rather\nFinal Score: 5") == 5
+    for bad in ("Final Score: 10", "Final Score: 0", "Final Score: 5.5", "Score: 4", "Final Score: good"):
+        with pytest.raises(R.RewardError, match=bad):
+            R.parse_final(bad)
+
+
+def checklist(objects, attributes, relations, actions):
+    return (
+        f"Two cats.\n<Verdict>\n<Objects>{objects}</Objects><Attributes> {attributes} </Attributes>"
+        f"<Relations>{relations}</Relations>\n<Actions>{actions}</Actions></Verdict>"
+    )
+
+
+def test_the_alignment_checklist_is_read_level_by_level():
+    assert R.parse_levels(checklist(5, 4, 3, "none")) == {"objects": 5, "attributes": 4, "relations": 3}
+    assert R.parse_levels(checklist(1, 1, 1, 1) + checklist("None", 3, 2.5, 3)) == {
+        "attributes": 3, "relations": 2.5, "actions": 3}  # fmt: skip
+    whole = checklist(5, 5, 5, 5)
+    repeated = "<Verdict>" + "<Objects>5</Objects>" * 4 + "</Verdict>"
+    for bad in (checklist(6, 5, 5, 5), checklist("", 5, 5, 5), checklist(0.5, 5, 5, 5), "all fine", repeated,
+                whole.replace("Actions", "Deeds")):  # fmt: skip
+        with pytest.raises(R.RewardError):
+            R.parse_levels(bad)
+
+
+def test_the_editing_checklist_is_read_demand_by_demand():
+    demands = "<Core>Yes</Core> <Core>no</Core><Extra>yes</Extra>"
+    form = f"text <Core>no</Core>\n<Verdict>{demands}<Coherence>4</Coherence></Verdict>"
+    assert R.parse_demands(form) == ([True, False], [True], 4.0)
+    assert R.parse_demands(form.replace("<Extra>yes</Extra>", "")) == ([True, False], [], 4.0)
+    for old, new in (("no</Core><E", "maybe</Core><E"), ("<Coherence>4</Coherence>", ""), (">4<", ">7<"),
+                     ("Verdict>", "Result>"), ("Core>", "Other>")):  # fmt: skip
+        with pytest.raises(R.RewardError):
+            R.parse_demands(form.replace(old, new))
+
+
+# --------------------------------------------------------------------------------------------- what caps a score
+def rated(*scores):
+    return dict(zip(R.ALIGNMENT, scores, strict=True))
+
+
+def is_capped_rule(rule):
+    """Whether a rule of four ratings has all the properties, checked on every combination of whole ratings."""
+    grid = {r: rule(rated(*r)) for r in itertools.product(range(1, 6), repeat=4)}
+    return all(
+        1 <= total <= 5
+        and all(total <= score + rank for rank, score in enumerate(ratings))
+        # No rating is worth less for being better, and a failure weighs no more further down the hierarchy.
+        and all(grid[tuple(np.minimum(np.add(ratings, step), 5))] >= total for step in np.eye(4, dtype=int))
+        and all(
+            grid[(*ratings[:i], ratings[i + 1], ratings[i], *ratings[i + 2 :])] >= total
+            for i in range(3)
+            if ratings[i] < ratings[i + 1]
+        )
+        for ratings, total in grid.items()
+    )
+
+
+def test_a_failed_level_caps_the_total_and_higher_levels_cap_it_lower():
+    assert R.capped_alignment(rated(5, 5, 5, 5)) == 5 and R.capped_alignment(rated(1, 1, 1, 1)) == 1
+    assert [R.capped_alignment(rated(*row)) for row in ((1, 5, 5, 5), (5, 1, 5, 5), (5, 5, 1, 5))] == [1, 2, 3]
+    assert R.capped_alignment(rated(5, 5, 5, 1)) == 4, "both the mean and the cap"
+    assert R.capped_alignment(rated(4, 3, 5, 5)) == 4 and R.capped_alignment(rated(5, 3, 4, 3)) == 3.75
+    assert R.capped_alignment({"objects": 4, "actions": 2}) == 3, "levels that the prompt does not have do not count"
+    assert is_capped_rule(R.capped_alignment)
+
+
+def test_the_properties_of_a_capped_score_refuse_rules_that_are_not():
+    mean = lambda s: statistics.fmean(s.values())  # noqa: E731
+    upside_down = lambda s: min(  # noqa: E731
+        mean(s), *(s[level] + 3 - rank for rank, level in enumerate(R.ALIGNMENT)), s["objects"]
+    )
+    assert not is_capped_rule(mean), "no cap"
+    assert not is_capped_rule(lambda s: min(mean(s), 6 - max(s.values()))), "worse for better"
+    assert not is_capped_rule(upside_down)
+
+
+def test_an_edit_that_misses_its_core_has_failed_whatever_else_is_right():
+    assert R.capped_editing([True], [], 5) == 5 and R.capped_editing([False], [True, True], 5) == 1
+    assert R.capped_editing([True, False], [True], 5) == 3, "half the core: at most 1 + 4 / 2"
+    assert R.capped_editing([True], [False, False], 5) == 2 and R.capped_editing([True], [True], 1) == 3
+    assert R.capped_editing([True], [True, True, False], 4) == pytest.approx((5 + 1 + 8 / 3 + 4) / 3)
+
+
+def test_ratings_that_are_none_are_refused():
+    for bad in ({}, {"objects": 0}, {"objects": 5.5}, {"objects": math.nan}, {"beauty": 3}):
+        with pytest.raises(ValueError):
+            R.capped_alignment(bad)
+    for bad in (([], [True], 3), ([True], [], 0), ([True], [], 6)):
+        with pytest.raises(ValueError):
+            R.capped_editing(*bad)
+
+
+# ------------------------------------------------------------------------------------------------ the same person?
+def face(*embedding, box=(0, 0, 10, 10)):
+    return R.Face(box, np.array(embedding, dtype=np.float64))
+
+
+def test_the_score_is_the_cosine_stretched_from_strangers_to_one():
+    assert R.similarity([3, 4], [4, 3]) == pytest.approx(24 / 25)
+    assert R.similarity([3, 4], [8, 6]) == pytest.approx(24 / 25), "lengths do not count"
+    assert R.similarity([3, 4], [4, 3], stranger=0.9) == pytest.approx(0.6)
+    assert R.similarity([1, 0], [-1, 0]) == 0 and R.similarity([1, 0], [-1, 0], stranger=-1.0) == 0
+    assert R.similarity([1, 0], [0, 1], stranger=-1.0) == 0.5 and R.similarity([1, 0], [0, 1], stranger=0.5) == 0
+    assert all(R.similarity(x, x, 0.8) <= 1 for x in np.random.default_rng(0).normal(size=(99, 7))), "rounding is cut"
+    for a, b in (([0, 0], [1, 0]), ([1, 0], [1, 0, 0]), ([math.nan, 1], [1, 1]), ([[1.0]], [[1.0]])):
+        with pytest.raises(ValueError):
+            R.similarity(a, b)
+
+
+def test_the_largest_face_of_the_source_is_kept_if_any_face_of_the_result_is_like_it():
+    subject, passer_by = face(1, 0, box=(5, 5, 25, 30)), face(0, 1, box=(0, 0, 22, 22))
+    for source in ([subject, passer_by], [passer_by, subject]):
+        assert R.identity(source, [face(1, 0)]) == 1 and R.identity(source, [face(0, 1)]) == 0
+    crowd = [face(0, 1, box=(0, 0, 99, 99)), face(3, 4, box=(50, 0, 55, 5)), face(-1, 0)]
+    assert R.identity([face(4, 3)], crowd) == R.identity([face(4, 3)], crowd[::-1]) == pytest.approx(24 / 25)
+    assert R.identity([], [face(1, 0)]) is None and R.identity([], []) is None, "nobody is there to be kept"
+    assert R.identity([face(1, 0)], []) == 0
+
+
 # ------------------------------------------------------------------------------------------------- composites
 PROMPTS = ["a dog", "a cat", "a cow"]
 
 
 def test_composite_by_hand_and_sample_by_sample():
-    scores = {"deqa": [0.5, 1.0, 0.0], "pickscore": np.array([0.9, 0.8, 0.7], np.float32)}
-    total = R.composite(scores, {"pickscore": 6, "deqa": 4}, PROMPTS)
-    assert total.dtype == np.float64 and total.tolist() == pytest.approx([7.4, 8.8, 4.2])  # 4 a + 6 b
-    scores["deqa"][0] = 0.0  # only sample 0 moves
-    assert R.composite(scores, {"pickscore": 6, "deqa": 4}, PROMPTS).tolist() == pytest.approx(
-        [5.4, 8.8, 4.2]
-    )
+    scores = np.array([[0.5, 1.0, 0.0], [0.9, 0.8, 0.7]])
+    weights = np.array([[4.0, 4.0, 4.0], [6.0, 6.0, 0.0]])  # the third prompt's category has no weight for the second
+    assert R.composite(scores, weights).tolist() == pytest.approx([7.4, 8.8, 0.0])  # 4 a + 6 b
+    scores[0, 0] = 0.0  # only sample 0 moves
+    assert R.composite(scores, weights).tolist() == pytest.approx([5.4, 8.8, 0.0])
+    scores[1, 2] = math.nan  # what was not asked does not count; a score that counts and is nan stays nan
+    assert R.composite(scores, weights)[2] == 0
+    scores[1, 1] = math.nan
+    assert math.isnan(R.composite(scores, weights)[1])
+    with pytest.raises(ValueError):  # (K, B) and (K, 1) would broadcast
+        R.composite(scores, weights[:, :1])
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, None])
 def test_a_score_that_is_no_number_names_its_scorer_and_prompt(bad):
-    with pytest.raises(
-        R.RewardError, match=r"scorer 'ocr': (nan|-?inf) is not finite, for the prompt 'a cat'"
-    ):
+    with pytest.raises(R.RewardError, match="scorer 'ocr': .*'a cat'"):
         R.check_scores("ocr", [0.1, bad, 0.3], PROMPTS)
-    with pytest.raises(R.RewardError, match="scorer 'ocr'.*not finite.*'a cow'"):
-        R.composite({"geneval": [0, 0, 0], "ocr": [0, 0, bad]}, {"geneval": 3, "ocr": 1}, PROMPTS)
-
-
-def test_a_broken_scorer_is_a_reward_error_and_a_value_error():
-    assert issubclass(R.RewardError, ValueError)
 
 
 def test_check_scores_bounds_are_inclusive_and_optional():
     assert R.check_scores("s", [0, 1, 0.5], PROMPTS, low=0, high=1).tolist() == [0, 1, 0.5]
     assert R.check_scores("s", [-9, 30, 0.5], PROMPTS).tolist() == [-9, 30, 0.5]
     assert R.check_scores("s", [5, 0, 0.5], PROMPTS, low=0).tolist() == [5, 0, 0.5]
-    assert R.check_scores("s", [-5, 0, 0.5], PROMPTS, high=1).tolist() == [-5, 0, 0.5]
-    with pytest.raises(R.RewardError, match=r"scorer 's': 1.5 is outside \[0, 1\], for the prompt 'a cow'"):
+    with pytest.raises(R.RewardError, match="scorer 's': 1.5 .*'a cow'"):
         R.check_scores("s", [0, 1, 1.5], PROMPTS, low=0, high=1)
-    with pytest.raises(
-        R.RewardError, match=r"scorer 's': -0.5 is outside \[0, None\], for the prompt 'a dog'"
-    ):
+    with pytest.raises(R.RewardError, match="scorer 's': -0.5 .*'a dog'"):
         R.check_scores("s", [-0.5, 1, 1], PROMPTS, low=0)
 
 
 @pytest.mark.parametrize("scores", [[0.1, 0.2], [0.1] * 4, [[0.1], [0.2], [0.3]], 0.5])
 def test_check_scores_wants_one_number_a_prompt(scores):
     # (B, 1) times (B,) is (B, B): the shape bug of the released code starts with a score of shape (B, 1).
-    with pytest.raises(R.RewardError, match=r"scorer 's': 3 prompts but scores of shape \("):
+    with pytest.raises(R.RewardError, match="scorer 's'"):
         R.check_scores("s", scores, PROMPTS)
-
-
-def test_composite_wants_one_finite_weight_a_scorer():
-    with pytest.raises(ValueError, match=r"scores of \['a'\] but weights of \['a', 'b'\]"):
-        R.composite({"a": [0, 0, 0]}, {"b": 1, "a": 1}, PROMPTS)
-    with pytest.raises(ValueError, match="the weight of scorer 'a' is nan"):
-        R.composite({"a": [0, 0, 0]}, {"a": math.nan}, PROMPTS)
-
-
-# ------------------------------------------------------------------------------------------- what every eye sees
-def test_a_picture_is_the_nearest_bytes_in_rgb_and_no_further_than_black_and_white():
-    image = torch.tensor([[[-0.5, 0.1, 1.5]], [[0.0, 0.5, 1.0]], [[0.25, 0.75, 2 / 255]]])  # (3, 1, 3)
-    found = R.to_picture(image.double().requires_grad_())
-    assert found.mode == "RGB" and found.size == (3, 1)
-    # 0.1, 0.25, 0.5 and 0.75 times 255 are 25.5, 63.75, 127.5 and 191.25; halves go to the even one
-    pixels = np.asarray(found)[0]
-    assert pixels[0].tolist() == [0, 0, 64] and pixels[2].tolist() == [255, 255, 2]
-    assert pixels[1].tolist() == [26, 128, 191]
-    assert np.asarray(R.to_picture(torch.rand(3, 5, 8))).shape == (5, 8, 3)
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_a_picture_with_a_value_that_is_no_number_is_an_error_and_not_black(bad):
-    image = torch.full((3, 4, 5), 0.5)
-    image[2, 3, 4] = bad
-    with pytest.raises(R.RewardError, match="^a picture holds values that are not finite; the model that drew it has"):
-        R.to_picture(image)
-    with pytest.raises(R.RewardError, match="not finite"):
-        R.score_jpeg(torch.stack([torch.zeros_like(image), image]), ["a", "b"])
-
-
-# ------------------------------------------------------------------------------------------------------- JPEG
-def grey_and_noise():
-    """(2, 3, 16, 24): one plain picture, one of noise."""
-    noise = torch.rand(3, 16, 24, generator=torch.Generator().manual_seed(0))
-    return torch.stack([torch.full_like(noise, 0.25), noise])
-
-
-def jpeg_bytes(pixels, **options):
-    stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, "JPEG", **options)
-    return len(stream.getvalue())
-
-
-def test_jpeg_is_one_minus_the_bytes_of_the_file_over_those_of_the_pixels():
-    images = grey_and_noise()
-    scores = R.score_jpeg(images, ["a", "b"])
-    # 0.25 is byte 63.75, hence 64; a picture of 16 x 24 x 3 = 1,152 bytes
-    flat = jpeg_bytes(np.full((16, 24, 3), 64, np.uint8), quality=95, subsampling=0)
-    noise = np.moveaxis(np.round(images[1].numpy() * 255).astype(np.uint8), 0, 2)
-    rough = jpeg_bytes(np.ascontiguousarray(noise), quality=95, subsampling=0)
-    assert scores == [1 - flat / 1152, 1 - rough / 1152] and scores[0] > scores[1]
-    assert jpeg_bytes(noise, quality=95) != rough != jpeg_bytes(noise, quality=75, subsampling=0), "its own settings"
-
-
-def test_jpeg_prefers_the_plainer_picture_whatever_the_prompt_and_never_reaches_one():
-    images = torch.nn.functional.interpolate(grey_and_noise(), scale_factor=8)  # room enough for the file's header
-    half = 0.5 * images[0] + 0.5 * images[1]
-    plain, noise = R.score_jpeg(images, ["a", "b"])
-    assert noise < R.score_jpeg(half[None], ["a"])[0] < plain < 1 and plain > 0.95
-    assert R.score_jpeg(images.flip(0), ["b", "b"]) == [noise, plain]
 
 
 # ---------------------------------------------------------------------------------------------------- Table 2

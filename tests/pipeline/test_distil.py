@@ -10,9 +10,9 @@ import torch
 
 import eval as evaluation
 import opd
-import rewards
 from harness import distil, rollout
 from models import sd3
+from scorers import ocr
 from scorers import panel as scoring
 from tests.conftest import close, flat, metrics, same, weights, with_adapter
 from tiny import drawings as tiny
@@ -209,7 +209,7 @@ def test_sd35_is_distilled_without_a_vae_and_without_a_reward(real, monkeypatch,
 
     for owner, name in ((sd3.SD35Model, "decode"), (sd3.AutoencoderKL, "from_pretrained")):
         watched(owner, name)
-    for owner, name in ((scoring, "build"), (rewards, "score_jpeg")):
+    for owner, name in ((scoring, "build"), (ocr, "score_jpeg")):
         watched(owner, name)
     real("scored", "--steps", "2", "--rewards", "jpeg=1")
     names = [name for name, _ in events]

@@ -19,9 +19,10 @@ ROOT = Path(__file__).resolve().parents[2]
 WORKER = """
 import json, os, sys, types
 sys.path.insert(0, {root!r})
-import rewards, train
+import train
 from harness import ranks
-score, calls, broken = rewards.score_jpeg, [], None
+from scorers import ocr
+score, calls, broken = ocr.score_jpeg, [], None
 
 def score_jpeg(images, prompts):
     calls.append(prompts)
@@ -29,7 +30,7 @@ def score_jpeg(images, prompts):
         raise ValueError("the planted fault")
     return score(images, prompts)
 
-rewards.score_jpeg = score_jpeg
+ocr.score_jpeg = score_jpeg
 ranks.time = types.SimpleNamespace(sleep=lambda seconds: None)  # rank 1 would let rank 0 speak first
 for job in json.load(open({jobs!r})):
     os.environ.update(job.get("env", {{}}))

@@ -14,7 +14,8 @@ from data import files as data
 from data import written
 from harness import ranks, report, rollout
 from scorers import panel as scoring
-from scorers import recipe
+from scorers import registry
+from scorers.ocr import score_jpeg
 from tests.conftest import TASKS, the_one_line, tiny_settings, with_adapter
 from tiny import drawings as tiny
 from tiny import edits as tiny_edit
@@ -90,8 +91,8 @@ def real_pictures(count):
 
 def test_real_pictures_are_scored_by_what_rewards_names_and_by_nothing_else():
     prompts, images = real_pictures(3)
-    alone = rewards.score_jpeg(images, prompts)
-    jpeg = scoring.build(recipe.read(settings.resolve({"rewards": "jpeg=0.5"})), "cpu", False, False)
+    alone = score_jpeg(images, prompts)
+    jpeg = scoring.build(registry.read("jpeg=0.5", (), False), "cpu")
     named, each, tags = evaluation.score(images, prompts, "text", jpeg, False)
     assert named == {"text jpeg": pytest.approx(np.mean(alone))}, "a column shows a reward as it is, without a weight"
     assert each == pytest.approx([0.5 * value for value in alone]) and tags == {} and np.argmax(each) == 2
@@ -100,11 +101,11 @@ def test_real_pictures_are_scored_by_what_rewards_names_and_by_nothing_else():
 
 def test_every_scorer_has_a_column_where_it_is_asked_and_none_where_it_is_not():
     prompts, images = real_pictures(3)
-    alone = rewards.score_jpeg(images, prompts)
+    alone = score_jpeg(images, prompts)
     other = rewards.Scorer("other", lambda images, prompts, sources: torch.tensor([1.0, 2.0, 6.0]), 0.0, 9.0)
     far = rewards.Scorer("far", lambda *_: pytest.fail("it counts for other prompts"), 0.0, 1.0)
     weights = {"default": {"jpeg": 0.5, "other": 2.0}, "quality": {"far": 1.0}}
-    jpeg = rewards.Scorer("jpeg", lambda images, prompts, sources: rewards.score_jpeg(images, prompts), -9.0, 1.0)
+    jpeg = rewards.Scorer("jpeg", lambda images, prompts, sources: score_jpeg(images, prompts), -9.0, 1.0)
     panel = scoring.Panel([jpeg, other, far], weights)
     named, each, _ = evaluation.score(images, prompts, "text", panel, False)
     assert list(named) == ["text jpeg", "text other"] and named["text other"] == pytest.approx(3)
@@ -113,7 +114,7 @@ def test_every_scorer_has_a_column_where_it_is_asked_and_none_where_it_is_not():
 
 def test_a_task_that_a_teachers_rewards_say_nothing_about_is_drawn_unscored():
     prompts, images = real_pictures(3)
-    panel = scoring.build(recipe.Recipe({"jpeg": {"kind": "jpeg"}}, {"text": {"jpeg": 1.0}}, {}), "cpu", False, False)
+    panel = scoring.build(registry.Asked({"jpeg": {"kind": "jpeg"}}, {"text": {"jpeg": 1.0}}), "cpu")
     assert list(evaluation.score(images, prompts, "text", panel, False)[0]) == ["text jpeg"]
     others = written.make_prompts("quality", "test", 3)
     assert evaluation.score(images, others, "quality", panel, False) == ({}, [], {})
@@ -126,7 +127,7 @@ def test_a_panel_is_built_where_rewards_name_one_and_the_tiny_world_needs_none(m
     assert evaluation.panel_of(settings.resolve({}), "cpu") is None and built == []
     s = settings.resolve({"rewards": "jpeg=2", "on_reward_failure": "drop"})
     assert evaluation.panel_of(s, "cpu") == "a panel"
-    assert built == [(recipe.read(s), "cpu", False, False)], "an evaluation drops nothing: a table has no holes"
+    assert built == [(registry.read("jpeg=2", (), False), "cpu")], "an evaluation drops nothing: a table has no holes"
 
 
 # ---------------------------------------------------------------------------------------------- an expert's evaluation

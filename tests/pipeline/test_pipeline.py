@@ -25,12 +25,12 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import rewards
 from harness import curation, rollout, teach
 from harness.run import Run
 from rewards import Scorer
 from scorers import panel as scoring
 from scorers import serve as reward_server
+from scorers.ocr import score_jpeg
 from tests.conftest import TASKS, metrics, same, stored
 from tiny import drawings as tiny
 
@@ -198,7 +198,7 @@ def interrupt():
 
 
 # --------------------------------------------------------------------------------- near, served and judging at once
-NEAR = {"world": ("quality", tiny.quality), "sd35": ("jpeg", rewards.score_jpeg)}
+NEAR = {"world": ("quality", tiny.quality), "sd35": ("jpeg", score_jpeg)}
 
 
 @pytest.mark.parametrize("base", NEAR)
@@ -206,7 +206,7 @@ def test_near_served_and_judging_scorers_are_mixed_by_category_and_each_has_its_
     base, request, tmp_path, servers, spy, capsys
 ):
     kind, look = NEAR[base]
-    far, judges = servers(Served, lambda images, prompts: rewards.score_jpeg(images, prompts)), servers(Judges)
+    far, judges = servers(Served, lambda images, prompts: score_jpeg(images, prompts)), servers(Judges)
     weights = {"counting": {"near": 0.5, "far": 0.25, "vlm": 2.0}, "default": {"near": 1.0, "far": -0.5}}
     scorers = {"near": {"kind": kind}, "far": served(far, batch=4), "vlm": judge(judges)}
     run, drawn = request.getfixturevalue("go" if base == "world" else "real"), spy(teach, "roll_out")
@@ -220,7 +220,7 @@ def test_near_served_and_judging_scorers_are_mixed_by_category_and_each_has_its_
         prompts = [row.prompt for call in calls for row in call.args[1]]
         images = torch.cat([call.result[1] for call in calls])
         says = {"near": np.array([float(v) for v in (look(images) if base == "world" else look(images, prompts))])}
-        says |= {"far": np.array(rewards.score_jpeg(images, prompts)), "vlm": (1 + 4 * brightness_of(images)) / 5}
+        says |= {"far": np.array(score_jpeg(images, prompts)), "vlm": (1 + 4 * brightness_of(images)) / 5}
         counts = np.array([p.metadata["tag"] == "counting" for p in prompts])
         total = np.where(counts, 0.5 * says["near"] + 0.25 * says["far"] + 2 * says["vlm"], says["near"])
         total = np.where(counts, total, total - 0.5 * says["far"])
@@ -263,7 +263,7 @@ def test_distillation_loads_no_scorer(go, real, monkeypatch):
 
 # ---------------------------------------------------------------------------------------------- servers that die
 def test_an_endpoint_that_dies_in_the_middle_of_a_batch_changes_no_reward(go, tmp_path, servers, capsys):
-    first, second = servers(Served, rewards.score_jpeg), servers(Served, rewards.score_jpeg)
+    first, second = servers(Served, score_jpeg), servers(Served, score_jpeg)
     flags = [*TEXT, "--steps", "3", *NOT_WARM]
     whole = go("whole", *flags, *rewards_file(tmp_path, {"far": 1}, scorers={"far": served(first, second, batch=1)}))
     assert len(first.asked) > 3 and len(second.asked) > 3, "both were asked"
@@ -272,7 +272,7 @@ def test_an_endpoint_that_dies_in_the_middle_of_a_batch_changes_no_reward(go, tm
         if len(mortal.asked) > 5:
             threading.Thread(target=mortal.stop).start()
             raise RuntimeError("out of memory")
-        return rewards.score_jpeg(images, prompts)
+        return score_jpeg(images, prompts)
 
     mortal = servers(Served, dies)
     flags += rewards_file(tmp_path, {"far": 1}, scorers={"far": served(mortal, second, batch=1)})
@@ -285,7 +285,7 @@ def test_an_endpoint_that_dies_in_the_middle_of_a_batch_changes_no_reward(go, tm
 def test_a_run_whose_servers_are_all_gone_is_saved_and_goes_on_when_they_are_back(
     go, tmp_path, servers, monkeypatch, capsys
 ):
-    pair = [servers(Served, rewards.score_jpeg) for _ in range(2)]
+    pair = [servers(Served, score_jpeg) for _ in range(2)]
     flags = [*TEXT, "--steps", "4", "--save-every", "9", *NOT_WARM]
     flags += rewards_file(tmp_path, {"far": 1}, scorers={"far": served(*pair, deadline=1.5)})
     whole = go("whole", *flags)
@@ -298,7 +298,7 @@ def test_a_run_whose_servers_are_all_gone_is_saved_and_goes_on_when_they_are_bac
     assert [p.name for p in (cut / "checkpoints").iterdir()] == ["step-000002"], "the last whole step"
     assert not (cut / "report.md").exists()
     for server in pair:
-        servers(Served, rewards.score_jpeg, port=server.server_port)
+        servers(Served, score_jpeg, port=server.server_port)
     go("cut", *flags)
     assert "cut: continues from" in capsys.readouterr().err
     assert same(stored(cut), stored(whole)) and metrics(cut) == metrics(whole) and len(metrics(whole)) == 4
@@ -312,7 +312,7 @@ def test_dropping_loses_the_group_of_the_prompt_that_cannot_be_scored_and_nothin
     def picky(images, prompts):
         if any(p.text in victims for p in prompts):
             raise RuntimeError("no such picture")
-        return rewards.score_jpeg(images, prompts)
+        return score_jpeg(images, prompts)
 
     far = servers(Served, picky)
     flags = [*rewards_file(tmp_path, {"quality": 1, "far": 1}, scorers={"far": served(far)}), "--advantage-std", "none"]
@@ -608,7 +608,7 @@ def test_other_rewards_give_other_ranges_and_another_way_to_a_scorer_does_not(go
         go("run", "--stage", "curate", *rewards_file(tmp_path, weights, **parts))
         return len(asked)
 
-    first, second = (servers(Served, rewards.score_jpeg) for _ in range(2))
+    first, second = (servers(Served, score_jpeg) for _ in range(2))
     assert run({"far": 1}, scorers={"far": served(first)}) > 0
     assert run({"far": 1}, scorers={"far": served(second, timeout=3.0)}) == 0, "the same scorer, elsewhere"
     assert run({"far": 2}, scorers={"far": served(second)}) > 0

@@ -21,7 +21,7 @@ from PIL import Image
 from data.files import Prompt
 from rewards import RewardError
 from scorers import remote
-from scorers import vlm as judges
+from scorers import rubrics as judges
 from scorers.remote import Clock, Limits
 
 FAST = Limits(timeout=5.0, deadline=20.0, tries=3, rest=0.01, longest_rest=0.05, concurrency=4)

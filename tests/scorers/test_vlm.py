@@ -2,20 +2,19 @@
 
 import base64
 import io
-import itertools
 import json
 import math
-import statistics
 
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
 from PIL import Image
 
 from data.files import Prompt
-from rewards import RewardError
-from scorers import vlm as J
+from models.lora import ModelError
+from rewards import LEVELS, RewardError
+from scorers import rubrics as J
+from scorers.vlm import vlm
 from tests.helpers.qwen_hub import tokenizer
 
 WIDTH = 32
@@ -82,7 +81,7 @@ def test_unifiedreward_sees_512_by_512_pixels_and_the_others_the_picture_as_it_i
 def test_every_rubric_is_asked_in_a_form_that_its_reader_knows():
     for name, rubric in J.RUBRICS.items():
         text = J.messages(rubric, "THE PROMPT", [picture(8, 8, 0)] * 2)[1]["content"][-1]["text"]
-        assert rubric.name == name and rubric.ask in J.ASKS and "{" not in text
+        assert rubric.name == name and rubric.ask in (*J.SCALES, *J.WRITTEN) and "{" not in text
         assert ("THE PROMPT" in text) == (name != "deqa"), "technical quality does not depend on the prompt"
         tags = {"overall": "<OverallScore>", "final": "'Final Score:'", "alignment": "<Objects>", "editing": "<Core>"}
         assert tags.get(rubric.ask, "and nothing else") in text
@@ -107,27 +106,14 @@ def test_pictures_that_cannot_be_shown_are_refused():
     assert "source and picture" in message and "1 given" in message
 
 
-# ----------------------------------------------------------------------------------- the answer: one score token
-def logs(**probabilities):
-    return {token.replace("_", " "): math.log(p) for token, p in probabilities.items()}
-
-
+# ------------------------------------------------------------------------------------------------------ the answer
 def test_the_score_is_the_expectation_over_the_five_tokens_divided_by_five():
     rubric = J.RUBRICS["alignment"]
     assert J.read(rubric, "4", {"4": math.log(0.6), "3": math.log(0.2)}) == pytest.approx(3.75 / 5)
-    three = {"5": math.log(0.1), "1": math.log(0.3), " 5": math.log(0.2), "The": math.log(0.4)}
-    assert J.read(rubric, "5", three) == pytest.approx((5 * 0.3 + 0.3) / 0.6 / 5), '"5" and " 5" both say five'
-    assert J.read(rubric, "2", {"2": -90.0, "3": -90.0}) == pytest.approx(2.5 / 5), "only ratios count"
     assert J.read(rubric, "2") == 2 / 5, "without log-probs the digit itself"
-
-
-def test_levels_are_read_as_five_to_one():
-    rubric = J.RUBRICS["deqa"]
-    half = logs(excellent=0.5, good=0.1, _good=0.1, Good=0.1, bad=0.2)
-    assert J.read(rubric, "excellent", half) == pytest.approx((0.5 * 5 + 0.3 * 4 + 0.2 * 1) / 5)
     for word, level in (("excellent", 5), ("good", 4), ("fair", 3), ("poor", 2), ("bad", 1)):
-        assert J.read(rubric, word) == J.read(rubric, f" {word.title()}.") == level / 5
-        assert J.read(rubric, word, {word: -0.5}) == level / 5
+        assert J.read(J.RUBRICS["deqa"], word) == J.read(J.RUBRICS["deqa"], f" {word.title()}.") == level / 5
+        assert J.read(J.RUBRICS["deqa"], word, {word: -0.5}) == level / 5
 
 
 @pytest.mark.parametrize("reply", ["10", "4.5", "0", "6", "12", "", " ", "four", "The score is 4", "good", "!", "4th"])
@@ -145,10 +131,9 @@ def test_after_a_thought_the_score_follows_the_last_mark():
     thinking = J.named("aesthetic", thought=True)
     reply = "1. The light is a 2.\nIs it Score: 3? No.\n**Score: 4**/5"
     assert J.read(thinking, reply) == 4 / 5
-    assert J.read(thinking, reply, logs(**{"4": 0.5, "5": 0.5})) == pytest.approx(4.5 / 5)
+    assert J.read(thinking, reply, {"4": math.log(0.5), "5": math.log(0.5)}) == pytest.approx(4.5 / 5)
     for bad in ("I give it a 4", "Score: 4.5", "Score: 40", "Score: high", "Score: 4, no, score: none", "so, score:"):
         assert repr(bad) in refusal(J.read, thinking, bad)
-    assert J.read(J.named("deqa", thought=True), "Sharp. Score: good") == 4 / 5
 
 
 def test_the_score_token_is_found_among_the_tokens_of_a_reply():
@@ -157,134 +142,31 @@ def test_the_score_token_is_found_among_the_tokens_of_a_reply():
     assert J.score_token(plain, ["The", " 4"]) is None and J.score_token(plain, []) is None
     tokens = ["Light", " 2", ".", " Score", ":", " ", "4", "/", "5"]
     assert J.score_token(thinking, tokens) == 6, "neither the 2 of the thought nor the 5 of the scale"
-    assert J.score_token(thinking, ["Score", ":", " 3", "."]) == 2
-    assert J.score_token(thinking, ["4"]) is None
+    assert J.score_token(thinking, ["Score", ":", " 3", "."]) == 2 and J.score_token(thinking, ["4"]) is None
+
+
+WRITTEN = {  # a reply, and its score by hand
+    "judge": ("<Thought>a\nb</Thought><QualityScore>2</QualityScore><InstructionScore>5</InstructionScore>"
+              "<OverallScore>4.5</OverallScore>", 0.9),
+    "unifiedreward": ("cat (object): 1\nFinal Score: 3.5", 0.7),
+    "alignment_checklist": ("<Verdict><Objects>2</Objects><Attributes>5</Attributes><Relations>5</Relations>"
+                            "<Actions>none</Actions></Verdict>", 0.4),  # the objects cap it
+    "editing_checklist": ("<Verdict><Core>yes</Core><Core>no</Core><Extra>yes</Extra><Coherence>4</Coherence>"
+                          "</Verdict>", 0.6),  # half the core: at most 3
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_a_written_reply_is_read_by_its_rule_and_another_one_is_an_error_with_the_reply(name):
+    reply, score = WRITTEN[name]
+    assert J.read(J.RUBRICS[name], reply) == pytest.approx(score)
+    for bad in ("all\nfine", reply.replace(">", " ").replace(":", " ")):
+        assert repr(" ".join(bad.split())) in refusal(J.read, J.RUBRICS[name], bad)
 
 
 def test_log_probs_that_hold_no_score_are_an_error_with_the_reply():
     for bad in ({"The": -0.1}, {}, {"4": math.nan}, {"4": -math.inf}):
         assert refusal(J.read, J.RUBRICS["alignment"], "4", bad).endswith("'4'")
-
-
-# --------------------------------------------------------------------------------- the answer: a written reply
-def test_the_judge_of_flow_opd_counts_its_overall_tag():
-    reply = (
-        "<Thought>a\nb</Thought>\n<QualityScore>2</QualityScore><InstructionScore>5</InstructionScore>"
-        "<OverallScore>4.5</OverallScore>"
-    )
-    assert J.read(J.JUDGE, reply) == 0.9
-    cut = reply.replace("</OverallScore>", "")
-    message = refusal(J.read, J.JUDGE, cut)
-    assert "OverallScore" in message and "<Thought>a b</Thought>" in message
-
-
-def test_unifiedreward_is_the_last_number_after_final_score():
-    rubric = J.RUBRICS["unifiedreward"]
-    for text, score in (
-        ("Final Score: 4", 4),
-        ("Final Score:** 3.5", 3.5),
-        ("final score: 2/5", 2),
-        ("**Final Score: 1**", 1),
-    ):
-        assert J.read(rubric, f"cat (object): 1\n{text}") == score / 5
-    assert J.read(rubric, "Final Score: 2? Rather\nFinal Score: 5") == 1
-    for bad in ("Final Score: 10", "Final Score: 0", "Final Score: 5.5", "Score: 4", "Final Score: good", ""):
-        assert repr(bad) in refusal(J.read, rubric, bad)
-
-
-def checklist(objects, attributes, relations, actions):
-    return (
-        f"Two cats.\n<Verdict>\n<Objects>{objects}</Objects><Attributes> {attributes} </Attributes>"
-        f"<Relations>{relations}</Relations>\n<Actions>{actions}</Actions></Verdict>"
-    )
-
-
-def test_the_alignment_checklist_is_read_level_by_level():
-    rubric = J.RUBRICS["alignment_checklist"]
-    assert J.read(rubric, checklist(5, 4, 3, "none")) == pytest.approx(4 / 5)
-    assert J.read(rubric, checklist(2, 5, 5, 5)) == pytest.approx(2 / 5), "the objects cap the total"
-    assert J.read(rubric, checklist(1, 1, 1, 1) + checklist("None", 3, 3, 3)) == pytest.approx(3 / 5), "the last counts"
-    for bad in (
-        checklist(6, 5, 5, 5),
-        checklist("", 5, 5, 5),
-        checklist(*["none"] * 4),
-        "all fine",
-        checklist(0.5, 5, 5, 5),
-    ):
-        assert " ".join(bad.split())[:8] in refusal(J.read, rubric, bad)
-    assert "four levels" in refusal(J.read, rubric, checklist(5, 5, 5, 5).replace("Actions", "Deeds"))
-    assert "four levels" in refusal(J.read, rubric, "<Verdict>" + "<Objects>5</Objects>" * 4 + "</Verdict>")
-
-
-def test_the_editing_checklist_is_read_demand_by_demand():
-    rubric = J.RUBRICS["editing_checklist"]
-    demands = "<Core>Yes</Core> <Core>no</Core><Extra>yes</Extra>"
-    form = f"text <Core>no</Core>\n<Verdict>{demands}<Coherence>4</Coherence></Verdict>"
-    assert J.read(rubric, form) == pytest.approx(J.capped_editing([True, False], [True], 4) / 5) == pytest.approx(3 / 5)
-    assert J.read(rubric, form.replace("<Extra>yes</Extra>", "")) == pytest.approx(3 / 5)
-    for old, new, cause in (
-        ("no</Core><E", "maybe</Core><E", "neither yes nor no"),
-        ("<Coherence>4</Coherence>", "", "one <Coherence>"),
-        (">4<", ">7<", "<Coherence> from 1 to 5"),
-        ("Verdict>", "Result>", "<Verdict>"),
-    ):
-        assert cause in refusal(J.read, rubric, form.replace(old, new))
-
-
-# --------------------------------------------------------------------------------------------- what caps a score
-def rated(*scores):
-    return dict(zip(J.ALIGNMENT, scores, strict=True))
-
-
-def is_capped_rule(rule):
-    """Whether a rule of four ratings has all the properties, checked on every combination of whole ratings."""
-    grid = {r: rule(rated(*r)) for r in itertools.product(range(1, 6), repeat=4)}
-    return all(
-        1 <= total <= 5
-        and all(total <= score + rank for rank, score in enumerate(ratings))
-        # No rating is worth less for being better, and a failure weighs no more further down the hierarchy.
-        and all(grid[tuple(np.minimum(np.add(ratings, step), 5))] >= total for step in np.eye(4, dtype=int))
-        and all(
-            grid[(*ratings[:i], ratings[i + 1], ratings[i], *ratings[i + 2 :])] >= total
-            for i in range(3)
-            if ratings[i] < ratings[i + 1]
-        )
-        for ratings, total in grid.items()
-    )
-
-
-def test_a_failed_level_caps_the_total_and_higher_levels_cap_it_lower():
-    assert J.capped_alignment(rated(5, 5, 5, 5)) == 5 and J.capped_alignment(rated(1, 1, 1, 1)) == 1
-    assert [J.capped_alignment(rated(*row)) for row in ((1, 5, 5, 5), (5, 1, 5, 5), (5, 5, 1, 5))] == [1, 2, 3]
-    assert J.capped_alignment(rated(5, 5, 5, 1)) == 4, "both the mean and the cap"
-    assert J.capped_alignment(rated(4, 3, 5, 5)) == 4 and J.capped_alignment(rated(5, 3, 4, 3)) == 3.75
-    assert J.capped_alignment({"objects": 4, "actions": 2}) == 3, "levels that the prompt does not have do not count"
-    assert is_capped_rule(J.capped_alignment)
-
-
-def test_the_properties_of_a_capped_score_refuse_rules_that_are_not():
-    assert not is_capped_rule(lambda s: statistics.fmean(s.values())), "no cap"
-    assert not is_capped_rule(lambda s: min(statistics.fmean(s.values()), 6 - max(s.values()))), "worse for better"
-    upside_down = lambda s: min(  # noqa: E731
-        statistics.fmean(s.values()), *(s[level] + 3 - rank for rank, level in enumerate(J.ALIGNMENT)), s["objects"]
-    )
-    assert not is_capped_rule(upside_down)
-
-
-def test_ratings_that_are_none_are_refused():
-    for bad in ({}, {"objects": 0}, {"objects": 5.5}, {"objects": math.nan}, {"beauty": 3}):
-        with pytest.raises(ValueError):
-            J.capped_alignment(bad)
-
-
-def test_an_edit_that_misses_its_core_has_failed_whatever_else_is_right():
-    assert J.capped_editing([True], [], 5) == 5 and J.capped_editing([False], [True, True], 5) == 1
-    assert J.capped_editing([True, False], [True], 5) == 3, "half the core: at most 1 + 4 / 2"
-    assert J.capped_editing([True], [False, False], 5) == 2 and J.capped_editing([True], [True], 1) == 3
-    assert J.capped_editing([True], [True, True, False], 4) == pytest.approx((5 + 1 + 8 / 3 + 4) / 3)
-    for bad in (([], [True], 3), ([True], [], 0), ([True], [], 6)):
-        with pytest.raises(ValueError):
-            J.capped_editing(*bad)
 
 
 # ------------------------------------------------------------------------------------------- tiny models, offline
@@ -293,7 +175,7 @@ def build(folder, change, kind="qwen2_5_vl", seed=0):
     import transformers
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    tok = tokenizer(J.LEVELS)
+    tok = tokenizer(LEVELS)
     ids = {name: tok.convert_tokens_to_ids(f"<|{name}|>") for name in ("image_pad", "video_pad", "im_end", "endoftext")}
     text = {
         "vocab_size": len(tok), "hidden_size": WIDTH, "intermediate_size": 40, "num_hidden_layers": 2,
@@ -374,7 +256,7 @@ def oracle(folder, rubric, prompt, images, monkeypatch, words=tuple("12345")):
 
 
 def test_a_local_judges_score_is_the_softmax_over_the_five_tokens_by_hand(qwen, monkeypatch):
-    scorer = J.local(J.RUBRICS["alignment"], str(qwen))
+    scorer = vlm("alignment", str(qwen))
     images = torch.stack([picture(56, 84, seed) for seed in range(3)])
     texts = ("a cat", "two dogs left of a blue bench", "")
     scores = scorer.score(images, prompts(*texts), None)
@@ -385,18 +267,18 @@ def test_a_local_judges_score_is_the_softmax_over_the_five_tokens_by_hand(qwen, 
 
 
 def test_levels_are_asked_for_in_the_same_way(tmp_path, monkeypatch):
-    words = tuple(sorted(J.LEVELS, key=J.LEVELS.get))
+    words = tuple(sorted(LEVELS, key=LEVELS.get))
     folder, image = build(tmp_path / "levels", always_one_of(words)), picture(56, 56, 0)
-    score = J.local(J.RUBRICS["deqa"], str(folder)).score(image[None], prompts("p"), None).item()
+    score = vlm(J.RUBRICS["deqa"], str(folder)).score(image[None], prompts("p"), None).item()
     assert score == pytest.approx(oracle(folder, J.RUBRICS["deqa"], "p", [image], monkeypatch, words), abs=1e-5)
     assert "none of 1, 2, 3, 4, 5" in refusal(
-        J.local(J.RUBRICS["aesthetic"], str(folder)).score, image[None], prompts("p")
+        vlm(J.RUBRICS["aesthetic"], str(folder)).score, image[None], prompts("p")
     )
 
 
 def test_an_edit_is_judged_by_its_source_and_its_result(qwen, monkeypatch):
     rubric, image, source = J.RUBRICS["editing"], picture(56, 56, 0), picture(84, 56, 1)
-    edit = J.local(rubric, str(qwen)).score
+    edit = vlm(rubric, str(qwen)).score
     score = edit(image[None], prompts("paint it"), [source]).item()
     assert score == pytest.approx(oracle(qwen, rubric, "paint it", [source, image], monkeypatch), abs=1e-5)
     assert edit(image[None], prompts("paint it"), [image]).item() != pytest.approx(score, abs=1e-4)
@@ -406,7 +288,7 @@ def test_an_edit_is_judged_by_its_source_and_its_result(qwen, monkeypatch):
 def test_a_sample_is_scored_alike_in_any_batch_and_any_place(qwen):
     images = torch.stack([picture(56, 56, seed) for seed in range(5)])
     asked = prompts("a", "a much longer prompt, of nine words or more", "b c", "", "a red cube on top of a sphere")
-    one, three = (J.local(J.RUBRICS["aesthetic"], str(qwen), batch=batch).score for batch in (1, 3))
+    one, three = (vlm(J.RUBRICS["aesthetic"], str(qwen), batch=batch).score for batch in (1, 3))
     scores = one(images, asked, None)
     assert torch.allclose(three(images, asked, None), scores, atol=1e-5)
     assert torch.allclose(three(images.flip(0), asked[::-1], None).flip(0), scores, atol=1e-5)
@@ -418,13 +300,13 @@ def test_a_sample_is_scored_alike_in_any_batch_and_any_place(qwen):
 
 def test_what_a_checkpoint_says_about_sampling_does_not_reach_its_scores(qwen, tmp_path):
     images, asked = picture(56, 56, 0)[None], prompts("a cat. Rate it 1 2 3 4 5 " * 3)
-    plain = J.local(J.RUBRICS["aesthetic"], str(qwen)).score(images, asked, None)
+    plain = vlm(J.RUBRICS["aesthetic"], str(qwen)).score(images, asked, None)
     (tmp_path / "m").mkdir()
     for file in qwen.iterdir():
         (tmp_path / "m" / file.name).write_bytes(file.read_bytes())
     settings = {"do_sample": True, "temperature": 3.0, "top_k": 2, "repetition_penalty": 9.0, "max_new_tokens": 7}
     (tmp_path / "m" / "generation_config.json").write_text(json.dumps(settings))
-    assert torch.equal(J.local(J.RUBRICS["aesthetic"], str(tmp_path / "m")).score(images, asked, None), plain)
+    assert torch.equal(vlm(J.RUBRICS["aesthetic"], str(tmp_path / "m")).score(images, asked, None), plain)
 
 
 def chain(text):
@@ -450,11 +332,11 @@ def chain(text):
 def test_a_thought_is_generated_to_its_end_and_the_expectation_taken_at_its_score_token(tmp_path):
     folder = build(tmp_path / "chain", chain("Score: 5"))
     thinking = J.named("aesthetic", thought=True)
-    score = J.local(thinking, str(folder)).score(torch.stack([picture(56, 56, 0)] * 2), prompts("a", "bcd"), None)
+    score = vlm(thinking, str(folder)).score(torch.stack([picture(56, 56, 0)] * 2), prompts("a", "bcd"), None)
     h = WIDTH**0.5  # a one-hot vector after RMS normalisation
     weights = np.exp(h * np.array([0.5, 1.0, 1.5, 0.0, 2.0]))
     assert score.tolist() == pytest.approx([float(weights @ np.arange(1, 6) / weights.sum()) / 5] * 2, abs=1e-4)
-    plain = J.local(J.RUBRICS["aesthetic"], str(folder)).score
+    plain = vlm(J.RUBRICS["aesthetic"], str(folder)).score
     message = refusal(plain, picture(56, 56, 0)[None], prompts("my prompt"), None)
     assert "'S'" in message and "'my prompt'" in message and "'aesthetic'" in message
 
@@ -462,7 +344,7 @@ def test_a_thought_is_generated_to_its_end_and_the_expectation_taken_at_its_scor
 def test_a_written_reply_is_generated_and_an_unreadable_one_named(tmp_path, monkeypatch):
     monkeypatch.setattr(J, "THOUGHT_TOKENS", 12)
     folder = build(tmp_path / "chain", chain("Yes!"))
-    message = refusal(J.local(J.JUDGE, str(folder)).score, picture(56, 56, 0)[None], prompts("my prompt"), None)
+    message = refusal(vlm(J.JUDGE, str(folder)).score, picture(56, 56, 0)[None], prompts("my prompt"), None)
     assert "'Yes!'" in message and "'my prompt'" in message and "scorer 'judge'" in message
 
 
@@ -470,31 +352,19 @@ def test_qwen3_vl_and_bfloat16_are_asked_the_same_way(tmp_path, monkeypatch):
     folder = build(tmp_path / "qwen3", always_one_of("12345"), kind="qwen3_vl")
     image, rubric = picture(64, 96, 0), J.RUBRICS["portrait"]
     expected = oracle(folder, rubric, "a man", [image], monkeypatch)
-    exact = J.local(rubric, str(folder)).score(image[None], prompts("a man"), None).item()
-    half = J.local(rubric, str(folder), "cpu", torch.bfloat16).score(image[None], prompts("a man"), None).item()
+    exact = vlm(rubric, str(folder)).score(image[None], prompts("a man"), None).item()
+    half = vlm(rubric, str(folder), dtype=torch.bfloat16).score(image[None], prompts("a man"), None).item()
     assert exact == pytest.approx(expected, abs=1e-5)
     assert half == pytest.approx(expected, abs=0.05) and half != exact
 
 
-def test_checkpoints_that_cannot_be_asked_are_refused_in_one_line(qwen, tmp_path):
+def test_checkpoints_that_cannot_be_asked_are_refused_in_one_line(tmp_path):
     folder = tmp_path / "deqa"
     folder.mkdir()
     config = {"model_type": "mplug_owl2", "auto_map": {"AutoConfig": "evil.Config"}}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "evil.py").write_text("raise SystemExit('ran')")
-    message = refusal(J.local, J.RUBRICS["deqa"], str(folder))
-    assert "mplug_owl2" in message and "serve it" in message
-    assert "config.json" in refusal(J.local, J.JUDGE, str(tmp_path))
-    for file in qwen.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    weights = folder / "model.safetensors"
-    state = safetensors.torch.load_file(weights)
-    safetensors.torch.save_file({k: v for k, v in state.items() if k != "lm_head.weight"}, weights, {"format": "pt"})
-    assert "no weights for lm_head.weight" in refusal(J.local, J.JUDGE, str(folder)), "they would be random"
-    weights.write_bytes(weights.read_bytes()[:5000])
-    assert "fetch it again" in refusal(J.local, J.JUDGE, str(folder))
-    weights.rename(folder / "pytorch_model.bin")
-    assert "safetensors" in refusal(J.local, J.JUDGE, str(folder)), "no pickle is read"
-    with pytest.raises(ValueError, match="no such file or folder") as error:
-        J.local(J.JUDGE, str(tmp_path / "nowhere"))
-    assert "\n" not in str(error.value)
+    for where in (folder, tmp_path / "nowhere"):
+        with pytest.raises(ModelError) as error:
+            vlm("deqa", str(where))
+        assert "\n" not in str(error.value)

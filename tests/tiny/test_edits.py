@@ -11,8 +11,7 @@ import torch
 
 from data import files as data
 from data.files import Prompt
-from rewards import RewardError, check_scores
-from scorers import vlm as judges
+from rewards import RewardError, capped_editing, check_scores
 from tiny import drawings as tiny
 from tiny import edits as E
 
@@ -194,7 +193,7 @@ def test_a_missed_core_is_worth_nothing_and_a_part_of_it_caps_the_rest():
     both = text._replace(metadata={**text.metadata, "core": [0], "keep": []})  # the one that stays is core, too
     images = torch.stack([tensor(E.draw(edit[1])), tensor(E.draw(edit[2]))])
     half, whole = E.score_instruction(images, [both] * 2)
-    assert whole == pytest.approx(1) and half == pytest.approx((judges.capped_editing([1, 0], [1], 5.0) - 1) / 4)
+    assert whole == pytest.approx(1) and half == pytest.approx((capped_editing([1, 0], [1], 5.0) - 1) / 4)
     assert half == pytest.approx(0.5), "(1 + 4/2) is the cap"
 
 
@@ -253,7 +252,7 @@ def test_a_thing_is_itself_on_any_paper_in_any_print_and_nothing_else(paper):
         for seen_as in (picture, faded(picture)):
             found = E.embedding(seen_as, E.BOXES[0])
             for key, one in reference.items():
-                value = E.faces.similarity(found, one, E.STRANGER)
+                value = E.rewards.similarity(found, one, E.STRANGER)
                 (same if key == (name, color) else other).append(value)
         assert E.embedding(picture, E.BOXES[1]).any() == np.False_, "the next cell is empty"
     assert min(same) > 0.95 and max(other) < 0.05
@@ -266,7 +265,7 @@ def test_a_cell_of_solid_paint_is_of_no_shape_and_is_no_fault():
     found = E.embedding(picture, E.BOXES[0])
     assert np.isfinite(found).all() and found[6:].argmax() == 4
     for name in E.CLASSES:
-        assert E.faces.similarity(E.embedding(thing(name), E.BOXES[0]), found, E.STRANGER) < 0.01
+        assert E.rewards.similarity(E.embedding(thing(name), E.BOXES[0]), found, E.STRANGER) < 0.01
 
 
 # ------------------------------------------------------------------------------------------------- drawing, seeing

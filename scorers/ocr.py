@@ -1,0 +1,72 @@
+"""How much of the quoted text can be read from a picture (OCR), and how plain is the picture (JPEG)?"""
+
+import io
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+
+from data.pictures import to_picture
+from rewards import Scorer, ocr_reward
+from scorers.common import batched, require
+
+
+def ocr(device: str = "cpu", engine: Callable | None = None) -> Scorer:
+    """How much of the quoted text can be read: `rewards.ocr_reward` of what an OCR engine reads. F §6.1 (OCR).
+
+    engine: (H, W, 3) uint8, RGB -> [(text of a line, confidence), ...]; lines of confidence 0 are left out. By default
+    RapidOCR (PP-OCR's networks, as in F, with the weights in its wheel), on the GPU if `device` is one and the
+    installed ONNX runtime can use it.
+    """
+    read = engine or _rapidocr(device)
+
+    def rate(pixels, prompts):
+        lines = [[text for text, confidence in read(picture) if confidence > 0] for picture in pixels]
+        return [ocr_reward(" ".join(found), p.text) for found, p in zip(lines, prompts, strict=True)]
+
+    return batched("ocr", rate, 0.0, 1.0, batch=1)  # the engine takes one at a time; errors then name their prompt
+
+
+def _rapidocr(device: str) -> Callable:
+    require("ocr", "rapidocr", "onnxruntime", "cv2")
+    import onnxruntime
+    from rapidocr import RapidOCR
+
+    cuda = str(device).startswith("cuda") and "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+    # F's engine keeps every line and does not turn lines round. Finding no text is news to the engine, not to us.
+    params = {"Global.text_score": 0.0, "Global.use_cls": False, "Global.log_level": "critical",
+              "EngineConfig.onnxruntime.use_cuda": cuda}  # fmt: skip
+    if cuda and ":" in str(device):
+        params["EngineConfig.onnxruntime.cuda_ep_cfg.device_id"] = int(str(device).split(":")[1])
+    reader = RapidOCR(params=params)
+
+    def read(picture: np.ndarray) -> list[tuple[str, float]]:
+        found = reader(Image.fromarray(picture))  # an array would be taken for BGR
+        return list(zip(found.txts or (), found.scores or (), strict=True))
+
+    return read
+
+
+def jpeg() -> Scorer:
+    """Compressibility, `score_jpeg`. It needs no model: the reward to try a new machine with."""
+
+    def rate(pixels, prompts):
+        return score_jpeg(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2) / 255, prompts)
+
+    return batched("jpeg", rate, -math.inf, 1.0, batch=16)
+
+
+def score_jpeg(images: torch.Tensor, prompts: Sequence) -> list[float]:
+    """DDPO's compressibility (in neither paper): 1 - JPEG bytes / raw bytes, (B,), below 1, higher is plainer.
+
+    images: (B, 3, H, W) in [0, 1]. Quality 95 and no chroma subsampling, so that detail counts. Any image model can
+    learn it.
+    """
+    scores = []
+    for image in images:
+        stream = io.BytesIO()
+        to_picture(image).save(stream, "JPEG", quality=95, subsampling=0)
+        scores.append(1 - stream.tell() / image.numel())
+    return scores

@@ -1,0 +1,323 @@
+"""Rubrics: what a vision-language judge is asked about a picture, and how its answer is read.
+
+A *rubric* is data. The same words go to a model on this machine (vlm.py) and, as OpenAI-style chat messages
+(`messages`), to one behind an endpoint (remote.py). The same rule (`read`) turns the answer of either into a number.
+
+    rubric                asks about                           the answer, read by           source
+    judge                 quality, instruction, overall        three tags, `overall` counts  F App. A, Fig. 6, Table 4
+    alignment             is what the prompt says there?       one score token, Q Eq. 12     Q §3.2
+    alignment_checklist   the same, level by level             four tags, `capped_alignment` Q §3.2
+    aesthetic, portrait   is it beautiful? are the people?     one score token               Q §3.2
+    editing               was the instruction carried out?     one score token               Q §3.3
+    editing_checklist     the same, demand by demand           yes or no, `capped_editing`   Q §3.3
+    unifiedreward         alignment and quality                a number after `Final Score:` F Table 4
+    deqa                  how good is the picture as such?     one word, excellent .. bad    F §6.1, Table 2
+
+Every score lies in [0.2, 1]: all of them are ratings from 1 to 5, divided by 5, as F's tables print them. One score
+token carries more than the number that it spells: its probabilities give an expectation, which ranks pictures that
+all get "4". `named("alignment", thought=True)` lets the model reason before it gives the token (Q §3 trains its
+reward models so), which costs some hundred tokens a picture instead of one. A reply that says anything else than what
+was asked is a `rewards.RewardError` with the reply in it.
+
+DEVIATION (F Fig. 6, Q §3): the wording of every rubric is this project's own, and follows the papers in what is asked,
+in which order and on which scale. Q prints none of its prompts. A reward model that was trained on one fixed prompt
+scores best with that one: `rubric._replace(user=...)`.
+"""
+
+import base64
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from PIL import Image
+from torch import Tensor
+
+from data.pictures import to_picture
+from rewards import (
+    HIGHEST_RATING,
+    LEVELS,
+    SCORE_TOKENS,
+    RewardError,
+    capped_alignment,
+    capped_editing,
+    expected_score,
+    judge_reward,
+    parse_demands,
+    parse_final,
+    parse_levels,
+)
+
+SCALES = {"expected": SCORE_TOKENS, "levels": LEVELS}  # the words of a one-token answer
+WRITTEN = {  # how a longer answer becomes a score in [0.2, 1]
+    "overall": judge_reward,
+    "final": lambda reply: parse_final(reply) / HIGHEST_RATING,
+    "alignment": lambda reply: capped_alignment(parse_levels(reply)) / HIGHEST_RATING,
+    "editing": lambda reply: capped_editing(*parse_demands(reply)) / HIGHEST_RATING,
+}
+THOUGHT_TOKENS = 1024
+
+
+class Rubric(NamedTuple):
+    """What a judge is asked. `user` holds the prompt's place, {prompt}; `ask` says how the answer is read, see `read`.
+
+    images: what is shown, in order; model: the checkpoint that vlm.py takes by default; thought: reason first, then the
+    one token; side: pictures are resized to side x side first, 0 leaves them as they are.
+    """
+
+    name: str
+    system: str
+    user: str
+    ask: str
+    images: tuple[str, ...] = ("picture",)
+    model: str = "Qwen/Qwen2.5-VL-7B-Instruct"
+    thought: bool = False
+    side: int = 0
+
+    @property
+    def max_tokens(self) -> int:
+        """How long a reply may get: the score token alone, or a thought and the score."""
+        return 1 if self.ask in SCALES and not self.thought else THOUGHT_TOKENS
+
+
+# ---------------------------------------------------------------------------------------------------- the rubrics
+# How each kind of answer has to look. It follows the question, so that it is the last thing the model reads.
+ONE_TOKEN = {
+    "expected": "Answer with one digit from 1 (worst) to 5 (best) and nothing else.",
+    "levels": "Answer with one of the words excellent, good, fair, poor, bad and nothing else.",
+}
+THOUGHT_FIRST = {
+    "expected": "First go through the points above one by one. Then end with a line `Score: X`, X from 1 to 5.",
+    "levels": "First go through the points above one by one. Then end with a line `Score: X`, X being one of the words "
+    "excellent, good, fair, poor, bad.",
+}
+
+JUDGE = Rubric(
+    "judge",
+    "You check images as a profession. You rate a generated image against the instruction that it was made from, "
+    "in three respects, each from 1 to 5.",
+    """Rate the image.
+
+1. Quality. 1-2: blurred, badly lit or a jumble. 3: sharp and well enough lit, but plain. 4-5: crisp, with rich colors
+   and a composition that impresses.
+2. Instruction. 1-2: ignored or contradicted, main elements missing. 3: followed in part, with some main element wrong.
+   4-5: every element of the instruction is there as described.
+3. Overall. The instruction comes before quality: a plain image that shows all that was asked for rates higher than a
+   beautiful one that does not.
+
+Be strict: a detail counts only where it can be seen. Go through the instruction keyword by keyword before you rate.
+
+Instruction: {prompt}
+
+Answer in this form, the analysis first:
+<Thought>analysis of quality and of each keyword</Thought>
+<QualityScore>X</QualityScore>
+<InstructionScore>Y</InstructionScore>
+<OverallScore>Z</OverallScore>""",
+    "overall",
+    model="Qwen/Qwen3-VL-30B-A3B-Instruct",
+)
+
+ALIGNMENT_POINTS = """in this order of importance:
+1. objects: is everything that is named there, and as often as asked?
+2. attributes: are colors, sizes, shapes and materials right?
+3. relations: is everything where it should be relative to the rest?
+4. actions: do figures do what they should, in the pose they should?"""
+ALIGNMENT_SYSTEM = (
+    "You rate from 1 to 5 how faithfully an image shows what a prompt asks for. Beauty does not count. What is "
+    "missing, misread or contradicted does."
+)
+
+EDITING_POINTS = """1. core: the change itself, without which the edit has failed
+2. extra: everything else that the instruction asks for, and what it implies should stay as it was
+3. coherence: does the result hold together as one picture?"""
+EDITING_SYSTEM = (
+    "You rate from 1 to 5 how well an image was edited. You see the source, the result, and the instruction that "
+    "leads from one to the other."
+)
+
+RUBRICS = {
+    rubric.name: rubric
+    for rubric in (
+        JUDGE,
+        Rubric(
+            "alignment",
+            ALIGNMENT_SYSTEM,
+            f"Prompt: {{prompt}}\n\nCompare the image with the prompt, {ALIGNMENT_POINTS}\n\nThe total is at most the "
+            "rating of the objects, at most one more than that of the attributes, at most two more than that of the "
+            "relations and at most three more than that of the actions, however good the rest is.",
+            "expected",
+        ),
+        Rubric(
+            "alignment_checklist",
+            ALIGNMENT_SYSTEM,
+            f"Prompt: {{prompt}}\n\nCompare the image with the prompt, {ALIGNMENT_POINTS}\n\nExplain what you see. "
+            "Then rate each of the four from 1 to 5, or write none where the prompt asks for nothing of the kind, in "
+            "this form:\n<Verdict><Objects>X</Objects><Attributes>X</Attributes><Relations>X</Relations>"
+            "<Actions>X</Actions></Verdict>",
+            "alignment",
+        ),
+        Rubric(
+            "aesthetic",
+            "You rate from 1 to 5 how good an image looks. What it shows does not count.",
+            "The image was made from this prompt: {prompt}\n\nRate its looks: balance of the composition, light that "
+            "could be real, textures and materials down to the detail, one style throughout, no artifacts such as "
+            "smeared or repeated texture.",
+            "expected",
+        ),
+        Rubric(
+            "portrait",
+            "You rate from 1 to 5 how good the people in an image look.",
+            "The image was made from this prompt: {prompt}\n\nRate the people in it: faces that attract and whose "
+            "proportions are right, features that belong to one person, skin and hair with real texture. Look for "
+            "what goes wrong often, wrong numbers of fingers, distorted features and impossible proportions of the "
+            "body, and rate an image with any of them 1 or 2.",
+            "expected",
+        ),
+        Rubric(
+            "editing",
+            EDITING_SYSTEM,
+            f"Instruction: {{prompt}}\n\nTake the instruction apart and compare the two images:\n{EDITING_POINTS}\n\n"
+            "The total is at most the rating of the core, at most one more than that of the extra demands and at most "
+            "two more than that of the coherence, however good the rest is.",
+            "expected",
+            images=("source", "picture"),
+        ),
+        Rubric(
+            "editing_checklist",
+            EDITING_SYSTEM,
+            f"Instruction: {{prompt}}\n\nTake the instruction apart into single demands and compare the two images:\n"
+            f"{EDITING_POINTS}\n\nExplain what you see. Then write, for each core demand and for each extra one, a tag "
+            "with yes or no, and rate the coherence from 1 to 5, in this form:\n<Verdict><Core>yes</Core>"
+            "<Extra>yes</Extra><Extra>no</Extra><Coherence>X</Coherence></Verdict>",
+            "editing",
+            images=("source", "picture"),
+        ),
+        Rubric(
+            "unifiedreward",
+            "You are a helpful assistant.",
+            "Here is a caption and an image that was generated from it. Rate the image by two criteria:\n1. Alignment "
+            "with the caption: are its objects, their attributes and their relations right?\n2. Quality of the image: "
+            "is it clear, detailed, right in its colors and pleasing?\nList the key elements of the caption, each as "
+            "'element (type): value' with value 1 where the image shows it and 0 where it does not. Then give one "
+            "score from 1 to 5 after 'Final Score:'.\nCaption: [{prompt}]",
+            "final",
+            model="CodeGoat24/UnifiedReward-7b-v1.5",
+            side=512,
+        ),
+        Rubric(
+            "deqa",
+            "You rate the technical quality of images.",
+            "How good is the quality of this image: sharpness, noise, exposure, colors, artifacts?",
+            "levels",
+            model="zhiyuanyou/DeQA-Score-Mix3",
+        ),
+    )
+}
+
+
+def named(name: str, thought: bool = False) -> Rubric:
+    """A rubric of `RUBRICS`, with reasoning before the score token if `thought`. Q §3 (chain of thought).
+
+    RewardError for an unknown name, and for a thought if the rubric's answer holds one anyway.
+    """
+    if name not in RUBRICS:
+        raise RewardError(f"unknown rubric {name!r}: choose one of {', '.join(RUBRICS)}")
+    if thought and RUBRICS[name].ask not in SCALES:
+        raise RewardError(f"the rubric {name!r} reasons in its reply anyway; leave the thought out")
+    return RUBRICS[name]._replace(thought=thought)
+
+
+# --------------------------------------------------------------------------------------------------- the question
+def messages(rubric: Rubric, prompt: str, images: Sequence[Tensor]) -> list[dict]:
+    """The question as OpenAI-style chat messages, pictures as PNG in data URLs.
+
+    images: (3, H, W) each, in [0, 1]: the picture, or the source and the picture; a rubric about the picture alone
+    leaves the source out. RewardError if a source is missing, or a picture holds values that are not finite.
+    """
+    shown = iter(shown_pictures(rubric, images))
+    content = []
+    for part in user_turn(rubric, prompt):
+        if part is None:
+            stream = io.BytesIO()
+            next(shown).save(stream, "PNG", compress_level=1)
+            url = f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}"
+            content.append({"type": "image_url", "image_url": {"url": url}})
+        else:
+            content.append({"type": "text", "text": part})
+    return [{"role": "system", "content": rubric.system}, {"role": "user", "content": content}]
+
+
+def user_turn(rubric: Rubric, prompt: str) -> list[str | None]:
+    """The user's turn: texts, and None for each picture."""
+    # A prompt must not end its own turn or add pictures: Qwen's control tokens all begin with these two characters.
+    text = rubric.user.replace("{prompt}", prompt.replace("<|", "< |"))
+    if rubric.ask in SCALES:
+        text += "\n\n" + (THOUGHT_FIRST if rubric.thought else ONE_TOKEN)[rubric.ask]
+    if len(rubric.images) == 1:
+        return [None, text]
+    return ["Source: ", None, "\nResult: ", None, "\n" + text]
+
+
+def shown_pictures(rubric: Rubric, images: Sequence[Tensor]) -> list[Image.Image]:
+    """The pictures that the rubric shows, in its order and size. Raises as `messages`."""
+    if len(images) < len(rubric.images):
+        raise RewardError(f"rubric {rubric.name!r} is about {' and '.join(rubric.images)}: {len(images)} given")
+    pictures = [to_picture(image) for image in images[-len(rubric.images) :]]
+    if not rubric.side:
+        return pictures
+    return [picture.resize((rubric.side, rubric.side), Image.Resampling.BICUBIC) for picture in pictures]
+
+
+# ----------------------------------------------------------------------------------------------------- the answer
+def read(rubric: Rubric, reply: str, token_logprobs: Mapping[str, float] | None = None) -> float:
+    """The score of a reply, in [0.2, 1]: a rating from 1 to 5, divided by 5.
+
+    token_logprobs: {token text: log-prob} of the likeliest tokens at the place of the score token (`score_token` finds
+    it), for rubrics that ask for one; Q Eq. 12 then gives the expectation. Without them the word itself counts.
+
+        ask          the rating
+        expected     expectation over the digits 1 to 5                                   Q Eq. 12
+        levels       the same over excellent .. bad = 5 .. 1                              DeQA, F §6.1
+        overall      the tag OverallScore                                                 F Fig. 6
+        final        the last number after `Final Score:`                                 UnifiedReward, F Table 4
+        alignment    `capped_alignment` of the tags in the last <Verdict>                 Q §3.2
+        editing      `capped_editing` of the tags in the last <Verdict>                   Q §3.3
+
+    RewardError, one line with the reply in it, if the reply is not what was asked for.
+    """
+    try:
+        if rubric.ask in WRITTEN:
+            return WRITTEN[rubric.ask](reply)
+        scale, found = SCALES[rubric.ask], _score_word(rubric, reply)
+        if found is None:
+            place = "after `Score:`" if rubric.thought else "at the start"
+            raise RewardError(f"none of {', '.join(scale)} {place} of the reply: ")
+        if token_logprobs is None:
+            return scale[found[1].lower()] / HIGHEST_RATING
+        return expected_score(token_logprobs, scale) / HIGHEST_RATING
+    except ValueError as fault:
+        cause = " ".join(str(fault).removesuffix(reply).split())
+        raise RewardError(f"{cause} {' '.join(reply.split())!r}") from None
+
+
+def score_token(rubric: Rubric, tokens: Sequence[str]) -> int | None:
+    """Which of a reply's tokens is the score's: its index, or None if the reply is not what was asked for.
+
+    It is the token in which the first word of the reply begins, or with `thought` the first word after the last
+    `Score:`.
+    """
+    found, end = _score_word(rubric, "".join(tokens)), 0
+    for index, token in enumerate(tokens):
+        end += len(token)
+        if found and found.start(1) < end:
+            return index
+    return None
+
+
+def _score_word(rubric: Rubric, reply: str) -> re.Match | None:
+    """The word that is the score, as group 1; None if there is none, or another word or number."""
+    starts = [mark.end() for mark in re.finditer(r"\bscore:", reply, re.IGNORECASE)] if rubric.thought else [0]
+    # Markup may stand around it. No part of a longer number is a score: not the 1 of 10, nor the 4 of 4.5.
+    found = re.compile(r"[^\w-]*(\w+)(?!\.?\d)").match(reply, starts[-1]) if starts else None
+    return found if found and found[1].lower() in SCALES[rubric.ask] else None

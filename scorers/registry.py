@@ -209,7 +209,7 @@ def arguments(kind: str, options: Mapping, tiny: bool, name: str) -> tuple[Calla
             given = {f: _value(name, f, rest.pop(f), hint) for f, hint in fields.items() if f in rest}
             known += fields
             values |= {argument: group._replace(**given)} if given else {}
-        elif _is_json(hints.get(argument, str)):
+        elif argument in hints and _is_json(hints[argument]):
             known.append(argument)
             if argument in rest:
                 values[argument] = _value(name, argument, rest.pop(argument), hints[argument])

@@ -1,0 +1,160 @@
+"""Oracles for what needs no network of ours: pictures as bytes, OCR, JPEG, and the self-tests of all scorers."""
+
+import io
+import math
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from data.pictures import to_picture
+from rewards import RewardError, Scorer
+from scorers import common, registry, selftest
+from scorers.common import pixels_of
+from scorers.ocr import jpeg, ocr, score_jpeg
+from tests.helpers.clip import PROMPTS, pictures, prompt
+
+
+# ------------------------------------------------------------------------------------------- pictures, and their bytes
+def test_a_picture_is_the_nearest_bytes_in_rgb_and_no_further_than_black_and_white():
+    image = torch.tensor([[[-0.5, 0.1, 1.5]], [[0.0, 0.5, 1.0]], [[0.25, 0.75, 2 / 255]]])  # (3, 1, 3)
+    found = to_picture(image.double().requires_grad_())
+    assert found.mode == "RGB" and found.size == (3, 1)
+    # 0.1, 0.25, 0.5 and 0.75 times 255 are 25.5, 63.75, 127.5 and 191.25; halves go to the even one
+    pixels = np.asarray(found)[0]
+    assert pixels[0].tolist() == [0, 0, 64] and pixels[2].tolist() == [255, 255, 2]
+    assert pixels[1].tolist() == [26, 128, 191]
+    assert np.asarray(to_picture(torch.rand(3, 5, 8))).shape == (5, 8, 3)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_picture_with_a_value_that_is_no_number_is_an_error_and_not_black(bad):
+    image = torch.full((3, 4, 5), 0.5)
+    image[2, 3, 4] = bad
+    with pytest.raises(RewardError, match="not finite"):
+        to_picture(image)
+    with pytest.raises(RewardError, match="not finite"):
+        score_jpeg(torch.stack([torch.zeros_like(image), image]), ["a", "b"])
+
+
+def grey_and_noise():
+    """(2, 3, 16, 24): one plain picture, one of noise."""
+    noise = torch.rand(3, 16, 24, generator=torch.Generator().manual_seed(0))
+    return torch.stack([torch.full_like(noise, 0.25), noise])
+
+
+def jpeg_bytes(pixels, **options):
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "JPEG", **options)
+    return len(stream.getvalue())
+
+
+def test_jpeg_is_one_minus_the_bytes_of_the_file_over_those_of_the_pixels():
+    images = grey_and_noise()
+    scores = score_jpeg(images, ["a", "b"])
+    # 0.25 is byte 63.75, hence 64; a picture of 16 x 24 x 3 = 1,152 bytes
+    flat = jpeg_bytes(np.full((16, 24, 3), 64, np.uint8), quality=95, subsampling=0)
+    noise = np.moveaxis(np.round(images[1].numpy() * 255).astype(np.uint8), 0, 2)
+    rough = jpeg_bytes(np.ascontiguousarray(noise), quality=95, subsampling=0)
+    assert scores == [1 - flat / 1152, 1 - rough / 1152] and scores[0] > scores[1]
+    assert jpeg_bytes(noise, quality=95) != rough != jpeg_bytes(noise, quality=75, subsampling=0), "its own settings"
+
+
+def test_jpeg_prefers_the_plainer_picture_whatever_the_prompt_and_never_reaches_one():
+    images = torch.nn.functional.interpolate(grey_and_noise(), scale_factor=8)  # room enough for the file's header
+    half = 0.5 * images[0] + 0.5 * images[1]
+    plain, noise = score_jpeg(images, ["a", "b"])
+    assert noise < score_jpeg(half[None], ["a"])[0] < plain < 1 and plain > 0.95
+    assert score_jpeg(images.flip(0), ["b", "b"]) == [noise, plain]
+
+
+def test_the_scorer_jpeg_is_the_rule_on_the_same_bytes():
+    images, scorer = pictures(3, 32, 48), jpeg()
+    images[1] = 0.5
+    scores = scorer.score(images, PROMPTS[:3], None)
+    assert torch.equal(scores, torch.tensor(score_jpeg(images, PROMPTS[:3]))) and scores[1] > scores[0] + 0.3
+    assert selftest.self_test(scorer) is True
+
+
+# ------------------------------------------------------------------------------------------------------------ OCR
+def test_ocr_scores_what_the_engine_reads_and_leaves_out_lines_it_did_not():
+    lines = {10: [("GRAND", 0.9), ("opening", 0.2)], 20: [("GRAND", 0.9), ("opening", 0.0)], 30: []}
+    scorer = ocr(engine=lambda picture: lines[int(picture[0, 0, 0])])
+    images = torch.tensor([30, 10, 20])[:, None, None, None].expand(3, 3, 4, 6) / 255
+    scores = scorer.score(images, [prompt('a banner "Grand Opening"')] * 3, None)
+    # "GRAND" against "grandopening", 12 letters: 7 are missing
+    assert scores.tolist() == pytest.approx([0.0, 1.0, 5 / 12])
+    with pytest.raises(RewardError, match=r"scorer 'ocr': no target text.*for the prompt 'no words'"):
+        scorer.score(images[:2], [prompt('a "b"'), prompt("no words")], None)
+
+
+def test_ocr_without_its_engine_names_the_extra(monkeypatch):
+    monkeypatch.setattr(common, "find_spec", lambda name: None)
+    with pytest.raises(RewardError, match="extra 'ocr'"):
+        ocr()
+
+
+def best_font(size):
+    try:
+        return ImageFont.truetype("DejaVuSans.ttf", size)
+    except OSError:
+        return ImageFont.load_default(size)
+
+
+def sign(*lines, paper=(240, 235, 220), ink=(20, 30, 120)):
+    picture = Image.new("RGB", (384, 256), paper)
+    for row, line in enumerate(lines):
+        ImageDraw.Draw(picture).text((192, 70 + 90 * row), line, ink, best_font(44), anchor="mm")
+    return selftest._tensor(picture)
+
+
+@pytest.mark.skipif(any(find_spec(m) is None for m in ("rapidocr", "onnxruntime", "cv2")), reason="extra ocr")
+def test_the_real_engine_reads_rendered_words():
+    scorer = ocr()
+    images = torch.stack([sign("minOPD 2026"), sign("Grand", "Opening"), sign("Open"), sign()])
+    texts = ['a sign "minOPD 2026"', 'a banner "Grand Opening"', 'a door "Closed"', 'a wall "Grand Opening"']
+    scores = scorer.score(images, [prompt(text) for text in texts], None).tolist()
+    # "open" for "closed", 6 letters: c and l are missing, p should be s, n should be d
+    assert scores == pytest.approx([1, 1, 1 - 4 / 6, 0])
+    assert selftest.self_test(scorer)
+
+
+# ------------------------------------------------------------------------------------------------------ self-test
+def rigged(name, *scores):
+    return Scorer(name, lambda images, prompts, sources: torch.tensor(scores[: len(prompts)]), -math.inf, math.inf)
+
+
+@pytest.mark.parametrize(
+    ("name", "good", "bad"),
+    [
+        ("ocr", (1.0, 0.0), (0.0, 0.0)),
+        ("ocr", (1.0, 0.0), (1.0, 0.2)),
+        ("jpeg", (0.98, 0.2), (0.98, 0.97)),
+        ("geneval", (1.0, 0.0, 0.0), (1.0, 0.0125, 0.0)),
+        ("geneval", (1.0, 0.0, 0.0), (1.0, 0.0, 1.0)),
+        ("pickscore", (0.8, 0.7), (0.7, 0.7)),
+        ("clipscore", (0.9, 0.8), (0.8, 0.9)),
+        ("hps", (0.3, 0.2), (0.2, 0.3)),
+        ("imagereward", (1.0, -1.0), (-1.0, 1.0)),
+        ("aesthetic", (5.0,), (40.0,)),
+    ],
+)
+def test_a_blind_scorer_fails_its_self_test_by_name(name, good, bad):
+    assert selftest.self_test(rigged(name, *good)) is True
+    with pytest.raises(RewardError, match=f"scorer '{name}' .*said {bad[0]:.4g}"):
+        selftest.self_test(rigged(name, *bad))
+
+
+def test_a_scorer_of_another_name_has_no_self_test():
+    assert selftest.self_test(rigged("mine", 0.0)) is False
+    assert set(selftest.KNOWN_ANSWERS) <= set(registry.KINDS)
+
+
+def test_the_pictures_of_the_self_test_are_pictures_and_reach_the_scorer():
+    for known in selftest.KNOWN_ANSWERS.values():
+        images, prompts, _, _ = known()
+        assert len(images) == len(prompts) and len(pixels_of(torch.stack(images))) == len(images)
+    red, words = selftest.KNOWN_ANSWERS["hps"]()[0][0], selftest.KNOWN_ANSWERS["ocr"]()[0]
+    assert red[:, 9, 9].tolist() == [1, 0, 0] and words[0].std() > 0.1 > words[1].std() == 0

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.common import first_line
-from models import lora as adapters
+from models import hub
 from rewards import PICKSCORE_SCALE, RewardError, Scorer
 from scorers.common import MODEL_FILES, PROCESSOR_FILES, batched, folder_of, how_to_convert, load_part
 
@@ -47,7 +47,7 @@ def clip_features(
     """
     folder = folder_of(name, model, MODEL_FILES)
     clip = load_part(name, "CLIPModel", folder, dtype=dtype).to(device)
-    beside = adapters.locate(processor, PROCESSOR_FILES) if processor else folder
+    beside = hub.locate(processor, PROCESSOR_FILES) if processor else folder
     prepare = load_part(name, "CLIPImageProcessorPil", beside)
     tokenizer = load_part(name, "CLIPTokenizer", beside)
     length = clip.config.text_config.max_position_embeddings

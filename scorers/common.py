@@ -15,7 +15,7 @@ from torch import Tensor
 from data.common import first_line
 from data.files import Prompt
 from data.pictures import to_picture
-from models import lora as adapters
+from models import hub
 from rewards import RewardError, Scorer, check_scores
 
 PICKLED = {  # kind -> the published file, which only `convert` opens
@@ -72,11 +72,11 @@ def require(extra: str, *modules: str) -> None:
 
 
 def folder_of(name: str, where: str, patterns: Sequence[str]) -> Path:
-    """The folder of a scorer's files, by `adapters.locate`; RewardError if nothing was given or all are pickles."""
+    """The folder of a scorer's files, by `hub.locate`; RewardError if nothing was given or all are pickles."""
     if not where:
         raise RewardError(f"scorer {name!r}: {how_to_convert(name)}")
-    folder = adapters.locate(where, patterns)
-    pickles = ", ".join(file.name for pattern in adapters.PICKLES for file in folder.glob(pattern))
+    folder = hub.locate(where, patterns)
+    pickles = ", ".join(file.name for pattern in hub.PICKLES for file in folder.glob(pattern))
     if pickles and not any(folder.rglob("*.safetensors")):
         raise RewardError(f"scorer {name!r}: {folder} holds pickles only ({pickles}); {how_to_convert(name)}")
     return folder

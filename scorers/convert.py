@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from data.common import first_line
-from models import lora as adapters
+from models import hub
 from rewards import RewardError
 from scorers.clip import BERT, CLIP_H, HEAD_FILE, head_of
 from scorers.common import PICKLED, PROCESSOR_FILES, load_part
@@ -48,7 +48,7 @@ def convert(kind: str, file: str | Path, out: str | Path, like: str = "") -> Pat
     try:
         CONVERTERS[kind](state.get("state_dict", state), hidden, like)
         hidden.rename(out)
-    except (adapters.ModelError, RewardError):  # of `like`
+    except (hub.ModelError, RewardError):  # of `like`
         raise
     except (AttributeError, KeyError, RuntimeError, ValueError) as fault:  # a name or a shape that the model lacks
         cause = " ".join(str(fault).split())
@@ -89,7 +89,7 @@ def _convert_hps(state: Mapping[str, Tensor], out: Path, like: str) -> None:
     """open_clip keeps queries, keys and values in one matrix and its two projections transposed."""
     import transformers
 
-    folder, renamed = adapters.locate(like or CLIP_H, ("config.json", *PROCESSOR_FILES)), {}
+    folder, renamed = hub.locate(like or CLIP_H, ("config.json", *PROCESSOR_FILES)), {}
     state = dict(state)
     for key, new in (("visual.proj", "visual_projection.weight"), ("text_projection", "text_projection.weight")):
         renamed[new] = state.pop(key).T
@@ -142,7 +142,7 @@ def _convert_imagereward(state: Mapping[str, Tensor], out: Path, like: str) -> N
     _save_head(state, "mlp.layers.", out)
     sides = {"size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}}
     transformers.CLIPImageProcessorPil(**sides).save_pretrained(out)
-    words_folder = adapters.locate(like or BERT, PROCESSOR_FILES)
+    words_folder = hub.locate(like or BERT, PROCESSOR_FILES)
     load_part("imagereward", "BertTokenizer", words_folder).save_pretrained(out)
 
 

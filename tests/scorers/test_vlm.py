@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from data.files import Prompt
-from models.lora import ModelError
+from models.hub import ModelError
 from rewards import LEVELS, RewardError
 from scorers import rubrics as J
 from scorers.vlm import vlm

@@ -163,8 +163,8 @@ def kl_t(at: Visit, v: Tensor) -> Tensor:
 
 def log_policy(at: Visit, v: Tensor) -> Tensor:
     """F Eq. 6: log pi_v(a|x_t), the log-probability of the action if the velocity were v, (B,), gradient to v."""
-    mean = sde_mean(at.x.detach(), v, at.t, at.dt, at.sigma)
-    return log_prob(at.x_next.detach(), mean, at.sigma * at.dt**0.5, at.reduce)
+    std = full_precision(at.sigma) * full_precision(at.dt) ** 0.5
+    return log_prob(at.x_next.detach(), sde_mean(at.x.detach(), v, at.t, at.dt, at.sigma), std, at.reduce)
 
 
 def _log_old(at: Visit, log_new: Tensor) -> Tensor:

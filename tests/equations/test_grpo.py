@@ -64,15 +64,6 @@ def test_equal_rewards_give_exactly_zero_even_with_rounding_noise(std):
         assert torch.equal(grpo.group_advantages(equal, std=std), torch.zeros_like(equal))
 
 
-def test_a_prompts_advantages_do_not_see_another_prompt():
-    rewards = randn(3, 5)
-    moved = rewards.clone()
-    moved[1, 2] += 1
-    for std in ("group", "none"):
-        before, after = grpo.group_advantages(rewards, std), grpo.group_advantages(moved, std)
-        assert torch.equal(before[[0, 2]], after[[0, 2]]) and not torch.isclose(before[1], after[1]).any()
-
-
 def test_multi_reward_advantages_by_hand():
     # K=2, P=1, G=2. Reward 0: 0, 4 -> -1, 1. Reward 1: 9, 3 -> 1, -1. 0.7*(-1, 1) + 0.2*(1, -1) = (-0.5, 0.5).
     rewards = torch.tensor([[[0.0, 4.0]], [[9.0, 3.0]]])
@@ -143,15 +134,6 @@ def test_clipped_objective_value_and_gradient_by_hand(ratio, advantage, value, s
     assert torch.equal(grpo.clipped_objective(rho, a, None), rho * a)
 
 
-def test_released_broadcast_gives_every_sample_the_batch_mean_and_ours_refuses_it():
-    ratio, advantage = torch.ones(3), torch.tensor([1.0, 5.0, -3.0])
-    wrong = ratio * advantage[:, None]  # the released (B,1) * (B,)
-    torch.testing.assert_close(wrong.mean(0), advantage.mean().expand(3))  # (3, 3); column j: everybody's advantage
-    for bad in (advantage[:, None], advantage[:1]):
-        with pytest.raises(ValueError):
-            grpo.clipped_objective(ratio, bad, 0.2)
-
-
 def test_policy_loss_by_hand():
     # clip 0.2, advantages clamped to +-5: ratio 1.5, A 2: clipped 2.4; 0.5, -3: clipped -2.4;
     # 1.05, 7 -> 5: 5.25; 0.5, 1: free 0.5. Loss = -objective + 0.1 * kl.
@@ -198,35 +180,6 @@ def test_no_gradient_reaches_the_old_policy_or_the_advantage():
     assert old.grad is None and advantage.grad is None and not any(value.requires_grad for value in stats.values())
     torch.testing.assert_close(kl.grad, torch.full((4,), 0.5).double())
     torch.testing.assert_close(log_prob.grad, (-(log_prob - old).exp() * advantage).detach())
-
-
-def test_policy_loss_of_a_sample_does_not_see_its_neighbours():
-    inputs = [randn(3, seed=i) for i in range(4)]
-    before, _ = grpo.policy_loss(*inputs[:3], clip=0.9, kl=inputs[3], beta=0.3)
-    for tensor in inputs:
-        moved = [t + (torch.tensor([0.0, 0.05, 0.0]) if t is tensor else 0) for t in inputs]
-        after, _ = grpo.policy_loss(*moved[:3], clip=0.9, kl=moved[3], beta=0.3)
-        assert torch.equal(after[[0, 2]], before[[0, 2]]) and after[1] != before[1]
-
-
-def test_policy_loss_refuses_unequal_shapes():
-    one, column = torch.ones(3), torch.ones(3, 1)
-    calls = [
-        lambda: grpo.policy_loss(one, one, column, 0.2), lambda: grpo.policy_loss(one, torch.ones(1), one, 0.2),
-        lambda: grpo.policy_loss(one, one, one, 0.2, kl=column, beta=0.1),
-        lambda: grpo.policy_loss(one, one, one, 0.2, ratio=column),
-    ]  # fmt: skip
-    for call in calls:
-        with pytest.raises(ValueError):
-            call()
-
-
-def test_unclipped_ratio_turns_old_samples_into_the_new_policys_expectation():
-    # Importance sampling: E_old[rho R] = E_new[R]. Old N(0,1), new N(0.5,1), R = x: 0.5.
-    x = randn(40_000, seed=3)
-    new, old = Normal(0.5, 1.0).log_prob(x), Normal(0.0, 1.0).log_prob(x)
-    loss, _ = grpo.policy_loss(new, old, x, clip=None, advantage_clip=100.0)
-    assert -loss.mean().item() == pytest.approx(0.5, abs=5 * loss.std().item() / 200)
 
 
 def gaussian_policy_gradient(theta, prompts, group, seed, std):
@@ -305,15 +258,6 @@ def test_guard_ratio_is_one_on_policy_and_its_gradient_is_std_times_the_score():
     ratio.sum().backward()
     assert frozen.grad is None
     torch.testing.assert_close(mean.grad, eps)  # std * (x - mean) / std^2
-
-
-def test_guard_ratio_refuses_steps_without_noise_and_unequal_shapes():
-    lp, mean = torch.zeros(3), torch.zeros(3, 4)
-    bad = [(lp, lp, mean, mean, std) for std in (0.0, torch.tensor([0.5, 0.0, 0.5]), torch.full((3, 1), 0.5))]
-    bad += [(lp, lp[:1], mean, mean, 0.5), (lp, lp, mean, mean[:1], 0.5), (lp, lp, mean[:1], mean[:1], 0.5)]
-    for arguments in bad:
-        with pytest.raises(ValueError):
-            grpo.guard_ratio(*arguments)
 
 
 # ------------------------------------------------------------------------ guidance in the rollout alone (Q 4.1)
@@ -473,22 +417,3 @@ def test_collateral_impact_predicts_the_change_of_the_other_task(seed):
 
 
 # ---------------------------------------------------------------------------------------------------- precision
-@pytest.mark.parametrize(
-    "given, kept", [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)]
-)
-def test_bfloat16_is_computed_in_float32_and_float64_is_kept(given, kept):
-    a, b, mean, rewards = (randn(*s, seed=i).to(given) for i, s in enumerate([(3,), (3,), (3, 4), (2, 3, 4)]))
-    functions = {
-        "advantages": lambda a, b, m, r: grpo.group_advantages(r[0]),
-        "sum": lambda a, b, m, r: grpo.multi_reward_advantages(r, [0.3, 0.7]),
-        "objective": lambda a, b, m, r: grpo.clipped_objective(a, b, 0.2),
-        "loss": lambda a, b, m, r: grpo.policy_loss(a, b, b, 0.2, kl=a, beta=0.1)[0],
-        "ratio": lambda a, b, m, r: grpo.policy_loss(a, b, b, 0.2, ratio=a)[1]["ratio_std"],
-        "guard": lambda a, b, m, r: grpo.guard_ratio(a, b, m, m.flip(0), 0.5),
-        "impact": lambda a, b, m, r: grpo.collateral_impact(m[0], a, m),
-    }
-    for name, f in functions.items():
-        found = f(a, b, mean, rewards)
-        assert found.dtype == kept, name
-        full = f(*(x.double() for x in (a, b, mean, rewards)))
-        torch.testing.assert_close(found.double(), full, rtol=1e-5, atol=1e-6, msg=name)

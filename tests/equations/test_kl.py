@@ -102,45 +102,6 @@ def test_gradients_flow_to_both_policies_with_opposite_sign():
         torch.testing.assert_close(by_q, -by_p)
 
 
-def test_a_sample_has_its_own_time_and_does_not_move_another():
-    v_p, v_q = draw(9), draw(10)
-    times = [torch.tensor(x, dtype=F64) for x in ((1.0, 0.6, 0.2), (0.1, 0.2, 0.05), (3.0, 0.9, 0.4))]
-    together = kl.velocity_kl(v_p, v_q, *times)
-    for i in range(3):
-        row = slice(i, i + 1)
-        torch.testing.assert_close(together[row], kl.velocity_kl(v_p[row], v_q[row], *(t[i].item() for t in times)))
-    moved = v_p + torch.tensor([0.0, 1.0, 0.0]).reshape(3, 1, 1)
-    for distance in (lambda v: kl.velocity_kl(v, v_q, *times), lambda v: kl.gaussian_kl(v, v_q, times[2])):
-        before, after = distance(v_p), distance(moved)
-        assert before.shape == (3,) and torch.equal(before[[0, 2]], after[[0, 2]]) and before[1] != after[1]
-
-
-def test_no_noise_unequal_shapes_and_columns_are_refused():
-    a, b = torch.ones(3, 2), torch.ones(3, 1)
-    calls = [
-        lambda: kl.gaussian_kl(a, a, 0.0), lambda: kl.kl_weight(0.5, 0.1, torch.tensor([0.1, 0.0, 0.2])),
-        lambda: kl.velocity_kl(a, a, 0.5, 0.1, 0.0), lambda: kl.gaussian_kl(a, b, 0.5),
-        lambda: kl.velocity_kl(a, b, 0.5, 0.1, 0.4), lambda: kl.gaussian_kl(a, a, b),
-        lambda: kl.velocity_kl(a, a, 0.5, 0.1, b),  # the released (B,1) x (B,) -> (B,B)
-    ]  # fmt: skip
-    for call in calls:
-        with pytest.raises(ValueError):
-            call()
-
-
-@pytest.mark.parametrize("given, kept", [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (F64, F64)])
-def test_bfloat16_is_computed_in_float32_and_float64_is_kept(given, kept):
-    p, q, times = draw(22).to(given), draw(23).to(given), torch.tensor([0.9, 0.5, 0.3]).to(given)
-    for distance in (
-        lambda p, q, t: kl.gaussian_kl(p, q, t),
-        lambda p, q, t: kl.velocity_kl(p, q, t, t, t),
-        lambda p, q, t: kl.w2_bound(p[0, 0].abs(), q[0, 0].abs(), torch.linspace(1, 0, 5)),
-    ):
-        assert distance(p, q, times).dtype == kept
-        full = distance(p.double(), q.double(), times.double())
-        torch.testing.assert_close(distance(p, q, times).double(), full, rtol=1e-5, atol=0)
-
-
 # --------------------------------------------------------------------------------------------------- Q Eq. 17
 def test_w2_bound_trapezoid_by_hand_on_an_uneven_grid():
     # gap^2 = 4, 1, 3 at t = 1, .6, 0: .4*2.5 + .6*2 = 2.2; L = 0, 1, 2: .4*.5 + .6*1.5 = 1.1

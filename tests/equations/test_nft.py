@@ -182,13 +182,3 @@ def test_ema_update_refuses_mismatches_before_it_writes_anything():
 def test_old_policy_decay_rises_from_zero_to_its_cap():
     # min(0.001 step, 0.5): 0 at 0, 0.001 at 1, 0.3 at 300, 0.5 from 500 on.
     assert [nft.old_policy_decay(s) for s in (0, 1, 300, 500, 900)] == pytest.approx([0.0, 0.001, 0.3, 0.5, 0.5])
-
-
-@pytest.mark.parametrize("given, kept", [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)])
-def test_bfloat16_is_computed_in_float32_and_float64_is_kept(given, kept):
-    low = [x.to(given) for x in batch()]
-    for f in (lambda v, old, target, r: nft.nft_loss(v, old, target, r, 0.5),
-              lambda v, old, target, r: nft.velocity_penalty(v, old),
-              lambda v, old, target, r: nft.optimality(r, 0.3)):  # fmt: skip
-        assert f(*low).dtype == kept
-        torch.testing.assert_close(f(*low).double(), f(*(x.double() for x in low)), rtol=1e-5, atol=0)

@@ -30,8 +30,7 @@ from torch import Tensor
 import rewards
 from data import files as data
 from data.files import Prompt
-from harness import load as student
-from harness import ranks, report, rollout
+from harness import load, ranks, report, rollout
 from models import flow
 from scorers import panel as scoring
 from tiny import drawings as tiny
@@ -104,7 +103,7 @@ def evaluate(
     if panel is None and ranks.rank_and_world()[0] == 0:
         panel = panel_of(s, model.device)
     for task, some in prompts.items():
-        latents = rollout.draw(model, some, s, data.seed_for("eval", s.seed, task), cfg)
+        latents = rollout.draw(model, some, s.eval_steps, s.micro_batch, data.seed_for("eval", s.seed, task), cfg)
         if ranks.rank_and_world()[0] > 0:
             continue
         images = model.decode(latents)
@@ -127,11 +126,11 @@ def compare(s: Settings) -> tuple[dict[str, dict], Path]:
     if not s.eval_prompts:
         raise settings.SettingsError("--eval-prompts 0: nothing would be compared; ask for at least one a task")
     device = ranks.start(s)
-    student.locate_all(s)
+    load.locate_all(s)
     folder = Path(s.out) / s.name
-    prompts = rollout.load_prompts(s, "test", s.eval_prompts, settings.test_tasks(s))
-    model = student.base_model(s, device)
-    experts = student.load_teachers(model, s)
+    prompts = load.load_prompts(s, "test", s.eval_prompts, settings.test_tasks(s))
+    model = load.base_model(s, device)
+    experts = load.load_teachers(model, s)
     names: dict[str, str | None] = {"base": None} | {f"teacher {task}": name for task, name in experts.items()}
     for name, where in s.compare.items():
         names[name] = f"compare:{name}"

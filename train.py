@@ -1,33 +1,37 @@
-"""The pipelines of both papers, one short loop a stage:
+"""The pipelines of both papers, one loop a stage:
 
-    pretrain   flow matching on the tiny world's drawings (F Eq. 1, Q Eq. 2)
-    curate     keep the prompts from which a policy can learn (Q 4.2)                                    teach.py
-    grpo       one teacher per task by GRPO (F 4.1, Q Eq. 4-6); --task mix is the baseline that learns   teach.py
+    pretrain   flow matching on a tiny world's drawings (F Eq. 1, Q Eq. 2)
+    curate     keep the prompts from which a policy can learn (Q 4.2)
+    grpo       one teacher for each task by GRPO (F 4.1, Q Eq. 4-6); --task mix is the baseline that learns
                everything at once (F App. A's GRPO-mix, Q 4.3's Mix-RL)
-    nft        the same by DiffusionNFT (Q Eq. 7-9)                                                      teach.py
+    nft        the same by DiffusionNFT (Q Eq. 7-9)
     sft        cold start: flow matching on images of the routed teachers (F 5.1)
     merge      cold start: one adapter out of the teachers' (F 5.1)
-    opd        multi-teacher on-policy distillation (F Eq. 7-12, Q Eq. 14)                               distil.py
+    opd        multi-teacher on-policy distillation (F Eq. 7-12, Q Eq. 14)
     all        the presets' own order: F merges, distils and compares; Q trains teachers and distils them
 
     torchrun --nproc_per_node=8 train.py --stage opd                     # SD3.5-M, F App. A
     torchrun --nproc_per_node=8 train.py --preset qwen-rl --stage grpo --task t2i
     python train.py --preset tiny --stage opd                            # a laptop, minutes; also --preset tiny-qwen
 
-Each loop reads like the paper's algorithm; the mathematics is in sde, kl, grpo, nft, opd and merge, what a step draws
-in rollout, what a run needs besides in runtime.
+The mathematics is in sde, kl, grpo, nft, opd and merge. harness/rollout.py draws a step's rows, noise and
+micro-batches; harness/load.py says what a student and a teacher are. A name with _B has a value for each row, with
+_PG for each sample of each prompt. Every backward takes its rows' share of the mean over a step's rows and trained
+transitions. A loop's `load` loads its model and scorers; `--dry-run` hands in one whose models only count.
 """
 
+import concurrent.futures
 import random
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import settings
 from harness import plan, threads
 from scorers import registry
-from settings import Settings, task_list
+from settings import Settings, is_tiny, rewarded_tasks, task_list
 
 if __name__ == "__main__":
     threads.sleep_while_waiting()
@@ -36,48 +40,52 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 import eval as evaluation
+import grpo
+import kl
 import merge
+import nft
+import opd
+import rewards
 import sde
 from data import files as data
-from harness import distil, ranks, report, rollout, teach
-from harness import load as student
+from harness import cli, curation, load, ranks, report, rollout
 from harness import run as runtime
-from harness.rollout import batches
+from harness.ranks import USER_ERRORS
+from harness.rollout import Row, Trajectories, batches, micro_batches, prompts_of
 from harness.run import Run
-from models import flow
-from models import load as models
-from models import lora as adapters
+from models import flow, hub, lora
 from scorers import panel as scoring
-from tiny import drawings as tiny
-from tiny import edits as tiny_edit
+from scorers.panel import Panel
+from tiny import drawings, edits
 
 
 # --------------------------------------------------------------------------------------------------------- pretrain
-def pretrain(s: Settings) -> Path:
+def pretrain(s: Settings, load=load) -> Run:
     """The base model: flow matching (F Eq. 1, Q Eq. 2) on drawings whose captions are sometimes wrong."""
-    run = Run(s, models.new_tiny(s.seed, device=ranks.start(s), qwen="edit" in task_list(s)))
+    run = load.new_base_run(s)
     for _ in run.steps("loss"):
         began, rng = time.time(), random.Random(run.generator("world", run.rank).initial_seed())
         noise, loss = run.generator("noise", run.rank), 0.0
-        for part in tiny_batches(s, rng):
+        for part in drawings_of(s, rng):
             captions = ["" if rng.random() < s.caption_dropout else caption for caption in part["captions"]]
             x0 = run.model.latents(torch.from_numpy(np.stack(part["images"])))
             tokens = torch.tensor([run.model.tokenize(caption) for caption in captions])
-            cond = run.model.encode_tokens(tokens, part["sources"])
+            cond = run.model.encode_tokens(tokens, part["sources"])  # with gradient: the embeddings train, too
             loss += flow_matching(run, x0, training_times(run, len(x0), noise), cond, noise, s.batch_size)
         run.log({"loss": loss, "grad_norm": run.update(), "seconds": time.time() - began})
-    return finish(run)
+    return run
 
 
-def tiny_batches(s: Settings, rng: random.Random) -> Iterator[dict]:
+def drawings_of(s: Settings, rng: random.Random) -> Iterator[dict]:
     """A step's drawings: {"images", "captions", "sources"}; of a world that edits too, half of them edits."""
-    edits = s.batch_size // 2 if "edit" in task_list(s) else 0
-    images, captions = zip(*(tiny.training_example(rng) for _ in range(s.batch_size - edits)), strict=True)
+    changed = s.batch_size // 2 if "edit" in task_list(s) else 0
+    images, captions = zip(*(drawings.training_example(rng) for _ in range(s.batch_size - changed)), strict=True)
     yield {"images": images, "captions": captions, "sources": None}
-    if edits:
-        sources, images, captions = zip(*(tiny_edit.training_edit(rng) for _ in range(edits)), strict=True)
+    if changed:
+        sources, images, captions = zip(*(edits.training_edit(rng) for _ in range(changed)), strict=True)
         yield {"images": images, "captions": captions, "sources": [torch.from_numpy(source) for source in sources]}
 
 
@@ -86,81 +94,362 @@ def training_times(run: Run, count: int, noise: torch.Generator) -> Tensor:
     return torch.sigmoid(torch.randn(count, generator=noise) + run.model.train_shift)
 
 
-def flow_matching(run: Run, x0: Tensor, t: Tensor, cond: flow.Cond, noise: torch.Generator, of: int) -> float:
-    """Backward of one flow-matching batch (F Eq. 1, Q Eq. 2), in micro-batches -> its part of the loss of `of` rows."""
+def flow_matching(run: Run, x0: Tensor, t: Tensor, cond: flow.Cond, noise: torch.Generator, rows: int) -> float:
+    """Backward of one flow-matching batch in micro-batches (F Eq. 1, Q Eq. 2) -> its part of the mean over `rows`."""
     eps, total = sde.standard_normal(x0.shape, noise), 0.0
     for part in batches(range(len(x0)), run.s.micro_batch):
         i = slice(part[0], part[-1] + 1)
         clean, e, at = (value[i].to(run.model.device) for value in (x0, eps, t))
-        v = run.model.velocity(sde.interpolate(clean, e, at), at, cond.rows(i))  # v_theta(x_t, t, c)
-        loss = sde.flow_matching_loss(v, clean, e).sum() / of
+        v = run.model.velocity(sde.interpolate(clean, e, at), at, cond.rows(i))  # v_theta(x_t, t, c), Q Eq. 1
+        loss = sde.flow_matching_loss(v, clean, e).sum() / rows  # F Eq. 1, Q Eq. 2
         loss.backward()
         total += loss.item()
     return total
 
 
+# ----------------------------------------------------------------------------------------------------------- curate
+def curate(s: Settings, load=load) -> Path:
+    """Prompt curation (Q 4.2): keep the prompts whose G samples differ in their reward by more than a threshold.
+
+    The student is the base, or --init. A prompt's line is written as soon as it is known, so that a run that was
+    killed goes on. The ranks share the prompts.
+    """
+    prompts = load.load_prompts(s, "train", s.train_prompts, task_list(s))
+    panel = load.panel_of(s)  # before the model: a scorer that is not installed is found out at once
+    panel.check(p for some in prompts.values() for p in some)
+    run = load.student_run(s)
+    known = curation.Ranges(run.folder / "ranges", run.rank, curation.fingerprint(s))
+    unknown = {curation.key(p): p for some in prompts.values() for p in some if not known.has(p)}  # each of them once
+    mine = list(unknown.values())[run.rank :: run.world]
+    ranks.wait()  # nobody writes before everybody has read
+    rollout.encode_all(run.model, mine, settings.student_cfg(s) != 1)
+    for part in tqdm(batches(mine, s.prompts_per_step), s.name, disable=run.rank > 0):
+        rows = [Row(p, data.seed_for("row", s.seed, s.stage, p.text, g)) for p in part for g in range(s.group_size)]
+        images = torch.cat([rollout.roll_out(run.model, some, s)[1] for some in micro_batches(rows, s.micro_batch)])
+        scores = panel.ask(images, prompts_of(rows), s.group_size, rollout.sources(prompts_of(rows)))
+        known.add(part, scoring.totals(scores).reshape(len(part), -1))
+    ranks.wait()
+    if run.rank == 0:
+        print(curation.write(run.folder, prompts, known.all(), s.threshold))
+    ranks.wait()
+    return run.folder
+
+
+# -------------------------------------------------------------------------------------------- teachers: grpo and nft
+def train_teacher(s: Settings, load=load) -> tuple[Run, Panel]:
+    """GRPO (F 4.1, Q Eq. 4-6, 13) or DiffusionNFT (Q Eq. 7-9): draw groups, score, compare within groups, step.
+
+    Q 4.1's hybrid (--guidance rollout) draws with classifier-free guidance, so that the rewards see what the model can
+    do, and leaves it out of the objective. `both` and `neither` are Q's two other strategies.
+    """
+    # DEVIATION: F 6.1 trains the quality teacher on the prompts of all tasks; here it sees its own, as a specialist.
+    prompts = load.load_prompts(s, "train", s.train_prompts, task_list(s) if s.task == "mix" else (s.task,))
+    panel = load.panel_of(s)
+    panel.check(p for some in prompts.values() for p in some)
+    run = load.student_run(s)
+    rollout.prepare(run, prompts)
+    update = {"grpo": update_policy, "nft": update_forward}[s.stage]
+    later = scoring.Later(lambda images, some: panel.ask(images, some, s.group_size, rollout.sources(some)))
+    ahead, unsuspected = None, set(panel.watched)
+    for step in run.steps("reward"):
+        unsuspected -= warn_of_hacking(run, unsuspected)
+        began, trained = time.time(), rollout.trained_steps(s, run.generator("subset"))
+        shares = ahead or draw_shares(run, rollout.rows_of(run, prompts, step), later)
+        # Nothing is drawn ahead of a checkpoint: a run that continues from it begins as this one goes on.
+        more = s.overlap and step + 1 < s.steps and (step + 1) % s.save_every
+        ahead = draw_shares(run, rollout.rows_of(run, prompts, step + 1), later) if more else None
+        scores, stats = collect(run, shares), []
+        for share, found in zip(shares, scores, strict=True):
+            advantage_PG = scoring.advantages(found, s.group_size, s.combine, s.advantage_std)  # Q Eq. 4, 13
+            stats.append(update(run, share.parts, advantage_PG, trained))
+        metrics = {key: float(np.mean([stat[key] for stat in stats])) for key in stats[0]}
+        everything = scoring.joined(scores)
+        metrics |= scoring.metrics(everything, s.group_size)
+        run.log({**metrics, "seconds": time.time() - began}, scoring.histograms(everything))
+    later.close()
+    return run, panel
+
+
+class Share(NamedTuple):
+    """The trajectories of one optimizer update, and what the scorers will say of them."""
+
+    parts: list[Trajectories]
+    scores: concurrent.futures.Future
+
+
+def draw_shares(run: Run, rows: Sequence[Row], later: scoring.Later) -> list[Share]:
+    """Roll out a step's rows, one share for each optimizer update; each share goes to the scorers when it is drawn."""
+    s, shares = run.s, []
+    for share in batches(rows, len(rows) // s.updates):
+        parts, images = [], []
+        with run.old_policy():  # nft: the old policy draws (Q Eq. 8)
+            for some in micro_batches(share, s.micro_batch):
+                run.stop_if_asked()
+                trajectories, pictures = rollout.roll_out(run.model, some, s)
+                parts.append(trajectories)
+                images.append(pictures)
+        shares.append(Share(parts, later.submit(torch.cat(images), prompts_of(share))))
+    return shares
+
+
+def collect(run: Run, shares: Sequence[Share]) -> list[scoring.Scores]:
+    """Wait for the scorers. If one fails for good, the run ends on every rank, after a checkpoint, with its words."""
+    fault, scores = None, []
+    for share in shares:  # not longer than a scheduler's grace: a far judge may take far more
+        while not (run.asked_to_stop or share.scores.done()):
+            concurrent.futures.wait([share.scores], timeout=0.2)
+    run.stop_if_asked()
+    try:
+        scores = [share.scores.result() for share in shares]
+        if all(found.lost.all() for found in scores):
+            raise rewards.RewardError("every prompt's group of a step was lost; the messages above say why")
+    except rewards.RewardError as error:
+        fault = error
+    run.fail_together(fault, rewards.RewardError)
+    return scores
+
+
+def warn_of_hacking(run: Run, watched: Collection[str]) -> set[str]:
+    """Print a line for each watched scorer that falls while the trained reward rises (F Fig. 2, Q 4.2) -> which."""
+    names = watched if run.rank == 0 else ()
+    found = {name for name in names if scoring.is_hacked(run.history("reward"), run.history(f"reward/{name}"))}
+    for name in sorted(found):
+        print(f"warning: step {run.step}: the reward rises while {name} falls", file=sys.stderr)
+    return found
+
+
+def update_policy(run: Run, parts: Sequence[Trajectories], advantage_PG: Tensor, trained: Sequence[int]) -> dict:
+    """One optimizer update on the clipped objective (F Eq. 3, Q Eq. 6), the mean over rows and trained transitions."""
+    s, advantage_B, stats = run.s, advantage_PG.flatten().to(run.model.device), []
+    weight = 1 / (len(trained) * len(advantage_B))
+    for part, own_B in zip(parts, advantage_B.split([len(part.x0) for part in parts]), strict=True):
+        for n in trained:
+            old = part.path[n]
+            v = part.velocity(old.x, old.t)  # v_theta(x_t, t, c)
+            mean = sde.transition_mean(old, v, s.noise_level, s.kernel)  # F Eq. 5-6
+            log_prob = sde.log_prob(old.x_next, mean, old.std, s.log_prob)
+            log_prob_old = sde.log_prob(old.x_next, old.mean, old.std, s.log_prob)
+            ratio = kl_B = None
+            if s.guard:
+                ratio = grpo.guard_ratio(log_prob, log_prob_old, mean, old.mean, old.std, s.log_prob)
+            if s.beta > 0:  # KL to the frozen base (Flow-GRPO's regulariser), F Eq. 9
+                with run.model.adapter(None):
+                    v_base = part.velocity(old.x, old.t)
+                kl_B = kl.velocity_kl(v, v_base, old.t, old.dt, old.sigma, s.log_prob)
+            loss_B, found = grpo.policy_loss(
+                log_prob, log_prob_old, own_B, s.clip, s.advantage_clip, kl_B, s.beta, ratio
+            )  # Q Eq. 6
+            (loss_B.sum() * weight).backward()
+            stats.append({key: value.item() * weight * len(loss_B) for key, value in found.items()})
+    return {**summed(stats), "grad_norm": run.update()}
+
+
+def update_forward(run: Run, parts: Sequence[Trajectories], advantage_PG: Tensor, trained: Sequence[int]) -> dict:
+    """One optimizer update on the forward-process loss (Q Eq. 7-9), the mean over rows and trained times."""
+    s, times, stats = run.s, run.model.time_grid(run.s.num_steps), []
+    r_B = nft.optimality(advantage_PG.flatten(), s.advantage_clip).to(run.model.device)  # Q 2.2
+    weight = 1 / (len(trained) * len(r_B))
+    for part, own_B in zip(parts, r_B.split([len(part.x0) for part in parts]), strict=True):
+        ts = [float(times[n]) for n in trained]
+        eps = [sde.standard_normal(part.x0.shape, part.noise).to(part.x0) for _ in ts]  # of each time and row its own
+        noisy = [sde.interpolate(part.x0, e, t) for e, t in zip(eps, ts)]  # x_t of Q Eq. 1, as in pretraining
+        with torch.no_grad(), run.old_policy():
+            olds = [part.velocity(x, t) for x, t in zip(noisy, ts)]
+        for t, e, x, v_old in zip(ts, eps, noisy, olds):
+            v = part.velocity(x, t)
+            loss_B = nft.nft_loss(v, v_old, e - part.x0, own_B, s.interpolation, reduce="mean")  # Q Eq. 7-8
+            found = {"loss": loss_B, "moved": sde.flat_reduce((v - v_old).square(), "mean")}
+            if s.beta > 0:
+                with run.model.adapter(None):
+                    v_base = part.velocity(x, t)
+                found["distance"] = nft.velocity_penalty(v, v_base, reduce="mean")  # Q Eq. 9
+                loss_B = loss_B + s.beta * found["distance"]
+            (loss_B.sum() * weight).backward()
+            stats.append(shares_of(found, weight))
+    return {**summed(stats), "grad_norm": run.update()}
+
+
+def shares_of(found_B: Mapping[str, Tensor], weight: float) -> dict[str, float]:
+    """Values of rows, (B,), as their share of the step's mean."""
+    return {key: value.detach().sum().item() * weight for key, value in found_B.items()}
+
+
+def summed(stats: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Key by key, the sum of a step's shares."""
+    found: dict[str, float] = {}
+    for row in stats:
+        for key, value in row.items():
+            found[key] = found.get(key, 0.0) + value
+    return found
+
+
 # -------------------------------------------------------------------------------------------- cold start: sft, merge
-def sft(s: Settings) -> Path:
+def sft(s: Settings, load=load) -> Run:
     """Cold start by SFT (F 5.1): each teacher draws its own task's prompts, the student learns what they drew."""
-    prompts = rollout.load_prompts(s, "train", s.train_prompts, task_list(s))
-    run = student.student_run(s)
-    experts = student.load_teachers(run.model, s)
+    prompts = load.load_prompts(s, "train", s.train_prompts, task_list(s))
+    run = load.student_run(s)
+    experts = load.load_teachers(run.model, s)
     count = -(-s.sft_images // len(prompts))
     chosen = {task: [some[i % len(some)] for i in range(count)] for task, some in prompts.items()}
     rollout.prepare(run, {}, [p for some in chosen.values() for p in some])
     drawn = {}
-    for task, rows in chosen.items():
+    for task, some in chosen.items():
         run.model.keep([experts[task]])
         with run.model.adapter(experts[task]):
-            seed = data.seed_for(s.seed, "sft", task)
-            drawn[task] = rollout.draw(run.model, rows, s, seed, settings.teacher_cfg(s))  # latents: no VAE is needed
+            seed = data.seed_for(s.seed, "sft", task)  # latents: no VAE is needed
+            drawn[task] = rollout.draw(run.model, some, s.eval_steps, s.micro_batch, seed, settings.teacher_cfg(s))
     run.model.keep([])
     for _ in run.steps("loss"):
         run.stop_if_asked()
         began, noise, loss = time.time(), run.generator("noise", run.rank), 0.0
         places = torch.randint(count * len(chosen), (s.batch_size,), generator=noise).sort().values
-        for number, (task, rows) in enumerate(chosen.items()):  # edits and others do not fit into one batch
+        for number, (task, some) in enumerate(chosen.items()):  # edits and others do not fit into one batch
             own = places[places // count == number] % count
             if len(own):
-                cond, _ = rollout.conditions(run.model, [rows[i] for i in own], 1.0)
+                cond, _ = rollout.conditions(run.model, [some[i] for i in own], 1.0)
                 times = training_times(run, len(own), noise)
                 loss += flow_matching(run, drawn[task][own], times, cond, noise, s.batch_size)
         run.log({"loss": loss, "grad_norm": run.update(), "seconds": time.time() - began})
-    return finish(run)
+    return run
 
 
-def merge_teachers(s: Settings) -> Path:
+def merge_teachers(s: Settings) -> Run:
     """Cold start by merging (F 5.1): the mean of the teachers' updates as one adapter. No training."""
     device = ranks.start(s)
-    student.locate_all(s)
-    model = student.base_model(s, device)
+    load.locate_all(s)
+    model = load.base_model(s, device)
     states, scales = [], []
     for where in s.teachers.values():
-        folder = adapters.locate(where)
-        if adapters.kind(folder) == "full":
-            raise adapters.ModelError(f"{folder}: a full checkpoint; --stage merge merges LoRA teachers")
+        folder = hub.locate(where)
+        if hub.kind(folder) == "full":
+            raise hub.ModelError(f"{folder}: a full checkpoint; --stage merge merges LoRA teachers")
         state, config = model.read_adapter(folder)
         states.append(state)
         scales.append(config.lora_alpha / config.r)
     merged = merge.merge_lora(states, method=s.merge_method, scales=scales)
     rank = next(value.shape[0] for key, value in merged.items() if "lora_A" in key)
-    lora = adapters.lora_config(rank, rank)  # merge_lora's update is B @ A at scale 1, hence alpha = rank
-    model.add_adapter(flow.STUDENT, lora, merged)
-    run = Run(s, model, lora)
+    config = lora.lora_config(rank, rank)  # merge_lora's update is B @ A at scale 1, hence alpha = rank
+    model.add_adapter(flow.STUDENT, config, merged)
+    run = Run(s, model, config)
     run.save()
-    return finish(run)
+    return run
+
+
+# -------------------------------------------------------------------------------------------------------------- opd
+def distil(s: Settings, load=load) -> Run:
+    """Multi-teacher on-policy distillation (F Eq. 7-12, Q Eq. 14): learn from the teachers on the student's own states.
+
+    roll out   the student walks its own trajectories: F's SDE, or Q's ODE (--states ode)
+    label      the teacher of the row's task says what it would do in each state (F Eq. 7). With --guidance teacher (Q
+               4.3) only the teachers are guided: the student learns to draw without, in half the forwards
+    learn      the estimator's gradient (F Eq. 9-11, Q Eq. 14) plus lambda MAR (F Eq. 12)
+    """
+    prompts = load.load_prompts(s, "train", s.train_prompts, task_list(s))
+    run = load.student_run(s)
+    experts = load.load_teachers(run.model, s)
+    rollout.prepare(run, prompts)
+    for step in run.steps("gap"):
+        began = time.time()
+        metrics = distil_step(run, rollout.rows_of(run, prompts, step), experts, s.estimator in opd.NEEDS_FUTURE)
+        run.log({**metrics, "grad_norm": run.update(), "seconds": time.time() - began})
+    return run
+
+
+def distil_step(run: Run, rows: Sequence[Row], experts: Mapping[str, str], stored: bool) -> dict[str, float]:
+    """Rollout, labels and backward of a step's rows, the mean over rows and trained transitions -> metrics.
+
+    Rows come task by task, so that a micro-batch mostly has one teacher. A full-checkpoint teacher is fetched while
+    the micro-batch before its own computes, and sent away after its last.
+    """
+    parts, stats = micro_batches(rows, run.s.micro_batch), []
+    trained = rollout.trained_steps(run.s, run.generator("subset"))
+    needed = [{experts[row.prompt.task] for row in part} for part in parts]
+    for i, part in enumerate(parts):
+        run.stop_if_asked()
+        run.model.keep(needed[i] | needed[(i + 1) % len(parts)] | {experts.get("anchor", "")})
+        stats += distil_part(run, part, experts, trained, 1 / (len(trained) * len(rows)), stored)
+    return summed(stats)
+
+
+def distil_part(
+    run: Run, rows: Sequence[Row], experts: Mapping[str, str], trained: Sequence[int], weight: float, stored: bool
+) -> list[dict[str, float]]:
+    """One micro-batch: walk the student's trajectories, ask the teachers, backward -> statistics of each transition.
+
+    Single pass: the rollout's own forward carries the gradient, and nothing is stored. `stored`: the trajectory is
+    walked first and each trained state is computed again, because a path estimator's credit lies in its future.
+    """
+    s, model = run.s, run.model
+    cond, uncond = rollout.conditions(model, prompts_of(rows), settings.teacher_cfg(s))
+    routed = opd.route([row.prompt.task for row in rows], experts)  # F Eq. 7: k = R(c)
+    student = rollout.field(model, cond, uncond, settings.student_cfg(s))  # v_theta(x, t)
+    x, noise = rollout.pure_noise(model, rows)
+    level, window = rollout.noise_of(s)
+    walk = sde.rollout(student, x, model.time_grid(s.num_steps), level, window=window, generator=noise)  # F Eq. 5-6
+    stats = []
+    if not stored:
+        for n in range(s.num_steps):
+            with torch.set_grad_enabled(n in trained):  # no graph where nothing is trained
+                tr = next(walk)
+            if n in trained:
+                visit, v_anchor = label(run, tr, cond, uncond, routed, experts.get("anchor"))
+                stats.append(learn(s, visit, tr.v, v_anchor, weight))
+        return stats
+    with torch.no_grad():
+        path = [tr for tr in walk if tr.index in trained]
+    visits, anchors = zip(*(label(run, tr, cond, uncond, routed, experts.get("anchor")) for tr in path), strict=True)
+    credit = opd.futures(s.estimator, visits, [tr.v for tr in path])
+    for visit, v_anchor, future in zip(visits, anchors, credit, strict=True):
+        v = student(visit.x, visit.t)
+        stats.append(learn(s, visit._replace(future=future), v, v_anchor, weight))
+    return stats
+
+
+def label(
+    run: Run, tr: sde.Transition, cond: flow.Cond, uncond: flow.Cond | None, routed: Mapping[str, Tensor],
+    anchor: str | None,
+) -> tuple[opd.Visit, Tensor | None]:  # fmt: skip
+    """A transition with its teachers' velocity (F Eq. 7), and the anchor's (F Eq. 12), None without MAR."""
+    s, model, cfg, v_anchor = run.s, run.model, settings.teacher_cfg(run.s), None
+    if anchor:
+        with model.adapter(anchor):
+            v_anchor = model.velocity(tr.x, tr.t, cond, uncond, cfg)
+
+    def teacher(name: str, index: Tensor, x: Tensor, t: float) -> Tensor:
+        if name == anchor:  # the anchor has answered for every row
+            return v_anchor[index]
+        with model.adapter(name):
+            return model.velocity(x, t, cond.rows(index), uncond and uncond.rows(index), cfg)
+
+    v_target = opd.target_velocity(routed, teacher, tr.x, tr.t)  # F Eq. 7
+    visit = opd.Visit(tr.x, tr.x_next, tr.t, tr.dt, tr.sigma, v_target, reduce=s.log_prob, weight=s.weight)
+    return visit, v_anchor
+
+
+def learn(s: Settings, at: opd.Visit, v: Tensor, v_anchor: Tensor | None, weight: float) -> dict[str, float]:
+    """Backward of one transition, with the student's v at its state: the estimator plus lambda MAR."""
+    loss_B = opd.ESTIMATORS[s.estimator](at, v)  # F Eq. 9-11, Q Eq. 14
+    found = {"loss": loss_B, "gap": sde.flat_reduce((v - at.v_target).square(), "mean")}
+    if v_anchor is not None:
+        found["mar"] = opd.mar_penalty(v, v_anchor, at.t, at.dt, at.sigma, at.reduce, at.weight)
+        loss_B = loss_B + s.mar * found["mar"]  # F Eq. 12
+    if at.sigma > 0:
+        mean, target = (sde.sde_mean(at.x, u, at.t, at.dt, at.sigma) for u in (v, at.v_target))
+        found["kl"] = kl.gaussian_kl(mean, target, at.sigma * at.dt**0.5)  # F Eq. 8 in nats, for the log
+    (loss_B.sum() * weight).backward()
+    return shares_of(found, weight)
 
 
 # ------------------------------------------------------------------------------------------------ the whole pipeline
-def finish(run: Run, panel: scoring.Panel | None = None) -> Path:
+def finish(run: Run, panel: Panel | None = None) -> Path:
     """Evaluate the exported weights, write the report, say where everything is -> the last checkpoint.
 
-    panel: the scorers that are at hand anyway; else those that --rewards names are loaded, if it names any.
+    panel: the scorers that are at hand; without it, those that --rewards names are loaded, if it names any.
     """
     s, rows = run.s, {}
     run.model.keep([])
     if s.eval_prompts:
-        prompts = rollout.load_prompts(s, "test", s.eval_prompts, settings.test_tasks(s))
+        prompts = load.load_prompts(s, "test", s.eval_prompts, settings.test_tasks(s))
         with run.exported():
             result = evaluation.evaluate(run.model, prompts, s, settings.student_cfg(s), panel)
         if result:
@@ -175,13 +464,21 @@ def finish(run: Run, panel: scoring.Panel | None = None) -> Path:
     return run.checkpoint
 
 
+# A stage's settings -> what it has made.
+STAGES = {
+    "pretrain": lambda s: finish(pretrain(s)), "curate": curate, "sft": lambda s: finish(sft(s)),
+    "merge": lambda s: finish(merge_teachers(s)), "grpo": lambda s: finish(*train_teacher(s)),
+    "nft": lambda s: finish(*train_teacher(s)), "opd": lambda s: finish(distil(s)),
+}  # fmt: skip
+
+
 def everything(s: Settings, chosen: dict) -> Path:
     """--stage all, in the order of `settings.parts_of`, and the table. The tiny worlds have no published base: there,
     pretraining comes first. F has published teachers, and merges them into a cold start; Q trains its own."""
 
     def part(stage: str, **more) -> Path:
         name = "-".join([s.name, stage, *([more["task"]] if "task" in more else [])])
-        return STAGES[stage](settings.for_stage(chosen, stage, name=name, **more))
+        return STAGES[stage](cli.for_stage(chosen, stage, name=name, **more))
 
     base, teachers, cold, init = s.model, s.teachers, {}, ""
     for stage in settings.parts_of(s):
@@ -198,20 +495,12 @@ def everything(s: Settings, chosen: dict) -> Path:
     if not s.eval_prompts:
         return Path(learnt)
     compared = {**{{"merge": "merged"}.get(k, k): v for k, v in cold.items()}, "opd student": learnt}
-    final = settings.for_stage(chosen, "eval", name=s.name, **common, compare=compared)
+    final = cli.for_stage(chosen, "eval", name=s.name, **common, compare=compared)
     rows, where = evaluation.compare(final)
     if rows:
         print(report.markdown_table({name: row["scores"] for name, row in rows.items()}))
         print(f"\npictures: {where.parent / 'samples'}\nreport:   {where}")
     return where.parent
-
-
-# A stage's settings -> what it has made.
-STAGES = {
-    "pretrain": pretrain, "curate": teach.curate, "sft": sft, "merge": merge_teachers,
-    "grpo": lambda s: finish(*teach.train_teacher(s)), "nft": lambda s: finish(*teach.train_teacher(s)),
-    "opd": lambda s: finish(distil.distil(s)),
-}  # fmt: skip
 
 
 def run_stage(s: Settings, chosen: dict) -> None:
@@ -221,7 +510,7 @@ def run_stage(s: Settings, chosen: dict) -> None:
         everything(s, chosen)
     elif s.stage in ("grpo", "nft") and not s.task:
         for task in task_list(s):
-            STAGES[s.stage](settings.for_stage(chosen, s.stage, task=task, name=f"{s.name}-{task}"))
+            STAGES[s.stage](cli.for_stage(chosen, s.stage, task=task, name=f"{s.name}-{task}"))
     else:
         STAGES[s.stage](s)
 
@@ -229,14 +518,14 @@ def run_stage(s: Settings, chosen: dict) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """0: done or stopped in good order; 2: the user's to mend; 1: anything else, with its traceback; 130: Ctrl-C."""
     try:
-        s, chosen = settings.parse(list(sys.argv[1:] if argv is None else argv))
-        registry.read(s.rewards, settings.rewarded_tasks(s), settings.is_tiny(s))
+        s, chosen = cli.parse(list(sys.argv[1:] if argv is None else argv))
+        registry.read(s.rewards, rewarded_tasks(s), is_tiny(s))
         if s.dry_run:
             print(plan.describe(s))
             return 0
         run_stage(s, chosen)
         return 0
-    except ranks.USER_ERRORS as fault:
+    except USER_ERRORS as fault:
         return ranks.fail(fault)
     except runtime.Stopped as stop:
         code, message = 0, str(stop)

@@ -43,20 +43,20 @@ def estimators() -> None:
 def speed(rounds: int = 5, warmup: int = 2) -> None:
     """Seconds of one OPD step, single-pass and stored, in turn: median of each and of the ratio pair by pair."""
     import settings
-    from harness import distil, rollout
-    from harness import load as student
+    import train
+    from harness import load, rollout
 
     flags = ["--preset", "tiny", "--stage", "opd", "--out", "runs/bench-speed", "--no-resume", "--steps", "1000"]
     times: dict[bool, list[float]] = {True: [], False: []}
     s, _ = settings.parse(flags)
-    prompts = rollout.load_prompts(s, "train", s.train_prompts, settings.task_list(s))
-    run = student.student_run(s)
-    experts = student.load_teachers(run.model, s)
+    prompts = load.load_prompts(s, "train", s.train_prompts, settings.task_list(s))
+    run = load.student_run(s)
+    experts = load.load_teachers(run.model, s)
     rows = rollout.rows_of(run, prompts, 0)
     for _ in range(warmup + rounds):
         for single in times:
             began = time.perf_counter()
-            distil.distil_step(run, rows, experts, single)
+            train.distil_step(run, rows, experts, stored=not single)
             run.update()
             times[single].append(time.perf_counter() - began)
     one, two = times[True][warmup:], times[False][warmup:]
@@ -170,9 +170,11 @@ def step(*flags: str, config: dict | None = None, rounds: int = 3) -> dict[str, 
     """
     import torch
 
+    import opd
     import settings
+    import train
     from data.files import Prompt
-    from harness import cost, distil, ranks, rollout, sizes
+    from harness import cost, ranks, rollout, sizes
     from tiny import edits as tiny_edit
 
     s, _ = settings.parse(["--stage", "opd", "--no-resume", "--out", tempfile.mkdtemp(), *flags])
@@ -185,7 +187,7 @@ def step(*flags: str, config: dict | None = None, rounds: int = 3) -> dict[str, 
     seconds, cuda = [], device.type == "cuda"
     for _ in range(1 + rounds):
         began = time.perf_counter()
-        distil.distil_step(run, rows, experts, s.estimator not in ("path", "sampled_path"))
+        train.distil_step(run, rows, experts, s.estimator in opd.NEEDS_FUTURE)
         run.update()
         if cuda:
             torch.cuda.synchronize()
@@ -213,20 +215,20 @@ def overlap(steps: int = 8, rounds: int = 3) -> dict[str, float]:
     """
     import settings
     import train
-    from harness import load as student
-    from harness import rollout
+    from harness import load, rollout
     from scorers import panel as scoring
     from tiny import drawings as tiny
 
     flags = ["--preset", "tiny", "--stage", "grpo", "--task", "text", "--out", "runs/bench-overlap", "--no-resume"]
     flags += ["--steps", str(steps), "--save-every", str(steps), "--eval-prompts", "0"]
     s, _ = settings.parse(flags)
-    run = student.student_run(s)
-    rows = rollout.rows_of(run, rollout.load_prompts(s, "train", s.train_prompts, ("text",)), 0)
+    run = load.student_run(s)
+    rows = rollout.rows_of(run, load.load_prompts(s, "train", s.train_prompts, ("text",)), 0)
     spent = []
     for _ in range(5):
         began = time.perf_counter()
-        rollout.roll_out(run, rows)
+        for part in rollout.micro_batches(rows, s.micro_batch):
+            rollout.roll_out(run.model, part, s)
         spent.append(time.perf_counter() - began)
     latency = min(spent)  # a rollout's own time; the rest is the machine's other load
     build, real = scoring.build, tiny.scorer("ocr")

@@ -49,14 +49,14 @@ def scores_at(run: Path | None, guidance: str) -> dict[str, float]:
     """Scores of a run (None: the base) on all test prompts, drawn with guidance ("both") or without ("neither")."""
     import eval as evaluation
     import settings
-    from harness import load, ranks, rollout
-    from models import lora as adapters
+    from harness import load, ranks
+    from models import hub
 
     s, _ = settings.parse([*QWEN, "--stage", "opd", "--guidance", guidance])
     model = load.base_model(s, ranks.start(s))
     if run:
-        model.add_expert("expert", str(adapters.last_checkpoint(run)))
-    prompts = rollout.load_prompts(s, "test", s.eval_prompts, settings.test_tasks(s))
+        model.add_expert("expert", str(hub.last_checkpoint(run)))
+    prompts = load.load_prompts(s, "test", s.eval_prompts, settings.test_tasks(s))
     with model.adapter("expert" if run else None):
         return evaluation.evaluate(model, prompts, s, settings.student_cfg(s))["scores"]
 
@@ -166,16 +166,16 @@ def student() -> None:
     """How far pictures lie from the guided teacher's of the same noise, and what drawing them costs."""
     import settings
     from harness import load, ranks, rollout
-    from models import lora as adapters
+    from models import hub
 
     s, _ = settings.parse([*QWEN, "--stage", "opd"])
     rows: dict[str, list] = {}
-    prompts = rollout.load_prompts(s, "test", s.eval_prompts, settings.test_tasks(s))
+    prompts = load.load_prompts(s, "test", s.eval_prompts, settings.test_tasks(s))
     for seed in SEEDS:
         model = load.base_model(s, ranks.start(s))
         for task in prompts:
-            model.add_expert(task, str(adapters.last_checkpoint(teacher(task, seed))))
-        model.add_expert("opd", str(adapters.last_checkpoint(opd_student(seed))))
+            model.add_expert(task, str(hub.last_checkpoint(teacher(task, seed))))
+        model.add_expert("opd", str(hub.last_checkpoint(opd_student(seed))))
         drawn: dict[str, list] = {}
         took: dict[str, float] = {}
         for task, some in prompts.items():
@@ -183,9 +183,10 @@ def student() -> None:
                     "OPD student, not guided": ("opd", 1.0)}  # fmt: skip
             for name, (expert, cfg) in ways.items():
                 with model.adapter(expert):
-                    rollout.draw(model, some[:8], s, seed, cfg)  # warm
+                    rollout.draw(model, some[:8], s.eval_steps, s.micro_batch, seed, cfg)  # warm
                     began = time.perf_counter()
-                    drawn.setdefault(name, []).append(model.decode(rollout.draw(model, some, s, seed, cfg)))
+                    latents = rollout.draw(model, some, s.eval_steps, s.micro_batch, seed, cfg)
+                    drawn.setdefault(name, []).append(model.decode(latents))
                     took[name] = took.get(name, 0.0) + time.perf_counter() - began
         for name, pictures in drawn.items():
             gaps = [(a - b).square().mean().sqrt() for a, b in zip(pictures, drawn["teacher, guided"], strict=True)]

@@ -14,21 +14,40 @@ range grows with G; compare thresholds for one G and one set of rewards only.
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
 from data.common import write_atomic
-from data.files import Prompt, is_open
+from data.files import Prompt, is_open, seed_for
+from harness.checkpoints import FREE
+from scorers import registry
+from scorers.remote import Limits
+from settings import Settings, is_tiny, rewarded_tasks
 
 REASONS = ("kept", "always good", "always bad", "not scored")
+# Settings and options of a scorer's entry that change no score; `FREE` has those that any run may change.
+NO_MATTER = ("threshold", "train_prompts", "prompts", "rewards", "threads", "out", "config")
+WAY_TO_A_SCORER = ("device", "endpoints", "key_env", *Limits._fields)
+
+
+def fingerprint(s: Settings) -> int:
+    """A number for everything that the ranges depend on: samples, weights of the model, scorers and their weights."""
+    asked = registry.read(s.rewards, rewarded_tasks(s), is_tiny(s))
+    matters = {k: v for k, v in asdict(s).items() if k not in (*FREE, *NO_MATTER)}
+    matters["weights"] = asked.weights
+    matters["scorers"] = {
+        name: {k: v for k, v in entry.items() if k not in WAY_TO_A_SCORER} for name, entry in asked.scorers.items()
+    }
+    return seed_for(json.dumps(matters, sort_keys=True))
 
 
 class Ranges:
     """The lines that are known so far, of all ranks and of earlier runs; this rank appends to its own file."""
 
     def __init__(self, folder: Path, rank: int, run: int):
-        """run: a number that stands for everything that the ranges depend on; lines of another are not ours."""
+        """run: the run's `fingerprint`; lines with another one are not ours."""
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.file, self.run = folder, folder / f"rank-{rank}.jsonl", run
         self.known = self.all()

@@ -1,35 +1,116 @@
-"""What stands on the accelerator in a stage: the base, the student, and the experts beside it?
+"""What does a stage load? Its prompts, its scorers, the frozen base, the student and the teachers beside it.
 
-    locate_all     find or fetch everything that the stage will read, before any of it is loaded
-    student_run    the frozen base and the student: a LoRA on it or a transformer of its own
-    load_teachers  the routed teachers (F Eq. 7, Q 4.3) and MAR's anchor (F Eq. 12)
+    world_of        where prompts and drawings come from: a tiny world or the real one
+    load_prompts    the prompts of each task, the user's own or the world's
+    panel_of        the scorers of the run
+    locate_all      find or fetch every checkpoint before any of them is loaded
+    new_base_run    a tiny base with fresh weights, for pretraining
+    base_model      the frozen base
+    student_run     the frozen base and the student: a LoRA on it, or a transformer of its own
+    load_teachers   the teachers of F Eq. 7 (Q 4.3) and the anchor of F Eq. 12
 """
+
+from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 
+import settings
 from data import files as data
+from data import written
+from data.files import Prompt
 from harness import ranks
 from harness.run import Run
-from models import flow
+from models import flow, hub, lora, tiny
 from models import load as models
-from models import lora as adapters
-from settings import Settings, is_tiny
+from scorers import panel, registry
+from settings import Settings, is_tiny, rewarded_tasks, task_list
+from tiny import drawings, edits
 
 
+# --------------------------------------------------------------------------------------------- worlds and prompts
+def world_of(s: Settings) -> ModuleType:
+    """The module that writes the run's prompts: of a tiny world, or for real models."""
+    return {"tiny": drawings, "tiny-qwen": edits}.get(s.preset, written)
+
+
+def load_prompts(s: Settings, split: str, count: int, tasks: Sequence[str]) -> dict[str, list[Prompt]]:
+    """The prompts of each task: from the user's files (--prompts) or `count` generated ones.
+
+    Edits of real pictures need a file. Without one they are not tested, and training on them is refused.
+    DataError names file and line.
+    """
+    mine, found = read_own_prompts(s, split), {}
+    if "edit" in tasks and "edit" not in mine and not is_tiny(s):
+        if split == "train":
+            needed = "--prompts edit=FILE.jsonl, or --tasks without edit"
+            raise settings.SettingsError(f"edits need source pictures: {needed}")
+        tasks = [task for task in tasks if task != "edit"]
+    for task in tasks:
+        try:
+            found[task] = mine.get(task) or world_of(s).make_prompts(task, split, count)
+        except ValueError as fault:
+            raise data.DataError(f"--{'eval' if split == 'test' else split}-prompts {count}: {fault}") from None
+        if split == "test":
+            found[task] = found[task][:count]
+    return found
+
+
+def read_own_prompts(s: Settings, split: str) -> dict[str, list[Prompt]]:
+    """--prompts TASK=PATH ... -> prompts by task; "auto" routes each prompt by itself (F Eq. 7, `data.task_of`).
+
+    A folder without a test split, as curation leaves it, has no test prompts to give.
+    """
+    found: dict[str, list[Prompt]] = {}
+    for task, path in s.prompts.items():
+        if split == "test" and not data.holds_split(path, "test") and data.holds_split(path, "train"):
+            continue
+        for prompt in data.read_prompts(path, "quality" if task == "auto" else task, split):
+            if task == "auto":
+                own = data.task_of(prompt.text, prompt.metadata)
+                # Q knows two tasks: whatever is not an edit is drawn from text.
+                prompt = prompt._replace(task="t2i" if own != "edit" and "t2i" in task_list(s) else own)
+            if is_tiny(s):
+                world_of(s).check_prompt(prompt)
+            known = settings.known_tasks(s)
+            if prompt.task not in known:
+                at = f"{prompt.source}: a prompt of the task {prompt.task!r}"
+                raise data.DataError(f"{at}; this model knows {', '.join(known)}")
+            data.check_source(prompt)
+            found.setdefault(prompt.task, []).append(prompt)
+    return found
+
+
+def panel_of(s: Settings) -> panel.Panel:
+    """The scorers that --rewards names, or the tasks' own."""
+    asked = registry.read(s.rewards, rewarded_tasks(s), is_tiny(s))
+    return panel.build(asked, ranks.start(s), is_tiny(s), s.on_reward_failure == "drop")
+
+
+# ------------------------------------------------------------------------------------------ student and teachers
 def locate_all(s: Settings) -> None:
-    """Find (or fetch) everything that a run will read, before any of it is loaded. ModelError names what is not there.
+    """Find or fetch every checkpoint that the run will read. ModelError names one that is not there.
 
-    One rank a node goes first, so that a download happens once.
+    One rank of each node goes first, so that a download happens once.
     """
     if ranks.local_rank() > 0:
         ranks.wait()
-    adapters.locate(s.model, models.BASE_FILES)
+    hub.locate(s.model, models.BASE_FILES)
     teachers = s.teachers.values() if s.stage in ("opd", "sft", "merge", "eval") else ()
-    anchor = [s.anchor] if s.stage == "opd" and s.mar > 0 and s.anchor not in s.teachers else []
-    for where in (*teachers, *anchor, *([s.init] if s.init else []), *s.compare.values()):
-        adapters.kind(adapters.locate(where))
+    for where in (*teachers, *anchors(s), *([s.init] if s.init else []), *s.compare.values()):
+        hub.kind(hub.locate(where))
     if ranks.local_rank() == 0:
         ranks.wait()
+
+
+def anchors(s: Settings) -> list[str]:
+    """MAR's anchor, if it is on (F Eq. 12) and the anchor is not one of the teachers."""
+    return [s.anchor] if s.stage == "opd" and s.mar > 0 and s.anchor not in s.teachers else []
+
+
+def new_base_run(s: Settings) -> Run:
+    """A tiny base with fresh weights, all of which train."""
+    return Run(s, tiny.new_tiny(s.seed, device=ranks.start(s), qwen="edit" in task_list(s)))
 
 
 def base_model(s: Settings, device: torch.device | str = "cpu") -> flow.FlowModel:
@@ -39,36 +120,35 @@ def base_model(s: Settings, device: torch.device | str = "cpu") -> flow.FlowMode
 
 
 def student_run(s: Settings) -> Run:
-    """The frozen base and a student: a LoRA on it or a transformer of its own, new or from --init (a cold start)."""
+    """The frozen base and the student: a LoRA on it or a transformer of its own, new or from --init (a cold start)."""
     device = ranks.start(s)
     locate_all(s)
-    model, lora = base_model(s, device), None
+    model = base_model(s, device)
     if s.parameters == "full":
         model.train_fully(s.init, keep_base=needs_base(s))
         ranks.shard(model, s)
         return Run(s, model)
-    state, lora = None, adapters.lora_config(s.rank, s.alpha)
+    state, config = None, lora.lora_config(s.rank, s.alpha)
     if s.init:
-        folder = adapters.locate(s.init)
-        if adapters.kind(folder) == "full":
-            raise adapters.ModelError(f"{folder}: a full checkpoint: add --parameters full, or give it as --model")
-        state, lora = model.read_adapter(folder)
+        folder = hub.locate(s.init)
+        if hub.kind(folder) == "full":
+            raise hub.ModelError(f"{folder}: a full checkpoint: add --parameters full, or give it as --model")
+        state, config = model.read_adapter(folder)
     with torch.random.fork_rng(devices=[]):  # the gaussian A of a new adapter
         torch.manual_seed(data.seed_for(s.seed, "lora"))
-        model.add_adapter(flow.STUDENT, lora, state)
-    return Run(s, model, lora)
+        model.add_adapter(flow.STUDENT, config, state)
+    return Run(s, model, config)
 
 
 def needs_base(s: Settings) -> bool:
     """Does a full-parameter student need the frozen base beside it: for LoRA teachers, or for the KL to the base?"""
     if s.stage in ("grpo", "nft"):
         return s.beta > 0
-    anchor = [s.anchor] if s.stage == "opd" and s.mar > 0 and s.anchor not in s.teachers else []
-    return any(adapters.kind(adapters.locate(where)) != "full" for where in (*s.teachers.values(), *anchor))
+    return any(hub.kind(hub.locate(where)) != "full" for where in (*s.teachers.values(), *anchors(s)))
 
 
 def load_teachers(model: flow.FlowModel, s: Settings) -> dict[str, str]:
-    """Put every teacher (and MAR's anchor) beside the student: {task: expert's name}, with "anchor" where MAR is on."""
+    """Put the teachers and MAR's anchor beside the student -> {task: its teacher's name}, "anchor" too if MAR is on."""
     experts = {}
     for task, where in s.teachers.items():
         experts[task] = f"teacher:{task}"

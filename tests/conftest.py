@@ -2,7 +2,7 @@
 
 `world` lives in the tiny world; `sd35` and `qwen` are the published pipelines' own classes with random weights, and
 have a teacher in each layout that users bring; `qwen` edits as well as draws, and has pictures to edit. Nothing heavy
-is imported at the top: the tests of the equation files must not pay for diffusers.
+is imported at the top.
 """
 
 import json
@@ -10,28 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-TASKS, QWEN_TASKS = ("composition", "text", "quality"), ("t2i", "edit")
-
-# Three steps of sampling, six images a batch: a training step takes milliseconds and still runs every line.
-COMMON = [
-    *("--prompts-per-step", "3", "--group-size", "2", "--batch-size", "3", "--sft-images", "6", "--rank", "4"),
-    *("--num-steps", "3", "--window", "0:2", "--alpha", "8", "--train-prompts", "12", "--eval-steps", "2"),
-    *("--threads", "1", "--device", "cpu"),
-]
-SMALL = ["--preset", "tiny", *COMMON, "--train-steps", "first", "--train-count", "2", "--eval-prompts", "6"]
-SMALL2 = [
-    *("--preset", "tiny-qwen", *COMMON, "--prompts-per-step", "4", "--train-steps", "first", "--train-count", "2"),
-    *("--eval-prompts", "7"),
-]  # fmt: skip
-SMALL_SD35 = [
-    *COMMON, *("--resolution", "64", "--precision", "float32", "--micro-batch", "3", "--eval-prompts", "1"),
-    *("--ema-every", "1", "--updates", "1", "--text-length", "16"),
-]  # fmt: skip
-SMALL_QWEN = [
-    "--preset", "qwen-rl", *COMMON, *("--resolution", "64", "--precision", "float32", "--micro-batch", "3"),
-    *("--eval-prompts", "1", "--ema-every", "1", "--updates", "1", "--text-length", "48", "--tasks", "t2i,edit"),
-    *("--num-steps", "4", "--train-count", "2"),
-]  # fmt: skip
+from tests.helpers.runs import QWEN_TASKS, SMALL, SMALL2, SMALL_QWEN, SMALL_SD35, TASKS, flags_of, save_random_adapter
 
 
 @pytest.fixture(scope="session")
@@ -39,16 +18,16 @@ def world(tmp_path_factory):
     """A random base (`base`), a random adapter a task (`teachers`), and the flags that choose them (`flags`)."""
     import torch
 
-    from models import load as models
+    from models import tiny
 
     root = tmp_path_factory.mktemp("world")
-    model = models.new_tiny(0, width=32, layers=1)
+    model = tiny.new_tiny(0, width=32, layers=1)
     model.save_full(root / "base", model.transformer.state_dict())
     teachers = {task: root / f"teacher-{task}" for task in TASKS}
     for number, folder in enumerate(teachers.values()):
         save_random_adapter(root / "base", folder, seed=number)
     torch.set_num_threads(1)
-    return SimpleNamespace(root=root, base=root / "base", teachers=teachers, flags=_flags(root, teachers, SMALL))
+    return SimpleNamespace(root=root, base=root / "base", teachers=teachers, flags=flags_of(root, teachers, SMALL))
 
 
 @pytest.fixture(scope="session")
@@ -60,8 +39,7 @@ def sd35(tmp_path_factory):
     import torch
     from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
-    from models import flow
-    from models import lora as adapters
+    from models import hub, lora
     from tests.helpers.sd3 import build_sd35, random_lora
 
     torch.set_num_threads(1)
@@ -71,7 +49,7 @@ def sd35(tmp_path_factory):
     transformer = SD3Transformer2DModel.from_pretrained(base / "transformer")
     for number, folder in enumerate((teachers["composition"], root / "lora")):
         state, config = random_lora(transformer, 4, 8.0, seed=number)
-        adapters.save_adapter(folder, state, config, str(base), flow.fingerprint(base / "transformer"))
+        lora.save_adapter(folder, state, config, str(base), hub.fingerprint(base / "transformer"))
     state, config = random_lora(transformer, 3, 9.0, seed=2)
     StableDiffusion3Pipeline.save_lora_weights(
         teachers["text"], transformer_lora_layers=state, transformer_lora_adapter_metadata=config.to_dict()
@@ -81,7 +59,7 @@ def sd35(tmp_path_factory):
         for p in transformer.parameters():
             p.add_(0.1 * torch.randn(p.shape, generator=rng))
     transformer.save_pretrained(teachers["quality"] / "transformer")
-    flags = _flags(root, teachers, SMALL_SD35)
+    flags = flags_of(root, teachers, SMALL_SD35)
     return SimpleNamespace(root=root, base=base, teachers=teachers, lora=root / "lora", flags=flags)
 
 
@@ -94,8 +72,7 @@ def qwen(tmp_path_factory):
     import torch
     from diffusers import QwenImageTransformer2DModel
 
-    from models import flow
-    from models import lora as adapters
+    from models import hub, lora
     from tests.helpers.qwen_hub import build_qwen
     from tests.helpers.sd3 import random_lora
 
@@ -105,7 +82,7 @@ def qwen(tmp_path_factory):
     teachers = {task: root / f"teacher-{task}" for task in ("t2i", "edit")}
     transformer = QwenImageTransformer2DModel.from_pretrained(base / "transformer")
     state, config = random_lora(transformer, 4, 8.0, seed=0)
-    adapters.save_adapter(teachers["t2i"], state, config, str(base), flow.fingerprint(base / "transformer"))
+    lora.save_adapter(teachers["t2i"], state, config, str(base), hub.fingerprint(base / "transformer"))
     with torch.no_grad():
         rng = torch.Generator().manual_seed(3)
         for p in transformer.parameters():
@@ -113,7 +90,7 @@ def qwen(tmp_path_factory):
     transformer.save_pretrained(teachers["edit"] / "transformer")
     prompts = {"t2i": root / "t2i.txt", "edit": _edits(root)}
     prompts["t2i"].write_text("a red cat\ntwo dogs on a bench\na sign\nthe sea at night, from above\n")
-    flags = [*_flags(root, teachers, SMALL_QWEN), "--prompts", *(f"{task}={path}" for task, path in prompts.items())]
+    flags = [*flags_of(root, teachers, SMALL_QWEN), "--prompts", *(f"{task}={path}" for task, path in prompts.items())]
     return SimpleNamespace(root=root, base=base, teachers=teachers, prompts=prompts, flags=flags)
 
 
@@ -132,26 +109,6 @@ def _edits(root):
               "include": [{"class": "cat", "count": 1}]} for text, n in asked]  # fmt: skip
     (root / "edits.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return root / "edits.jsonl"
-
-
-def _flags(root, teachers, small):
-    pairs = [f"{task}={path}" for task, path in teachers.items()]
-    return [*small, "--model", str(root / "base"), "--teachers", *pairs]
-
-
-def save_random_adapter(base, folder, seed, rank=4):
-    """An adapter whose B factors are not zero: it draws other pictures than the base and than any other seed's."""
-    import torch
-
-    from models import flow
-    from models import load as models
-    from models import lora as adapters
-
-    model, config = models.load_tiny(base), adapters.lora_config(rank, 2.0 * rank)
-    model.add_adapter(flow.STUDENT, config)
-    rng = torch.Generator().manual_seed(seed)
-    state = {k: 0.2 * torch.randn(v.shape, generator=rng) for k, v in model.adapter_state().items()}
-    adapters.save_adapter(folder, state, config, model.source, model.fingerprint)
 
 
 # ------------------------------------------------------------------------------------------------ runs
@@ -259,10 +216,10 @@ def world2(tmp_path_factory):
     """As `world`, in the tiny-qwen world: a random base, and a random adapter for each of Q's two tasks."""
     import torch
 
-    from models import load as models
+    from models import tiny
 
     root = tmp_path_factory.mktemp("world2")
-    model = models.new_tiny(0, width=32, layers=1, qwen=True)
+    model = tiny.new_tiny(0, width=32, layers=1, qwen=True)
     with torch.no_grad():  # as it is initialised, a prompt or a source picture hardly shows in the velocity
         for name, p in model.transformer.named_parameters():
             p.mul_(3.0 if p.ndim > 1 and "norm_out" not in name else 1.0)
@@ -271,7 +228,7 @@ def world2(tmp_path_factory):
     for number, folder in enumerate(teachers.values()):
         save_random_adapter(root / "base", folder, seed=number)
     torch.set_num_threads(1)
-    return SimpleNamespace(root=root, base=root / "base", teachers=teachers, flags=_flags(root, teachers, SMALL2))
+    return SimpleNamespace(root=root, base=root / "base", teachers=teachers, flags=flags_of(root, teachers, SMALL2))
 
 
 @pytest.fixture
@@ -307,77 +264,3 @@ def stock(sd35):
     pipe = StableDiffusion3Pipeline.from_pretrained(sd35.base)
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-# ------------------------------------------------------------------------------------ what a run leaves behind
-def metrics(folder, drop=("seconds",)):
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in drop} for line in lines]
-
-
-def stored(folder):
-    """All that continuing a run needs, as its newest checkpoint has it: {name: tensor}, "step" and "updates"."""
-    import safetensors.torch
-
-    from models import lora as adapters
-
-    last, found = adapters.last_checkpoint(folder), {}
-    for shard in sorted((last / "training").iterdir()):
-        found |= safetensors.torch.load_file(shard)
-    return found | json.loads((last / "training.json").read_text())
-
-
-def same(a, b):
-    """Bitwise equality of nested states."""
-    import torch
-
-    if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
-
-
-def flat(tensors):
-    """All numbers of some tensors, one after the other."""
-    import torch
-
-    return torch.cat([t.detach().flatten() for t in tensors])
-
-
-def weights(folder, kind="weights"):
-    """All trained numbers of a run's newest checkpoint; kind "average" or "old": those instead."""
-    return flat([value for key, value in sorted(stored(folder).items()) if key.startswith(f"{kind}.")])
-
-
-def close(a, b, tolerance=1e-5):
-    import torch
-
-    return torch.allclose(a, b, rtol=float(tolerance), atol=float(tolerance))
-
-
-def with_adapter(world, folder):
-    """A tiny model of the test's own that runs as one adapter (and could train it)."""
-    from models import flow
-    from models import load as models
-
-    model = models.load_tiny(world.base)
-    state, config = model.read_adapter(folder)
-    model.add_adapter(flow.STUDENT, config, state)
-    return model
-
-
-def tiny_settings(**changes):
-    """Settings of the tiny world, two sampling steps."""
-    import settings
-
-    return settings.resolve({"preset": "tiny", "eval_steps": 2, "eval_prompts": 5, "threads": 1, **changes})
-
-
-def the_one_line(capsys):
-    """What a user reads: a single line that begins "error:", and no stack."""
-    err = capsys.readouterr().err
-    assert err.startswith("error: ") and err.count("\n") == 1 and err.endswith("\n"), err
-    return err

@@ -32,7 +32,7 @@ from models import flow
 from models import load as models
 from models import lora as adapters
 from settings import SettingsError
-from tests.conftest import same, stored
+from tests.helpers.runs import same, stored
 
 START = {"vector": [1.0, -2.0], "matrix": [[3.0, 0.5, -1.0]]}
 GRADS = [  # three steps; the norm of the second is 13 and of the third 0.13: one is clipped at 1, one is not

@@ -18,9 +18,9 @@ from models.flow import Cond, FlowModel, joined
 from models.hub import PEFT_FILES, fingerprint, read_transformer
 from models.qwen import QwenFlow, pack, unpack
 from models.tiny import new_tiny
-from tests.conftest import same
 from tests.helpers import qwen_hub, sd3
 from tests.helpers.refusals import refusal
+from tests.helpers.runs import same
 
 RANK, ALPHA = 4, 12.0  # alpha / rank = 3: an adapter that loses its alpha is seen
 

@@ -9,8 +9,8 @@ import torch
 from models import lora
 from models.experts import STUDENT
 from models.tiny import load_tiny, new_tiny
-from tests.conftest import same
 from tests.helpers.refusals import refusal
+from tests.helpers.runs import same
 from tiny import drawings as tiny
 from tiny import edits as tiny_edit
 

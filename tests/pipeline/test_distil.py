@@ -1,5 +1,5 @@
-"""Oracles for the distillation: gradients against autograd on a model of the test's own, who labels which row with how
-much guidance, and who is asked for what.
+"""The distillation (train.py): gradients against autograd on a model of the test's own, who labels which row with how
+much guidance, and what is never asked for.
 """
 
 import math
@@ -10,78 +10,84 @@ import torch
 
 import eval as evaluation
 import opd
-from harness import distil, rollout
+import train
+from harness import rollout
 from models import sd3
-from scorers import ocr
 from scorers import panel as scoring
-from tests.conftest import close, flat, metrics, same, weights, with_adapter
+from tests.helpers.runs import TASKS, close, flat, metrics, same, weights, with_adapter
 from tiny import drawings as tiny
 
 
+@pytest.fixture
+def visits(spy):
+    """visits(): (visit, the student's v, the anchor's v, the row's weight) of every transition since the last call."""
+    calls = spy(train, "learn")
+
+    def visits():
+        found = [call.args[1:] for call in calls]
+        calls.clear()
+        return found
+
+    return visits
+
+
 # --------------------------------------------------------------------------------------- labels, gradients, estimators
-def test_the_gradient_of_opd_is_eq_9_plus_lambda_eq_12_by_autograd(go, spy, updates, world):
-    """Over samples and trained steps a mean; the states, targets and first weights are those that the run had."""
-    learnt, rows, start = spy(distil, "learn"), spy(rollout, "rows_of"), world.teachers["text"]
+def test_the_gradient_of_opd_is_eq_9_plus_lambda_eq_12_by_autograd(go, spy, visits, updates, world):
+    """The mean over rows and trained transitions, at the run's own states, targets and first weights."""
+    rows, start = spy(rollout, "rows_of"), world.teachers["text"]
     go("run", "--mar", "0.5", "--init", str(start))
     student = with_adapter(world, start)
     trained = list(student.trainable().values())
     assert same([p.data for p in trained], updates[0].weights), "--init is where it starts"
     cond = student.encode([row.prompt.text for row in rows[0].result])
     loss, dt = 0.0, 1 / 3  # the grid is 1, 2/3, 1/3, 0
-    for call, t in zip(learnt, (1.0, 2 / 3), strict=True):
-        step, v_target, v_anchor = call.args[1], call.args[3], call.args[4]
+    for (at, v_run, v_anchor, weight), t in zip(visits(), (1.0, 2 / 3), strict=True):
         sigma = 0.7 * math.sqrt(t / (1 - t if t < 1 else dt))
-        weight = dt / 2 * (sigma * (1 - t) / (2 * t) + 1 / sigma) ** 2
-        v = student.velocity(step.x, t, cond)
-        gap_B = ((v - v_target) ** 2).sum((1, 2, 3)) + 0.5 * ((v - v_anchor) ** 2).sum((1, 2, 3))
-        loss = loss + weight * gap_B.mean() / 2
+        w = dt / 2 * (sigma * (1 - t) / (2 * t) + 1 / sigma) ** 2
+        v = student.velocity(at.x, t, cond)
+        assert close(v_run.detach(), v.detach()), "on-policy: the student walks, and v is its own"
+        gap_B = ((v - at.v_target) ** 2).sum((1, 2, 3)) + 0.5 * ((v - v_anchor) ** 2).sum((1, 2, 3))
+        loss = loss + w * gap_B.mean() / 2
+        assert weight == pytest.approx(1 / 12), "two transitions of six rows"
     expected = flat(torch.autograd.grad(loss, trained))
     assert expected.norm() > 1e-3
     assert close(flat(updates[0].grads), expected, 1e-4 * expected.abs().max())
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [[], ["--cfg", "2"], ["--estimator", "path"], ["--parameters", "full"]],
-    ids=["plain", "guided", "stored", "all parameters"],
-)
-def test_each_row_is_labelled_by_the_teacher_of_its_task_and_all_by_the_anchor(go, spy, world, flags):
-    learnt, drawn = spy(distil, "learn"), spy(rollout, "rows_of")
+@pytest.mark.parametrize("flags", [[], ["--cfg", "2"], ["--estimator", "path"], ["--parameters", "full"]],
+                         ids=["plain", "guided", "stored", "all parameters"])  # fmt: skip
+def test_each_row_is_labelled_by_the_teacher_of_its_task_and_all_by_the_anchor(go, spy, visits, world, flags):
+    drawn = spy(rollout, "rows_of")
     go("run", "--anchor", "text", *flags)
     rows, cfg = [row.prompt for row in drawn[0].result], 2.0 if "--cfg" in flags else 1.0
     assert [p.task for p in rows] == ["composition"] * 2 + ["text"] * 2 + ["quality"] * 2
+    asked = visits()
     for task, folder in world.teachers.items():
         teacher = with_adapter(world, folder)
         mine = [i for i, p in enumerate(rows) if p.task == task]
         cond, uncond = rollout.conditions(teacher, rows, cfg)
-        for call in learnt:
-            step, v_target, v_anchor = call.args[1], call.args[3], call.args[4]
+        for at, _, v_anchor, _ in asked:
             with torch.no_grad():
-                v = teacher.velocity(step.x, step.t, cond, uncond, cfg)
-            assert close(v_target[mine], v[mine], 1e-4)
+                v = teacher.velocity(at.x, at.t, cond, uncond, cfg)
+            assert close(at.v_target[mine], v[mine], 1e-4)
             assert close(v_anchor, v, 1e-4) == (task == "text")
 
 
-def test_opd_is_on_policy_the_states_are_the_students_own(go, spy, world):
-    learnt, rows, start = spy(distil, "learn"), spy(rollout, "rows_of"), world.teachers["text"]
-    go("run", "--init", str(start))
-    first, second = (call.args[1] for call in learnt)
-    student = with_adapter(world, start)
-    cond = student.encode([row.prompt.text for row in rows[0].result])
-    for step in (first, second):
-        assert close(step.v.detach(), student.velocity(step.x, step.t, cond).detach())
+def test_the_states_are_the_students_own(go, visits, world):
+    go("text", "--init", str(world.teachers["text"]))
+    first, second = (at for at, *_ in visits())
     assert torch.equal(first.x_next, second.x)
-    learnt.clear()
     go("other", "--init", str(world.teachers["quality"]))
-    assert torch.equal(learnt[0].args[1].x, first.x), "the same noise"
-    assert not close(learnt[1].args[1].x, second.x, 1e-3), "another student, other states"
+    (other, *_), (later, *_) = visits()
+    assert torch.equal(other.x, first.x), "the same noise"
+    assert not close(later.x, second.x, 1e-3), "another student, other states"
 
 
 def test_one_pass_and_a_stored_trajectory_give_one_gradient(go, updates, monkeypatch):
-    # The same forward at the same states; only the moment of backward differs.
+    """The same forward at the same states; only the moment of backward differs."""
     runs = []
-    for name, single in (("single", distil.opd.NEEDS_FUTURE), ("stored", ("analytic",))):
-        monkeypatch.setattr(distil.opd, "NEEDS_FUTURE", single)
+    for name, stored in (("single", opd.NEEDS_FUTURE), ("stored", ("analytic",))):
+        monkeypatch.setattr(opd, "NEEDS_FUTURE", stored)
         runs.append(go(name, "--steps", "2"))
     for one, two in ((updates[0], updates[2]), (updates[1], updates[3])):
         assert flat(one.grads).norm() > 0
@@ -89,26 +95,39 @@ def test_one_pass_and_a_stored_trajectory_give_one_gradient(go, updates, monkeyp
     assert close(weights(runs[0]), weights(runs[1]))
 
 
-def test_every_estimator_trains_the_student_in_its_own_way(go, spy, updates):
-    found, learnt = {}, spy(distil, "learn")
+def test_every_estimator_trains_the_student_in_its_own_way(go, visits, updates):
+    found = {}
     for estimator in opd.ESTIMATORS:
         folder = go(estimator, "--estimator", estimator, "--log-prob", "sum")
         found[estimator] = flat(updates[-1].grads)
         assert not torch.equal(weights(folder), flat(updates[-1].weights)), estimator
-        sigmas = [call.args[1].sigma for call in learnt]
+        sigmas = [at.sigma for at, *_ in visits()]
         assert len(sigmas) == 2 and all((sigma == 0) == (estimator == "velocity") for sigma in sigmas)
         keys = {"step", "loss", "gap", "mar", "grad_norm"} | ({"kl"} if estimator != "velocity" else set())
         assert set(metrics(folder)[0]) == keys
-        learnt.clear()
     for a, b in combinations(found, 2):
         assert not close(found[a], found[b], 1e-3 * found[a].abs().max()), f"{a} and {b} are one"
 
 
-def test_velocity_trains_every_step_of_the_ode(go, spy):
-    learnt = spy(distil, "learn")
-    go("run", "--estimator", "velocity", "--train-steps", "all")
-    assert [(call.args[1].index, call.args[1].sigma) for call in learnt] == [(0, 0.0), (1, 0.0), (2, 0.0)]
-    assert [call.args[6] for call in learnt] == [1 / 18] * 3, "the mean is over three steps of six rows"
+def test_each_weight_scales_every_state_by_its_own_formula(go, visits):
+    """Of F Eq. 9's line under each weight, the MAR term too: both are ||dv||^2 times the same number."""
+    dt = 1 / 3
+
+    def kl_dt(t):
+        sigma = 0.7 * math.sqrt(t / (1 - t if t < 1 else dt))
+        return dt * dt / 2 * (sigma * (1 - t) / (2 * t) + 1 / sigma) ** 2
+
+    of_ode = {"uniform": lambda t: 1.0, "dt": lambda t: dt, "ode": lambda t: dt**2 / 2}
+    for name, expected in {**of_ode, "kl_dt": kl_dt}.items():
+        states = "ode" if name in of_ode else "sde"
+        flags = ["--weight", name, "--states", states, "--train-steps", "all", "--log-prob", "sum"]
+        line = metrics(go(name, *flags))[0]
+        asked = visits()
+        loss = sum(expected(at.t) * (v - at.v_target).square().sum() * weight for at, v, _, weight in asked)
+        mar = sum(expected(at.t) * (v - v_anchor).square().sum() * weight for at, v, v_anchor, weight in asked)
+        assert len(asked) == (3 if states == "ode" else 2), "of the ODE every step trains, of the SDE the window's"
+        assert line["loss"] == pytest.approx(loss.item(), rel=1e-4)
+        assert line["mar"] == pytest.approx(mar.item(), rel=1e-4)
 
 
 def test_anchor_regularisation_adds_lambda_times_its_own_gradient(go, updates, world):
@@ -125,24 +144,20 @@ def test_anchor_regularisation_adds_lambda_times_its_own_gradient(go, updates, w
     assert close(flat(updates[4].grads), none, 1e-5 * none.abs().max())
 
 
-def test_without_regularisation_no_anchor_is_read(go, tmp_path, capsys):
+def test_without_regularisation_no_anchor_is_read(go, tmp_path):
     go("off", "--mar", "0", "--anchor", str(tmp_path / "nowhere"))
-    capsys.readouterr()
     go("on", "--mar", "0.02", "--anchor", str(tmp_path / "nowhere"), code=2)
-    assert "nowhere: no such file or folder; give a path or a Hub id" in capsys.readouterr().err
 
 
 def test_distillation_never_asks_for_a_reward(go, monkeypatch):
     def forbidden(*_):
         raise AssertionError("a reward was computed")
 
-    real = evaluation.evaluate
+    real, scorers = evaluation.evaluate, dict(tiny.SCORERS)
     monkeypatch.setattr(scoring, "build", forbidden)
-    # The scorers belong to the evaluation at the end alone.
-    scorers = dict(tiny.SCORERS)
     monkeypatch.setattr(tiny, "SCORERS", {name: forbidden for name in scorers})
 
-    def evaluate(*args):
+    def evaluate(*args):  # the scorers belong to the evaluation at the end alone
         monkeypatch.setattr(tiny, "SCORERS", scorers)
         return real(*args)
 
@@ -152,23 +167,22 @@ def test_distillation_never_asks_for_a_reward(go, monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------- on SD3.5's own classes
-def test_sd35s_rows_are_labelled_by_their_own_teacher_whatever_its_kind(real, sd35, stock, spy):
+def test_sd35s_rows_are_labelled_by_their_own_teacher_whatever_its_kind(real, sd35, stock, spy, visits):
     """Stock diffusers and PEFT read each teacher and compute the two branches of guidance; F Eq. 7 and 12."""
     from diffusers import SD3Transformer2DModel
     from peft import PeftModel
 
-    learnt, drawn = spy(distil, "learn"), spy(rollout, "rows_of")
+    drawn = spy(rollout, "rows_of")
     real("run")
-    rows, calls = drawn[0].result, [call.args[1:5] for call in learnt]
-    assert len(calls) == 2 * 2, "two micro-batches of three rows, two trained steps"
+    rows, asked = drawn[0].result, visits()
+    assert len(asked) == 2 * 2, "two micro-batches of three rows, two trained steps"
     texts = [row.prompt.text for row in rows]
     with torch.no_grad():
         v, empty, pooled, no_pooled = stock.encode_prompt(texts, None, None, max_sequence_length=16)
 
     def velocity(transformer, x, t, i):
         def branch(tokens, pooled):
-            at = torch.full((3,), t * 1000)
-            return transformer(x, tokens, pooled, at, return_dict=False)[0]
+            return transformer(x, tokens, pooled, torch.full((3,), t * 1000), return_dict=False)[0]
 
         with torch.no_grad():
             away, toward = branch(empty[i], no_pooled[i]), branch(v[i], pooled[i])
@@ -179,76 +193,51 @@ def test_sd35s_rows_are_labelled_by_their_own_teacher_whatever_its_kind(real, sd
 
     whole = SD3Transformer2DModel.from_pretrained(sd35.teachers["quality"] / "transformer")
     stock.load_lora_weights(sd35.teachers["text"])
-    teachers = {
-        "composition": PeftModel.from_pretrained(fresh(), sd35.teachers["composition"]),
-        "text": stock.transformer,
-        "quality": whole,
-    }
-    base = fresh()
-    for number, (step, v_student, v_target, v_anchor) in enumerate(calls):
+    composition = PeftModel.from_pretrained(fresh(), sd35.teachers["composition"])
+    teachers, base = {"composition": composition, "text": stock.transformer, "quality": whole}, fresh()
+    for number, (at, v_student, v_anchor, _) in enumerate(asked):
         i = slice(0, 3) if number < 2 else slice(3, 6)
-        assert close(v_student.detach(), velocity(base, step.x, step.t, i), 1e-4), "the student begins as the base"
-        assert close(v_anchor, velocity(whole, step.x, step.t, i), 1e-4), "the anchor answers for every row"
+        assert close(v_student.detach(), velocity(base, at.x, at.t, i), 1e-4), "the student begins as the base"
+        assert close(v_anchor, velocity(whole, at.x, at.t, i), 1e-4), "the anchor answers for every row"
         for row, task in enumerate([row.prompt.task for row in rows[i]]):
-            for name, teacher in teachers.items():
-                expected = velocity(teacher, step.x, step.t, i)[row]
-                assert close(v_target[row], expected, 1e-4) == (name == task), (name, task)
+            for name in TASKS:
+                expected = velocity(teachers[name], at.x, at.t, i)[row]
+                assert close(at.v_target[row], expected, 1e-4) == (name == task), (name, task)
 
 
-def test_sd35_is_distilled_without_a_vae_and_without_a_reward(real, monkeypatch, updates):
-    events = []
-
-    def watched(owner, name):
-        real = getattr(owner, name)
-
-        def call(*args, **kwargs):
-            events.append((name, len(updates)))
-            return real(*args, **kwargs)
-
-        monkeypatch.setattr(owner, name, call)
-
-    for owner, name in ((sd3.SD35Model, "decode"), (sd3.AutoencoderKL, "from_pretrained")):
-        watched(owner, name)
-    for owner, name in ((scoring, "build"), (ocr, "score_jpeg")):
-        watched(owner, name)
-    real("scored", "--steps", "2", "--rewards", "jpeg=1")
-    names = [name for name, _ in events]
-    assert names.count("decode") == 3 and names.count("from_pretrained") == names.count("build") == 1
-    assert names.count("score_jpeg") == 1 + 3, "the self-test, and a test prompt a task"
-    assert {steps for _, steps in events} == {2}, "the evaluation's: after the last step"
-    events.clear()
+def test_sd35_is_distilled_without_a_vae_and_without_a_reward(real, spy, updates):
+    """The evaluation alone decodes and scores, after the last step."""
+    decoded, built = spy(sd3.SD35Model, "decode"), spy(scoring, "build")
     real("unscored", "--steps", "2", "--eval-prompts", "0")
-    assert not events and len(updates) == 4
+    assert not decoded and not built and len(updates) == 2
+    real("scored", "--steps", "2", "--rewards", "jpeg=1")
+    assert len(decoded) == 3 and len(built) == 1, "a test prompt a task"
 
 
 # ---------------------------------------------------------------- guided teachers, a student without (Q 4.3)
-@pytest.mark.parametrize("flags", [[], ["--micro-batch", "3"], ["--estimator", "path"]],
-                         ids=["ode", "micro-batches", "sde, stored"])  # fmt: skip
+@pytest.mark.parametrize("flags", [[], ["--micro-batch", "3"], ["--estimator", "path"]], ids=["ode", "parts", "stored"])
 @pytest.mark.parametrize("guidance", ["teacher", "both", "neither"])
-def test_teachers_and_student_are_each_guided_as_asked(go2, forwards, spy, guidance, flags):
-    learnt = spy(distil, "learn")
+def test_teachers_and_student_are_each_guided_as_asked(go2, forwards, guidance, flags):
     go2("run", "--stage", "opd", "--guidance", guidance, *flags)
     shares = {}
     for call in forwards:
         shares.setdefault(call.who, set()).add((float(call.empty.float().mean()), call.grad))
     of_student, of_teachers = {"teacher": (0.0, 0.5), "both": (0.5, 0.5), "neither": (0.0, 0.0)}[guidance]
-    trained = {(of_student, True)}
-    # Nothing is computed with a gradient that is not trained on: the walk of a stored trajectory, and its last step.
-    walked = {(of_student, False)} if flags[-1:] == ["path"] else set()
-    assert shares["student"] in (trained | walked, trained | {(of_student, False)})
+    # No graph where nothing is trained: the walk of a stored trajectory, and the steps that are not chosen.
+    assert shares["student"] == {(of_student, True), (of_student, False)}
     assert shares["teacher:t2i"] == shares["teacher:edit"] == {(of_teachers, False)}
-    assert set(shares) == {"student", "teacher:t2i", "teacher:edit"} and learnt
+    assert set(shares) == {"student", "teacher:t2i", "teacher:edit"}
 
 
 @pytest.mark.parametrize("guidance", ["teacher", "both"])
-def test_a_mixed_batch_learns_each_task_from_its_own_guided_teacher(go2, spy, updates, world2, guidance):
+def test_a_mixed_batch_learns_each_task_from_its_own_guided_teacher(go2, spy, visits, updates, world2, guidance):
     """Q Eq. 14 by autograd: t2i rows and edits, each with its own picture, against teachers whose guidance is written
     out here."""
-    learnt, drawn, start = spy(distil, "learn"), spy(rollout, "rows_of"), world2.teachers["edit"]
+    drawn, start = spy(rollout, "rows_of"), world2.teachers["edit"]
     go2("run", "--stage", "opd", "--guidance", guidance, "--cfg", "3", "--init", str(start))
     rows = [row.prompt for row in drawn[0].result]
     assert [p.task for p in rows] == ["t2i"] * 4 + ["edit"] * 4
-    student, loss, seen = with_adapter(world2, start), 0.0, 0
+    student, loss, asked = with_adapter(world2, start), 0.0, visits()
 
     def velocity(model, some, x, t, cfg):
         images = rollout.sources(some)
@@ -257,20 +246,19 @@ def test_a_mixed_batch_learns_each_task_from_its_own_guided_teacher(go2, spy, up
             return v
         return v + (cfg - 1) * (v - model.velocity(x, t, model.encode([""] * len(some), images)))
 
-    for call in learnt:
-        step, v_target, weight = call.args[1], call.args[3], call.args[6]
-        task = "t2i" if seen < len(learnt) / 2 else "edit"
-        some, seen = [p for p in rows if p.task == task], seen + 1
+    for number, (at, v_run, _, weight) in enumerate(asked):
+        task = "t2i" if number < len(asked) / 2 else "edit"
+        some = [p for p in rows if p.task == task]
         teacher = with_adapter(world2, world2.teachers[task])
         other = with_adapter(world2, world2.teachers["edit" if task == "t2i" else "t2i"])
         with torch.no_grad():
-            expected = velocity(teacher, some, step.x, step.t, 3)
-            assert close(v_target, expected, 1e-4 * expected.abs().max())
-            for wrong in (velocity(teacher, some, step.x, step.t, 1), velocity(other, some, step.x, step.t, 3)):
+            expected = velocity(teacher, some, at.x, at.t, 3)
+            assert close(at.v_target, expected, 1e-4 * expected.abs().max())
+            for wrong in (velocity(teacher, some, at.x, at.t, 1), velocity(other, some, at.x, at.t, 3)):
                 assert not close(wrong, expected, 1e-2), "or nothing is shown"
-        v = velocity(student, some, step.x, step.t, 3 if guidance == "both" else 1)
-        assert close(step.v.detach(), v.detach(), 1e-4 * v.detach().abs().max())
-        loss = loss + ((v - v_target) ** 2).mean((1, 2, 3)).sum() * weight
-    assert weight == pytest.approx(1 / (8 * len(learnt) / 2))
+        v = velocity(student, some, at.x, at.t, 3 if guidance == "both" else 1)
+        assert close(v_run.detach(), v.detach(), 1e-4 * v.detach().abs().max())
+        loss = loss + ((v - at.v_target) ** 2).mean((1, 2, 3)).sum() * weight
+    assert weight == pytest.approx(1 / (8 * len(asked) / 2))
     expected = flat(torch.autograd.grad(loss, list(student.trainable().values())))
     assert close(flat(updates[0].grads), expected, 1e-3 * expected.abs().max()) and expected.norm() > 1e-2

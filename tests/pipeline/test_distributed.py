@@ -318,14 +318,14 @@ FAULTY = """
 import signal, sys, time
 sys.path.insert(0, {root!r})
 import train
-from harness import distil, ranks
-walk, count = distil.distil_part, [0]
+from harness import ranks
+walk, count = train.distil_part, [0]
 def distil_part(run, *rest):
     count[0] += 1
     if run.rank == 1 and count[0] == 3:
         {fault}
     return walk(run, *rest)
-distil.distil_part = distil_part
+train.distil_part = distil_part
 ranks.leave(train.main)
 """
 
@@ -352,14 +352,14 @@ STOPPED = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
 import train
-from harness import distil, ranks
-walk, count = distil.distil_part, [0]
+from harness import ranks
+walk, count = train.distil_part, [0]
 def distil_part(run, *rest):
     count[0] += 1
     if run.rank == 0 and count[0] == 5:  # in the middle of the second step; only one rank is told
         os.kill(os.getpid(), signal.SIGTERM)
     return walk(run, *rest)
-distil.distil_part = distil_part
+train.distil_part = distil_part
 ranks.leave(train.main)
 """
 

@@ -16,7 +16,7 @@ from harness import ranks, report, rollout
 from scorers import panel as scoring
 from scorers import registry
 from scorers.ocr import score_jpeg
-from tests.conftest import TASKS, the_one_line, tiny_settings, with_adapter
+from tests.helpers.runs import TASKS, the_one_line, tiny_settings, with_adapter
 from tiny import drawings as tiny
 from tiny import edits as tiny_edit
 
@@ -155,7 +155,7 @@ def test_every_task_has_its_own_noise(model, prompts):
 
 def test_only_rank_zero_decodes_and_scores_but_all_draw(model, prompts, monkeypatch):
     drawn, real = [], rollout.draw
-    monkeypatch.setattr(rollout, "draw", lambda *args: drawn.append(args[3]) or real(*args))
+    monkeypatch.setattr(rollout, "draw", lambda *args: drawn.append(args[4]) or real(*args))
     whole = evaluation.evaluate(model, prompts, SMALL, 1.0)
     monkeypatch.setattr(evaluation.ranks, "rank_and_world", lambda: (1, 2))
     monkeypatch.setattr(model, "decode", lambda x: pytest.fail("another rank's pictures are nobody's"))

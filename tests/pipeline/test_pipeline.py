@@ -1,8 +1,8 @@
-"""Oracles for runs whose rewards come from afar, as a user starts them: every curve against the pictures themselves,
-servers that die and come back, answers in any order and at any speed, alarms, and prompts that are worth their samples.
+"""Runs whose rewards come from a far judge, as a user starts them: every curve against the pictures themselves, a judge
+that fails, answers in any order and at any speed, a watched reward, and prompts that are worth their samples.
 
-The servers are real, on this machine; only what they think of a picture is made up. A judge's rating here is the
-picture's brightness, so that a score that goes to another picture is seen.
+The judge is a real server on this machine with the OpenAI API. Its rating is the picture's brightness, so that a score
+that goes to another picture is seen.
 """
 
 import base64
@@ -25,53 +25,37 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from harness import curation, rollout, teach
+import train
+from harness import curation, rollout
 from harness.run import Run
-from rewards import Scorer
 from scorers import panel as scoring
-from scorers import serve as reward_server
-from scorers.ocr import score_jpeg
-from tests.conftest import TASKS, metrics, same, stored
+from tests.helpers.runs import TASKS, metrics, same, stored, the_error
 from tiny import drawings as tiny
 
-FAST = {"timeout": 5.0, "deadline": 20.0, "tries": 2, "rest": 0.01, "longest_rest": 0.05}
+FAST = {"timeout": 5.0, "deadline": 1.5, "tries": 2, "rest": 0.01, "longest_rest": 0.05}
 TEXT = ["--stage", "grpo", "--task", "text"]
 NOT_WARM = ["--warmup", "0", "--lr", "0.01"]  # the first update already moves the policy
 
 
-# ------------------------------------------------------------------------------------------------- servers to ask
-class Judge(BaseHTTPRequestHandler):
-    """One picture over the OpenAI-style API, or several as `reward_server` takes them (scorer "far", 0 to 1)."""
-
-    def do_GET(self):
-        self.reply({"name": "far", "low": 0, "high": 1})
-
+# ------------------------------------------------------------------------------------------------------- the judge
+class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
-        judges, body = self.server, json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if "messages" in body:
-            picture, text = body["messages"][1]["content"]
-            value = brightness(base64.b64decode(picture["image_url"]["url"].partition(",")[2]))
-            said = judges.rate(value)
-            top = [{"token": token, "logprob": logprob} for token, logprob in said.items()]
-            word = max(said, key=said.get)
-            tokens = {"content": [{"token": word, "logprob": said[word], "top_logprobs": top}]}
-            answer = {"choices": [{"message": {"role": "assistant", "content": word}, "logprobs": tokens}]}
-            asked = [(text["text"], value)]
-        else:
-            values = [brightness(base64.b64decode(item)) for item in body["images"]]
-            answer = {"name": "far", "low": 0, "high": 1, "scores": [judges.far(value) for value in values]}
-            asked = [(p["text"], value) for p, value in zip(body["prompts"], values, strict=True)]
-        judges.before(asked)
-        with judges.lock:
-            judges.asked += asked
-        self.reply(answer)
-
-    def reply(self, answer):
-        body = json.dumps(answer).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
+        judge, body = self.server, json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        picture, text = body["messages"][1]["content"]
+        value = brightness(base64.b64decode(picture["image_url"]["url"].partition(",")[2]))
+        said = judge.rate(value)
+        top = [{"token": token, "logprob": logprob} for token, logprob in said.items()]
+        word = max(said, key=said.get)
+        tokens = {"content": [{"token": word, "logprob": said[word], "top_logprobs": top}]}
+        judge.before((text["text"], value))
+        refused = any(words in text["text"] for words in judge.victims)
+        with judge.lock:
+            judge.asked.append((text["text"], value))
+        answer = json.dumps({"choices": [{"message": {"role": "assistant", "content": word}, "logprobs": tokens}]})
+        self.send_response(400 if refused else 200)
+        self.send_header("Content-Length", str(len(answer)))
         self.end_headers()
-        self.wfile.write(body)
+        self.wfile.write(answer.encode())
 
     def handle_one_request(self):
         with suppress(OSError):  # clients may hang up
@@ -81,16 +65,16 @@ class Judge(BaseHTTPRequestHandler):
         pass
 
 
-class Judges(ThreadingHTTPServer):
-    """asked: (prompt or question, brightness) in the order of the answers; `before` may hold an answer back."""
+class Judge(ThreadingHTTPServer):
+    """asked: (question, brightness) in the order of the answers; `before` may hold an answer back."""
 
     request_queue_size = 64
 
-    def __init__(self):
-        self.lock, self.over, self.asked = threading.Lock(), threading.Event(), []
-        self.rate, self.far, self.before = five_or_one, float, lambda asked: None
-        super().__init__(("localhost", 0), Judge)
-        self.url = f"http://localhost:{self.server_port}"
+    def __init__(self, port=0):
+        self.lock, self.over, self.asked, self.victims = threading.Lock(), threading.Event(), [], []
+        self.rate, self.before = five_or_one, lambda asked: None
+        super().__init__(("localhost", port), Handler)
+        self.url = f"http://localhost:{self.server_port}/v1"
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
     def handle_error(self, *_):
@@ -102,49 +86,36 @@ class Judges(ThreadingHTTPServer):
         self.server_close()
 
 
-class Served(reward_server.Server):
-    """The project's own server, in a thread, with any scorer behind it; asked: the prompts of each request."""
-
-    def __init__(self, score, name="jpeg", port=0):
-        self.asked, self.alive = [], True
-
-        def recorded(images, prompts, sources):
-            self.asked.append([p.text for p in prompts])
-            return score(images, prompts)
-
-        super().__init__(Scorer(name, recorded, -math.inf, 1.0), port)
-        self.url = f"http://localhost:{self.server_port}"
-        self.thread = threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True)
-        self.thread.start()
-
-    def stop(self):
-        if self.alive:
-            self.alive = False
-            self.shutdown()
-            self.server_close()
-
-
 @pytest.fixture
-def servers():
-    """servers(CLASS, ...): a server that is stopped when the test ends."""
+def start(monkeypatch):
+    """start(): a judge that is stopped when the test ends."""
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     made = []
 
-    def start(kind, *args, **options):
-        made.append(kind(*args, **options))
+    def start(port=0):
+        made.append(Judge(port))
         return made[-1]
 
     yield start
-    for server in made:
-        server.stop()
+    for judge in made:
+        judge.stop()
 
 
-@pytest.fixture(autouse=True)
-def no_key(monkeypatch):
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+@pytest.fixture
+def judge(start):
+    return start()
+
+
+@pytest.fixture
+def shuffled(judge):
+    """A judge that answers each picture after a delay of its own, up to 20 ms."""
+    chance = random.Random(0)
+    judge.before = lambda asked: time.sleep(0.02 * chance.random())
+    return judge
 
 
 def five_or_one(value):
-    """A judge's log-probs: "5" with probability `value`, else "1"."""
+    """A judge's log-probs: "5" with probability `value`, else "1"; its score is then (1 + 4 value) / 5."""
     return {"5": math.log(value), "1": math.log(1 - value), "?": -9.0}
 
 
@@ -158,26 +129,13 @@ def brightness_of(images):
     return ((images * 255).round().double().mean((1, 2, 3)) / 255).clamp(0.01, 0.99).numpy()
 
 
-def judge(server, **more):
-    """The entry of a judge; its rating is 1 + 4 brightness, its score a fifth of that."""
-    return {"kind": "judge", "rubric": "alignment", "model": "m", "endpoints": [f"{server.url}/v1"], **FAST, **more}
-
-
-def served(*all_of_them, name="jpeg", **more):
-    return {"kind": "served", "scorer": name, "endpoints": [s.url for s in all_of_them], **FAST, **more}
-
-
-def rewards_file(folder, weights, **parts):
-    """--rewards FILE; weights: {category: {name: weight}}, or {name: weight} for all prompts."""
-    weights = weights if isinstance(next(iter(weights.values())), dict) else {"default": weights}
+def asks(folder, judge, weights=None, near=None, watch=(), **more):
+    """--rewards FILE: the judge as "vlm" beside `near` scorers; weights: {category: {name: weight}}."""
+    vlm = {"kind": "judge", "rubric": "alignment", "model": "m", "endpoints": [judge.url], **FAST, **more}
     file = folder / "rewards.json"
-    file.write_text(json.dumps({"weights": weights, **parts}))
+    weights = weights or {"default": {"vlm": 1.0}}
+    file.write_text(json.dumps({"scorers": {"vlm": vlm, **(near or {})}, "weights": weights, "watch": list(watch)}))
     return ["--rewards", str(file)]
-
-
-def last_line(capsys):
-    """The last line of what a user reads."""
-    return re.split(r"[\r\n]+", capsys.readouterr().err.strip())[-1]
 
 
 def after(monkeypatch, step, act):
@@ -197,128 +155,90 @@ def interrupt():
     raise KeyboardInterrupt
 
 
-# --------------------------------------------------------------------------------- near, served and judging at once
-NEAR = {"world": ("quality", tiny.quality), "sd35": ("jpeg", score_jpeg)}
+def terminate():
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
-@pytest.mark.parametrize("base", NEAR)
-def test_near_served_and_judging_scorers_are_mixed_by_category_and_each_has_its_curve(
-    base, request, tmp_path, servers, spy, capsys
-):
-    kind, look = NEAR[base]
-    far, judges = servers(Served, lambda images, prompts: score_jpeg(images, prompts)), servers(Judges)
-    weights = {"counting": {"near": 0.5, "far": 0.25, "vlm": 2.0}, "default": {"near": 1.0, "far": -0.5}}
-    scorers = {"near": {"kind": kind}, "far": served(far, batch=4), "vlm": judge(judges)}
-    run, drawn = request.getfixturevalue("go" if base == "world" else "real"), spy(teach, "roll_out")
-    flags = ["--stage", "grpo", "--task", "composition", "--updates", "3", "--steps", "3", "--eval-prompts", "0"]
-    folder = run("mixed", *flags, *rewards_file(tmp_path, weights, scorers=scorers))
-    tested = capsys.readouterr().err.count("reward jpeg: gave a known picture its known score")
-    assert tested == [kind, "jpeg"].count("jpeg"), "far scorers are tested before the start, too"
+# ------------------------------------------------------------------------------------------- what is asked, and logged
+def test_near_and_far_scorers_are_mixed_by_category_and_each_has_its_curve(go, tmp_path, judge, spy):
+    weights = {"counting": {"near": 0.5, "vlm": 2.0}, "default": {"near": 1.0}}
+    drawn, near = spy(rollout, "roll_out"), {"near": {"kind": "quality"}}
+    flags = ["--stage", "grpo", "--task", "composition", "--updates", "3", "--steps", "3"]
+    folder = go("mixed", *flags, *asks(tmp_path, judge, weights, near))
     counted, questions = [], []
     for step, line in enumerate(metrics(folder)):
         calls = drawn[3 * step : 3 * step + 3]
         prompts = [row.prompt for call in calls for row in call.args[1]]
         images = torch.cat([call.result[1] for call in calls])
-        says = {"near": np.array([float(v) for v in (look(images) if base == "world" else look(images, prompts))])}
-        says |= {"far": np.array(score_jpeg(images, prompts)), "vlm": (1 + 4 * brightness_of(images)) / 5}
+        quality, vlm = tiny.quality(images).double().numpy(), (1 + 4 * brightness_of(images)) / 5
         counts = np.array([p.metadata["tag"] == "counting" for p in prompts])
-        total = np.where(counts, 0.5 * says["near"] + 0.25 * says["far"] + 2 * says["vlm"], says["near"])
-        total = np.where(counts, total, total - 0.5 * says["far"])
+        total = np.where(counts, 0.5 * quality + 2 * vlm, quality)
         expected = {"reward": total.mean(), "group_std": total.reshape(3, 2).std(1).mean(), "lost": 0.0}
-        expected |= {"reward/near": says["near"].mean(), "reward/far": says["far"].mean()}
-        expected |= {"reward/vlm": says["vlm"][counts].mean()} if counts.any() else {}
+        expected |= {"reward/near": quality.mean()} | ({"reward/vlm": vlm[counts].mean()} if counts.any() else {})
         found = {key: value for key, value in line.items() if key in ("reward", "group_std", "lost") or "/" in key}
         assert found == pytest.approx(expected, rel=2e-4, abs=1e-6)
         counted.append(int(counts.sum()))
-        pairs = zip(prompts, brightness_of(images), counts, strict=True)
-        questions += [(p.text, float(value)) for p, value, counts_ in pairs if counts_]
+        questions += [(p.text, v) for p, v, c in zip(prompts, brightness_of(images), counts, strict=True) if c]
     assert 0 < sum(counted) < 18, "both categories came up"
-    asked = sorted((text, value) for text, value in judges.asked)
-    assert len(asked) == len(questions)
-    assert np.allclose(sorted(v for _, v in questions), sorted(v for _, v in asked))
+    assert len(judge.asked) == len(questions)
     for text, value in questions:
-        near = min(asked, key=lambda pair: abs(pair[1] - value))
-        assert text in near[0], "each picture is asked about with its own prompt"
+        assert text in min(judge.asked, key=lambda pair: abs(pair[1] - value))[0], "each picture with its own prompt"
     events = EventAccumulator(str(folder), {"histograms": 0}).Reload()
-    assert {"reward", "reward/near", "reward/far", "reward/vlm"} <= set(events.Tags()["scalars"])
-    assert set(events.Tags()["histograms"]) == {"rewards/near", "rewards/far", "rewards/vlm"}
-    sizes = {name: [e.histogram_value.num for e in events.Histograms(f"rewards/{name}")] for name in scorers}
-    assert sizes == {"near": [6] * 3, "far": [6] * 3, "vlm": [n for n in counted if n]}
+    assert {"reward", "reward/near", "reward/vlm"} <= set(events.Tags()["scalars"])
+    sizes = {name: [e.histogram_value.num for e in events.Histograms(f"rewards/{name}")] for name in ("near", "vlm")}
+    assert sizes == {"near": [6] * 3, "vlm": [n for n in counted if n]}
 
 
-def test_a_teachers_own_rewards_are_no_obstacle_to_its_evaluation_on_all_tasks(real, tmp_path, capsys):
-    flags = rewards_file(tmp_path, {"text": {"jpeg": 1.0}})
-    folder = real("teacher", *TEXT, *flags)
-    assert "teacher: text jpeg 0." in capsys.readouterr().out
-    table = (folder / "report.md").read_text()
-    assert "text jpeg" in table and "quality jpeg" not in table, "drawn for every task, scored where weights are"
-    assert all((folder / f"samples/final-{task}.png").exists() for task in TASKS) or table.count("![") == 0
+def test_a_teacher_is_evaluated_on_all_tasks_and_scored_where_it_has_weights(real, tmp_path):
+    file = tmp_path / "r.json"
+    file.write_text(json.dumps({"weights": {"text": {"jpeg": 1.0}}}))
+    table = (real("teacher", *TEXT, "--rewards", str(file)) / "report.md").read_text()
+    assert "text jpeg" in table and "quality jpeg" not in table
 
 
-def test_distillation_loads_no_scorer(go, real, monkeypatch):
-    monkeypatch.setattr(scoring, "build", lambda *_: pytest.fail("a scorer was built"))
-    go("tiny", "--stage", "opd", "--eval-prompts", "2")
-    real("sd35", "--stage", "opd")
+# What a scorer answers; none of it may reach the weights.
+NO_SCORES = {
+    "near": lambda j, m: m.setitem(tiny.SCORERS, "quality", lambda i, p: [1.5] * len(i)),  # out of its range
+    "vlm": lambda j, m: setattr(j, "rate", lambda value: {"7": -0.1}),  # no mark at all
+    "vlm, nan": lambda j, m: setattr(j, "rate", lambda value: {"5": math.nan, "1": -1.0}),
+}
 
 
-# ---------------------------------------------------------------------------------------------- servers that die
-def test_an_endpoint_that_dies_in_the_middle_of_a_batch_changes_no_reward(go, tmp_path, servers, capsys):
-    first, second = servers(Served, score_jpeg), servers(Served, score_jpeg)
-    flags = [*TEXT, "--steps", "3", *NOT_WARM]
-    whole = go("whole", *flags, *rewards_file(tmp_path, {"far": 1}, scorers={"far": served(first, second, batch=1)}))
-    assert len(first.asked) > 3 and len(second.asked) > 3, "both were asked"
-
-    def dies(images, prompts):
-        if len(mortal.asked) > 5:
-            threading.Thread(target=mortal.stop).start()
-            raise RuntimeError("out of memory")
-        return score_jpeg(images, prompts)
-
-    mortal = servers(Served, dies)
-    flags += rewards_file(tmp_path, {"far": 1}, scorers={"far": served(mortal, second, batch=1)})
-    half = go("half", *flags)
-    assert not mortal.alive and len(mortal.asked) >= 6
-    assert f"scorer 'jpeg': {mortal.url} rests" in capsys.readouterr().err, "the user is told"
-    assert metrics(half) == metrics(whole) and same(stored(half), stored(whole))
-
-
-def test_a_run_whose_servers_are_all_gone_is_saved_and_goes_on_when_they_are_back(
-    go, tmp_path, servers, monkeypatch, capsys
+@pytest.mark.parametrize("what", NO_SCORES)
+def test_what_is_no_score_ends_the_run_and_names_scorer_and_prompt(
+    go, tmp_path, judge, monkeypatch, updates, capsys, what
 ):
-    pair = [servers(Served, score_jpeg) for _ in range(2)]
-    flags = [*TEXT, "--steps", "4", "--save-every", "9", *NOT_WARM]
-    flags += rewards_file(tmp_path, {"far": 1}, scorers={"far": served(*pair, deadline=1.5)})
+    NO_SCORES[what](judge, monkeypatch)
+    name = what.split(",")[0]
+    near = {"near": {"kind": "quality"}}
+    folder = go("run", *TEXT, *asks(tmp_path, judge, {"default": {"near": 1, "vlm": 1}}, near), code=2)
+    line = the_error(capsys)
+    assert f"'{name}'" in line and re.search(r"prompt 'a sign that says \"[A-Z]+\"'", line)
+    assert not updates and stored(folder)["step"] == 0 and not (folder / "metrics.jsonl").exists()
+
+
+def test_a_run_whose_judge_is_gone_is_saved_and_goes_on_when_it_is_back(go, tmp_path, start, monkeypatch, capsys):
+    judge = start()
+    flags = [*TEXT, "--steps", "4", "--save-every", "9", *NOT_WARM, *asks(tmp_path, judge)]
     whole = go("whole", *flags)
     with monkeypatch.context() as patch:
-        after(patch, 2, lambda: [server.stop() for server in pair])
+        after(patch, 2, judge.stop)
         cut = go("cut", *flags, code=2)
-    line = last_line(capsys)
-    assert re.match(r"error: scorer 'far': .*no score for the prompt 'a sign .*; last: .*refused", line), line
-    assert all(server.url in line for server in pair)
+    assert "'vlm'" in (line := the_error(capsys)) and judge.url.removesuffix("/v1") in line
     assert [p.name for p in (cut / "checkpoints").iterdir()] == ["step-000002"], "the last whole step"
     assert not (cut / "report.md").exists()
-    for server in pair:
-        servers(Served, score_jpeg, port=server.server_port)
+    start(judge.server_port)
     go("cut", *flags)
-    assert "cut: continues from" in capsys.readouterr().err
     assert same(stored(cut), stored(whole)) and metrics(cut) == metrics(whole) and len(metrics(whole)) == 4
 
 
-def test_dropping_loses_the_group_of_the_prompt_that_cannot_be_scored_and_nothing_else(
-    go, tmp_path, servers, spy, capsys
-):
-    taught, victims = spy(teach, "update_policy"), []
-
-    def picky(images, prompts):
-        if any(p.text in victims for p in prompts):
-            raise RuntimeError("no such picture")
-        return score_jpeg(images, prompts)
-
-    far = servers(Served, picky)
-    flags = [*rewards_file(tmp_path, {"quality": 1, "far": 1}, scorers={"far": served(far)}), "--advantage-std", "none"]
-    whole = go("whole", *TEXT, *flags)
-    victims.append(far.asked[-1][2])  # the second group of three
-    half = go("half", *TEXT, "--on-reward-failure", "drop", *flags)
+def test_dropping_loses_the_group_of_the_prompt_that_cannot_be_scored_and_nothing_else(go, tmp_path, judge, spy):
+    taught, drawn = spy(train, "update_policy"), spy(rollout, "roll_out")
+    weights, near = {"default": {"near": 1, "vlm": 1}}, {"near": {"kind": "quality"}}
+    flags = [*TEXT, *asks(tmp_path, judge, weights, near), "--advantage-std", "none"]
+    whole = go("whole", *flags)
+    judge.victims.append(drawn[0].args[1][2].prompt.text)  # the second group of three
+    half = go("half", "--on-reward-failure", "drop", *flags)
     all_of_it, what_is_left = (call.args[2] for call in taught)
     assert all_of_it.shape == (3, 2) and (all_of_it != 0).all()
     assert torch.equal(what_is_left[[0, 2]], all_of_it[[0, 2]]), "advantages are about one's own group"
@@ -326,88 +246,40 @@ def test_dropping_loses_the_group_of_the_prompt_that_cannot_be_scored_and_nothin
     (kept,), (full,) = metrics(half), metrics(whole)
     assert (full["lost"], kept["lost"]) == (0.0, pytest.approx(1 / 3, rel=1e-4))
     assert kept["reward"] != full["reward"] and math.isfinite(kept["reward"])
-    capsys.readouterr()
-    stopped = go("stopped", *TEXT, *flags, code=2)
-    assert re.match(r"error: scorer 'far': .*prompt '.*' .*failed: RuntimeError: no such picture", last_line(capsys))
-    assert metrics_of(stopped) == []
-
-
-def metrics_of(folder):
-    return metrics(folder) if (folder / "metrics.jsonl").exists() else []
-
-
-# What a scorer answers -> (how it is told to, what the message says). None of it may reach the weights.
-NO_SCORES = {
-    "near, out of range": (lambda j, m: m.setitem(tiny.SCORERS, "quality", lambda i, p: [1.5] * len(i)), "1.5 is out"),
-    "served, nan": (lambda j, m: setattr(j, "far", lambda value: math.nan), r"nan is not finite"),
-    "served, out of range": (lambda j, m: setattr(j, "far", lambda value: -0.5), r"-0\.5 is outside \[0\.0, 1\.0\]"),
-    "judge, nan": (lambda j, m: setattr(j, "rate", lambda value: {"5": math.nan, "1": -1.0}), "no expectation"),
-    "judge, out of range": (lambda j, m: setattr(j, "rate", lambda value: {"7": -0.1}), "none of 1, 2, 3, 4, 5"),
-}
-
-
-@pytest.mark.parametrize("what", NO_SCORES)
-def test_what_is_no_score_ends_the_run_and_names_scorer_and_prompt(
-    go, tmp_path, servers, monkeypatch, updates, capsys, what
-):
-    judges, (strike, said) = servers(Judges), NO_SCORES[what]
-    strike(judges, monkeypatch)
-    kind = what.split(",")[0]
-    scorers = {"near": {"kind": "quality"}, "served": served(judges, name="far"), "judge": judge(judges)}
-    folder = go("run", *TEXT, *rewards_file(tmp_path, {kind: 1}, scorers={kind: scorers[kind]}), code=2)
-    line = last_line(capsys)
-    assert re.match(rf"error: scorer '{kind}': .*prompt 'a sign that says \"[A-Z]+\"'", line), "the recipe's name"
-    assert re.search(said, line) and "\n" not in line
-    assert not updates and stored(folder)["step"] == 0 and metrics_of(folder) == []
+    go("stopped", *flags, code=2)
 
 
 # ------------------------------------------------------------------------------------ drawing while others score
-@pytest.fixture
-def shuffled(servers):
-    """A judge that answers each picture after a delay of its own, up to 20 ms."""
-    server = servers(Judges)
-    chance = random.Random(0)
-    server.before = lambda asked: time.sleep(0.02 * chance.random())
-    return server
-
-
-def identities(call):
-    """What the judge says of the pictures that one update was made of, from their own last states."""
-    run, parts, advantages = call.args
-    images = torch.cat([run.model.decode(part["path"][-1].x_next) for part in parts])
-    return torch.from_numpy((1 + 4 * brightness_of(images)) / 5).reshape(advantages.shape), advantages
-
-
 @pytest.mark.parametrize("overlap", ["--no-overlap", "--overlap"])
 def test_every_score_goes_to_its_own_picture_whatever_the_order_of_the_answers(go, tmp_path, shuffled, spy, overlap):
-    taught, drawn = spy(teach, "update_policy"), spy(teach, "roll_out")
+    taught, drawn = spy(train, "update_policy"), spy(rollout, "roll_out")
     flags = [*TEXT, overlap, "--steps", "4", "--save-every", "9", "--updates", "3", "--advantage-std", "none"]
-    folder = go("run", *flags, *NOT_WARM, *rewards_file(tmp_path, {"vlm": 1}, scorers={"vlm": judge(shuffled)}))
+    folder = go("run", *flags, *NOT_WARM, *asks(tmp_path, shuffled))
     assert len(taught) == 4 * 3
     for call in taught:
-        scores, advantages = identities(call)
+        run, parts, advantages, _ = call.args
+        images = torch.cat([run.model.decode(part.x0) for part in parts])
+        scores = torch.from_numpy((1 + 4 * brightness_of(images)) / 5).reshape(advantages.shape)
         assert scores.unique().numel() == scores.numel(), "a picture is known by its score"
         assert torch.allclose(advantages.double(), scores - scores.mean(1, keepdim=True), rtol=0, atol=1e-6)
     answered = [value for _, value in shuffled.asked]
-    in_order = torch.cat([call.result[1] for call in drawn])
-    assert sorted(answered) == pytest.approx(sorted(brightness_of(in_order)), abs=1e-9)
-    assert answered != pytest.approx(list(brightness_of(in_order)), abs=1e-9), "the answers came in another order"
+    in_order = brightness_of(torch.cat([call.result[1] for call in drawn]))
+    assert sorted(answered) == pytest.approx(sorted(in_order), abs=1e-9)
+    assert answered != pytest.approx(list(in_order), abs=1e-9), "the answers came in another order"
     assert [line["step"] for line in metrics(folder)] == [1, 2, 3, 4]
 
 
-def test_what_is_learnt_does_not_depend_on_how_long_a_judge_thinks(go, tmp_path, shuffled):
-    flags = [*TEXT, "--overlap", "--steps", "4", "--save-every", "9", "--updates", "3", *NOT_WARM]
-    flags += rewards_file(tmp_path, {"vlm": 1}, scorers={"vlm": judge(shuffled)})
-    slow = go("slow", *flags)
+def test_what_is_learnt_depends_on_whether_a_judge_is_waited_for_and_not_on_how_long_it_thinks(go, tmp_path, shuffled):
+    flags = [*TEXT, "--steps", "4", "--save-every", "9", "--updates", "3", *NOT_WARM, *asks(tmp_path, shuffled)]
+    slow = go("slow", *flags, "--overlap")
     shuffled.before = lambda asked: None
-    quick = go("quick", *flags)
+    quick = go("quick", *flags, "--overlap")
     assert same(stored(quick), stored(slow)) and metrics(quick) == metrics(slow)
-    waited_for = go("waited-for", *flags, "--no-overlap")
-    assert not same(stored(waited_for), stored(quick)), "but on whether it is waited for"
+    assert not same(stored(go("waited-for", *flags, "--no-overlap")), stored(quick))
 
 
-def test_the_next_batch_is_drawn_while_the_judge_thinks_of_this_one(go, tmp_path, servers, monkeypatch):
-    judges, begun, waits, real = servers(Judges), threading.Semaphore(0), [], teach.roll_out
+def test_the_next_batch_is_drawn_while_the_judge_thinks_of_this_one(go, tmp_path, judge, monkeypatch):
+    begun, waits, real = threading.Semaphore(0), [], rollout.roll_out
 
     def roll_out(*args):
         begun.release()
@@ -417,10 +289,10 @@ def test_the_next_batch_is_drawn_while_the_judge_thinks_of_this_one(go, tmp_path
         if not waits:
             waits.append(begun.acquire(timeout=5) and begun.acquire(timeout=5))
 
-    monkeypatch.setattr(teach, "roll_out", roll_out)
-    judges.before = before
+    monkeypatch.setattr(rollout, "roll_out", roll_out)
+    judge.before = before
     flags = [*TEXT, "--overlap", "--steps", "2", "--save-every", "9"]
-    go("run", *flags, *rewards_file(tmp_path, {"vlm": 1}, scorers={"vlm": judge(judges, concurrency=1)}))
+    go("run", *flags, *asks(tmp_path, judge, concurrency=1, deadline=20.0))
     assert waits == [True]
 
 
@@ -433,7 +305,6 @@ def test_the_first_ratio_is_one_unless_the_batch_was_drawn_by_the_policy_before(
     assert [value > 0 for value in ahead] == [False, True, False, True, False], "and not right after a checkpoint"
     drawn = [call.result for call in rows]
     assert drawn[:5] == drawn[5:] and len(drawn) == 10, "the same prompts and noise, step by step"
-    assert len({row.seed for step in drawn[:5] for row in step}) == 5 * 6
 
 
 def test_an_overlapped_run_that_is_interrupted_ends_with_the_bits_of_one_that_was_not(go, monkeypatch):
@@ -445,97 +316,83 @@ def test_an_overlapped_run_that_is_interrupted_ends_with_the_bits_of_one_that_wa
             cut = go(f"cut{step}", *flags, code=130)
         go(f"cut{step}", *flags)
         assert same(stored(cut), stored(whole)) and metrics(cut) == metrics(whole), step
-
-
-def test_an_overlapped_run_that_was_stopped_between_checkpoints_goes_on_with_its_own_policy(go, monkeypatch):
-    """What was drawn ahead is gone, so that the bits are others; the step itself is as good as any first one."""
-    flags = [*TEXT, "--overlap", "--rewards", "quality=1", "--steps", "5", "--save-every", "9", *NOT_WARM]
+    # Stopped between checkpoints, what was drawn ahead is gone: the step begins again with the policy of now.
+    flags[flags.index("--save-every") + 1] = "9"
     with monkeypatch.context() as patch:
-        after(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        cut = go("cut", *flags)
+        after(patch, 3, terminate)
+        cut = go("stopped", *flags)
     assert stored(cut)["step"] == 3
-    go("cut", *flags)
+    go("stopped", *flags)
     assert [line["ratio_std"] > 0 for line in metrics(cut)] == [False, True, True, False, True]
 
 
 @pytest.mark.parametrize("overlap", ["--no-overlap", "--overlap"])
-def test_a_run_that_is_told_to_stop_does_not_wait_for_a_judge(go, tmp_path, servers, capsys, overlap):
-    judges, whole_step = servers(Judges), 6 * 2
+def test_a_run_that_is_told_to_stop_does_not_wait_for_a_judge(go, tmp_path, judge, overlap):
     flags = [*TEXT, overlap, "--steps", "3", "--save-every", "1", *NOT_WARM]  # at each step, so that --overlap rests
-    flags += rewards_file(tmp_path, {"vlm": 1}, scorers={"vlm": judge(judges)})
+    flags += asks(tmp_path, judge, deadline=20.0)
     whole = go("whole", *flags)
-    judges.asked.clear()
+    judge.asked.clear()
 
     def before(asked):
-        if len(judges.asked) >= whole_step - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-            judges.over.wait(5)
+        if len(judge.asked) >= 6 * 2 - 1:  # in the second step
+            terminate()
+            judge.over.wait(5)
 
-    judges.before = before
+    judge.before = before
     began = time.monotonic()
     cut = go("cut", *flags)
     assert time.monotonic() - began < 4, "the judge has not answered yet"
-    assert "cut: stopped by SIGTERM" in capsys.readouterr().err and stored(cut)["step"] == 1
-    judges.before = lambda asked: None
+    assert stored(cut)["step"] == 1
+    judge.before = lambda asked: None
     go("cut", *flags)
     assert same(stored(cut), stored(whole)) and metrics(cut) == metrics(whole)
 
 
-# ------------------------------------------------------------------------------------------------- reward hacking
-@pytest.fixture
-def hacked(monkeypatch):
-    """Whenever it is asked, the reward has risen by 0.1, and the one that may be watched has fallen by 0.1."""
-
-    def says(start, slope):
+def test_a_watched_reward_that_falls_while_the_trained_one_rises_has_a_column_and_one_warning(
+    go, tmp_path, judge, monkeypatch, capsys
+):
+    def says(first, slope):
         steps = count(1)
 
         def score(images, prompts):
-            level = start + slope * next(steps)
+            level = first + slope * next(steps)
             return [level + 0.01 * float(image.mean()) for image in images]
 
         return score
 
     monkeypatch.setitem(tiny.SCORERS, "quality", says(0.0, 0.1))
     monkeypatch.setitem(tiny.SCORERS, "preference", says(0.9, -0.1))
-
-
-def test_a_watched_reward_that_falls_while_the_trained_one_rises_has_a_column_and_one_warning(
-    go, tmp_path, hacked, monkeypatch, capsys
-):
     monkeypatch.setattr(scoring.is_hacked, "__defaults__", (2, 0.1))  # windows of two steps, where a run's are of 20
-    folder = go("run", *TEXT, "--steps", "6", *rewards_file(tmp_path, {"quality": 1}, watch=["preference"]))
-    lines = metrics(folder)
-    assert [round(line["reward"], 1) for line in lines] == [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
+    file = tmp_path / "r.json"
+    file.write_text(json.dumps({"weights": {"default": {"quality": 1}}, "watch": ["preference"]}))
+    lines = metrics(go("run", *TEXT, "--steps", "6", "--rewards", str(file)))
     assert [round(line["reward/preference"], 1) for line in lines] == [0.8, 0.7, 0.6, 0.5, 0.4, 0.3]
-    # Means over two steps: 0.75 at first, 0.55 after four, the first that an alarm may compare.
-    said = re.findall(r"warning: step (\d): the reward rises while preference falls", capsys.readouterr().err)
-    assert said == ["4"], "once"
+    # Means over two steps: 0.75 at first, 0.55 after four, the first that may be compared.
+    assert re.findall(r"warning: step (\d).*preference", capsys.readouterr().err) == ["4"], "once"
 
 
 # ------------------------------------------------------------------------------------------------------- curation
 CURATE = ["--stage", "curate", "--train-prompts", "12", "--rewards", "quality=1", "--group-size", "3"]
 
 
-def texts(folder):
+def files(folder):
     """Every file of a curation, by its name: what it holds."""
-    files = [folder / "curation.md", *sorted((folder / "prompts").rglob("*.*"))]
-    return {str(file.relative_to(folder)): file.read_text() for file in files}
-
-
-def threshold(folder):
-    """A value that half of the ranges exceed."""
-    middle = sorted(ranges(folder).values())[17:19]
-    return str(sum(middle) / 2)
+    found = [folder / "curation.md", *sorted((folder / "prompts").rglob("*.*"))]
+    return {str(file.relative_to(folder)): file.read_text() for file in found}
 
 
 def ranges(folder):
     """{(task, text): range} of 36 prompts, as they were written down."""
-    lines = filter(None, (folder / "ranges/rank-0.jsonl").read_text().splitlines())
-    entries = map(json.loads, lines)
+    entries = map(json.loads, filter(None, (folder / "ranges/rank-0.jsonl").read_text().splitlines()))
     return {(entry["task"], entry["text"]): max(entry["scores"]) - min(entry["scores"]) for entry in entries}
 
 
-def test_a_curation_that_is_interrupted_asks_no_prompt_twice_and_ends_with_the_same_files(go, spy, monkeypatch, capsys):
+def threshold(folder):
+    """A value that half of the ranges exceed."""
+    return str(sum(sorted(ranges(folder).values())[17:19]) / 2)
+
+
+def test_a_curation_that_is_interrupted_asks_no_prompt_twice_and_ends_with_the_same_files(go, spy, monkeypatch):
     asked = spy(scoring.Panel, "ask")
 
     def groups():
@@ -560,7 +417,7 @@ def test_a_curation_that_is_interrupted_asks_no_prompt_twice_and_ends_with_the_s
 
         return add
 
-    for stop in (1, 4, 7):
+    for stop in (1, 7):
         with monkeypatch.context() as patch:
             patch.setattr(curation.Ranges, "add", interrupted_after(stop))
             cut = go(f"cut{stop}", *flags, code=130)
@@ -568,13 +425,8 @@ def test_a_curation_that_is_interrupted_asks_no_prompt_twice_and_ends_with_the_s
         assert len(before) == 3 * stop and not (cut / "curation.md").exists()
         go(f"cut{stop}", *flags)
         assert before + groups() == everything
-        assert texts(cut) == texts(whole)
-    assert set(texts(whole)) == {
-        "curation.md",
-        *(f"prompts/{task}/train_metadata.jsonl" for task in ("composition", "quality")),
-        "prompts/text/train.txt",
-    }
-    assert "18 of 36 prompts kept" in capsys.readouterr().out
+        assert files(cut) == files(whole)
+    assert len(files(whole)) == 1 + len(TASKS), "the report, and a file of prompts for each task"
 
 
 def test_what_a_curation_keeps_is_what_the_next_run_trains_on(go, spy):
@@ -585,10 +437,9 @@ def test_what_a_curation_keeps_is_what_the_next_run_trains_on(go, spy):
     mine = ["--prompts", *(f"{task}={folder / 'prompts' / task}" for task in TASKS)]
     go("next", "--stage", "grpo", "--task", "mix", "--steps", "5", "--prompts-per-step", "3", *mine)
     trained = {(row.prompt.task, row.prompt.text) for call in rows for row in call.result}
-    assert trained <= kept and {task for task, _ in trained} == set(TASKS)
+    assert trained <= kept and {task for task, _ in trained} == set(TASKS) and len(kept) == 18
     tags = {row.prompt.metadata.get("tag") for call in rows for row in call.result if row.prompt.task == "composition"}
     assert tags & set(tiny.TAG_MIX), "with the checklists that composition is scored by"
-    assert len(kept) == 18 and {task for task, _ in kept} == set(TASKS)
 
 
 def test_a_prompt_that_is_given_twice_is_asked_about_once(go, tmp_path, spy):
@@ -600,16 +451,15 @@ def test_a_prompt_that_is_given_twice_is_asked_about_once(go, tmp_path, spy):
     assert (folder / "prompts/text/train.txt").read_text() == file.read_text(), "and kept as often as it was given"
 
 
-def test_other_rewards_give_other_ranges_and_another_way_to_a_scorer_does_not(go, tmp_path, servers, spy):
-    asked = spy(scoring.Panel, "ask")
+def test_other_rewards_give_other_ranges_and_another_way_to_a_scorer_does_not(go, tmp_path, start, spy):
+    asked, first, second = spy(scoring.Panel, "ask"), start(), start()
 
-    def run(weights, **parts):
+    def run(*flags):
         asked.clear()
-        go("run", "--stage", "curate", *rewards_file(tmp_path, weights, **parts))
+        go("run", "--stage", "curate", *flags)
         return len(asked)
 
-    first, second = (servers(Served, score_jpeg) for _ in range(2))
-    assert run({"far": 1}, scorers={"far": served(first)}) > 0
-    assert run({"far": 1}, scorers={"far": served(second, timeout=3.0)}) == 0, "the same scorer, elsewhere"
-    assert run({"far": 2}, scorers={"far": served(second)}) > 0
-    assert run({"quality": 1}) > 0
+    assert run(*asks(tmp_path, first)) > 0
+    assert run(*asks(tmp_path, second, timeout=3.0)) == 0, "the same scorer, elsewhere"
+    assert run(*asks(tmp_path, second, {"default": {"vlm": 2.0}})) > 0
+    assert run("--rewards", "quality=1") > 0

@@ -1,9 +1,8 @@
-"""Oracles for the teachers: gradients against autograd on a model of the test's own, what a ratio is before the first
+"""The teachers (train.py): gradients against autograd on a model of the test's own, what a ratio is before the first
 update, what each strategy of guidance asks of the model, and DiffusionNFT by hand.
 """
 
 import math
-import re
 from itertools import combinations
 
 import pytest
@@ -11,27 +10,31 @@ import torch
 
 import grpo
 import nft
-from harness import rollout, teach
+import train
+from harness import rollout
 from harness.run import Run
-from models import load as models
-from tests.conftest import TASKS, close, flat, metrics, stored, weights, with_adapter
+from models.tiny import load_tiny
+from tests.helpers.runs import TASKS, close, flat, metrics, stored, the_error, weights, with_adapter
 from tiny import drawings as tiny
 
 GRPO = ["--stage", "grpo", "--task", "text", "--rewards", "quality=1"]
+T2I = ["--stage", "grpo", "--task", "t2i", "--rewards", "quality=1"]
+EDIT = ["--task", "edit", "--rewards", "identity=0.5,quality=0.5"]
+NFT = ["--stage", "nft", "--task", "t2i", "--rewards", "quality=1"]
 
 
 # ---------------------------------------------------------------------------------------------------------------- GRPO
 def test_the_gradient_of_grpo_is_the_policy_gradient_by_autograd(go, spy, updates, world):
     """At ratio 1 the clip is silent: -mean_b A_b grad log pi, with F Eq. 5-6 and Q Eq. 4 written out here."""
-    rollouts, rows, start = spy(teach, "roll_out"), spy(rollout, "rows_of"), world.teachers["text"]
+    rollouts, rows, start = spy(rollout, "roll_out"), spy(rollout, "rows_of"), world.teachers["text"]
     go("run", *GRPO, "--init", str(start))
-    ((part,), images), student = rollouts[0].result, with_adapter(world, start)
+    (part, images), student = rollouts[0].result, with_adapter(world, start)
     trained, scores = list(student.trainable().values()), tiny.quality(images).double().reshape(3, 2)
     assert scores.std() > 1e-4, "or the gradient below is zero on both sides"
     advantage_B = ((scores - scores.mean(1, keepdim=True)) / scores.std(correction=0)).flatten().float()
     cond = student.encode([row.prompt.text for row in rows[0].result])
     loss, dt = 0.0, 1 / 3
-    for step, t in zip(part["path"][:2], (1.0, 2 / 3)):
+    for step, t in zip(part.path[:2], (1.0, 2 / 3)):
         sigma = 0.7 * math.sqrt(t / (1 - t if t < 1 else dt))
         v = student.velocity(step.x, t, cond)
         mean = step.x - (v + sigma**2 / (2 * t) * (step.x + (1 - t) * v)) * dt
@@ -42,25 +45,18 @@ def test_the_gradient_of_grpo_is_the_policy_gradient_by_autograd(go, spy, update
     assert close(flat(updates[0].grads), expected, 1e-3 * expected.abs().max())
 
 
-@pytest.mark.parametrize("kernel", ["sde", "cps"])
-def test_the_first_ratio_is_exactly_one_and_only_the_first(go, spy, kernel):
-    losses = spy(grpo, "policy_loss")
-    flags = [*GRPO, "--prompts-per-step", "4", "--kernel", kernel, "--warmup", "0"]
-    one = go("one", *flags)
-    line = metrics(one)[0]
-    assert (line["ratio_mean"], line["ratio_std"], line["clip_fraction"]) == (1.0, 0.0, 0.0)
-    assert len(losses) == 2 and all(torch.equal(call.args[0], call.args[1]) for call in losses), "bit for bit"
-    losses.clear()
-    two = go("two", *flags, "--updates", "2")
-    equal = [torch.equal(call.args[0], call.args[1]) for call in losses]
-    assert equal == [True, True, False, False], "each update has its own prompts, the second an older policy"
-    assert all(len(call.args[0]) == 4 for call in losses), "half the prompts, two samples each"
-    assert metrics(two)[0]["ratio_std"] > 0
-    losses.clear()
-    cut = go("cut", *flags, "--updates", "2", "--micro-batch", "3")
-    equal = [(len(call.args[0]), torch.equal(call.args[0], call.args[1])) for call in losses]
-    assert equal == [(3, True)] * 2 + [(1, True)] * 2 + [(3, False)] * 2 + [(1, False)] * 2, "in micro-batches too"
-    assert metrics(cut)[0] == pytest.approx(metrics(two)[0], rel=1e-3, abs=1e-6)
+def test_the_first_ratio_is_exactly_one_and_only_the_first(go, spy):
+    """Each update has its own prompts; the second one's were drawn by an older policy. In micro-batches, too."""
+    losses, lines = spy(grpo, "policy_loss"), []
+    for size, sizes in (("0", [4] * 4), ("3", [3, 3, 1, 1, 3, 3, 1, 1])):
+        flags = [*GRPO, "--prompts-per-step", "4", "--updates", "2", "--warmup", "0", "--micro-batch", size]
+        lines.append(metrics(go(f"of{size}", *flags))[0])
+        equal = [torch.equal(call.args[0], call.args[1]) for call in losses]
+        half = len(equal) // 2
+        assert equal == [True] * half + [False] * half, "bit for bit"
+        assert [len(call.args[0]) for call in losses] == sizes
+        losses.clear()
+    assert lines[0]["ratio_std"] > 0 and lines[1] == pytest.approx(lines[0], rel=1e-3, abs=1e-6)
 
 
 def test_guard_and_kl_and_kernel_each_change_what_is_learnt(go, updates):
@@ -74,43 +70,44 @@ def test_guard_and_kl_and_kernel_each_change_what_is_learnt(go, updates):
     assert not torch.equal(flat(updates[5].grads), flat(updates[1].grads)), "from the second step on there is"
 
 
-def test_grpo_mix_visits_its_tasks_three_to_one_to_one(go, spy):
+def test_grpo_mix_visits_its_tasks_three_to_one_to_one_each_with_its_own_reward(go, spy):
+    """F App. A."""
     rows = spy(rollout, "rows_of")
     lines = metrics(go("run", "--stage", "grpo", "--task", "mix", "--steps", "6"))
     tasks = [{row.prompt.task for row in call.result} for call in rows]
     assert tasks == [{"composition"}, {"composition"}, {"composition"}, {"text"}, {"quality"}, {"composition"}]
-    # Each task with the reward of its own teacher (F App. A).
     asked = [{key.removeprefix("reward/") for key in line if key.startswith("reward/")} for line in lines]
     assert asked == [{"task"}] * 4 + [{"quality", "preference"}, {"task"}], "what is not asked has no number"
     blend = lines[4]
     assert blend["reward"] == pytest.approx(0.4 * blend["reward/quality"] + 0.6 * blend["reward/preference"], rel=1e-4)
-    assert all(line["reward"] == line["reward/task"] for line in lines[:4])
 
 
-def test_each_teacher_trains_on_the_prompts_of_its_task(go, spy):
+def test_joint_mixing_has_every_task_in_every_step(go2, spy):
     rows = spy(rollout, "rows_of")
-    for task in TASKS:
-        go(task, "--stage", "grpo", "--task", task)
+    lines = metrics(go2("joint", "--stage", "grpo", "--task", "mix", "--mix", "joint", "--steps", "2"))
+    assert [[row.prompt.task for row in call.result] for call in rows] == [["t2i"] * 4 + ["edit"] * 4] * 2
+    assert all({"reward/identity", "reward/quality"} <= set(line) for line in lines)
+
+
+def test_each_teacher_trains_on_the_prompts_of_its_task(go, spy, tmp_path):
+    """Without --task, a teacher for each task in turn."""
+    rows = spy(rollout, "rows_of")
+    go("all", "--stage", "grpo")
+    assert sorted(p.name for p in tmp_path.glob("all*")) == [f"all-{t}" for t in sorted(TASKS)]
     assert [[row.prompt.task for row in call.result] for call in rows] == [[task] * 6 for task in TASKS]
 
 
 def test_a_reward_that_is_not_a_number_ends_the_run_before_it_reaches_the_weights(go, monkeypatch, capsys, updates):
     monkeypatch.setitem(tiny.SCORERS, "quality", lambda images, prompts: [0.5] * (len(images) - 1) + [math.nan])
     go("run", "--stage", "grpo", "--task", "quality", "--rewards", "quality=1", code=2)
-    last = re.split(r"[\r\n]+", capsys.readouterr().err.strip())[-1]
-    assert re.match(r"error: scorer 'quality': nan is not finite, for the prompt '.+'$", last)
-    assert not updates
+    assert "'quality'" in the_error(capsys) and not updates
 
 
 # ------------------------------------------------------------------ which guidance, and where (Q 4.1)
-T2I = ["--stage", "grpo", "--task", "t2i", "--rewards", "quality=1"]
-EDIT = ["--task", "edit", "--rewards", "identity=0.5,quality=0.5"]
-
-
 @pytest.fixture
 def asked(forwards, monkeypatch):
     """{"rollout", "objective"}: the forwards that each makes."""
-    found, drawing = {"rollout": [], "objective": []}, teach.roll_out
+    found = {"rollout": [], "objective": []}
 
     def phase(name, real):
         def call(*args):
@@ -121,9 +118,9 @@ def asked(forwards, monkeypatch):
 
         return call
 
-    monkeypatch.setattr(teach, "roll_out", phase("rollout", drawing))
+    monkeypatch.setattr(rollout, "roll_out", phase("rollout", rollout.roll_out))
     for name in ("update_policy", "update_forward"):
-        monkeypatch.setattr(teach, name, phase("objective", getattr(teach, name)))
+        monkeypatch.setattr(train, name, phase("objective", getattr(train, name)))
     return found
 
 
@@ -155,10 +152,10 @@ def test_each_strategy_asks_the_empty_prompt_where_it_should_and_nowhere_else(go
 @pytest.mark.parametrize("guidance", ["both", "rollout", "neither"])
 def test_the_first_ratio_is_one_under_every_strategy_and_in_micro_batches(go2, spy, guidance, flags):
     losses = spy(grpo, "policy_loss")
-    for size in ("0", "2", "3"):
+    for size in ("0", "3"):
         line = metrics(go2(f"of{size}", *flags, "--guidance", guidance, "--micro-batch", size))[0]
         assert (line["ratio_mean"], line["ratio_std"], line["clip_fraction"]) == (1.0, 0.0, 0.0)
-    assert len(losses) == 2 * (1 + 4 + 3)
+    assert len(losses) == 2 * (1 + 3)
     assert all(torch.equal(call.args[0], call.args[1]) for call in losses), "bit for bit"
 
 
@@ -177,17 +174,17 @@ def velocity_of(student, rows, cfg):
 @pytest.mark.parametrize("more", [[], EDIT], ids=["t2i", "edit"])
 def test_the_gradient_of_the_hybrid_is_the_guided_policys_over_the_scale_by_autograd(go2, spy, updates, world2, more):
     """The guided walk is repeated here, F Eq. 5-6 written out, from the rows' own seeds; guidance scale 3."""
-    rows, asked, task = spy(rollout, "rows_of"), spy(teach, "update_policy"), "edit" if more else "t2i"
+    rows, asked, task = spy(rollout, "rows_of"), spy(train, "update_policy"), "edit" if more else "t2i"
     start = world2.teachers[task]
     go2("run", *T2I, *more, "--guidance", "rollout", "--cfg", "3", "--init", str(start))
     student, (drawn,) = with_adapter(world2, start), [call.result for call in rows]
     (part,), advantage_B = asked[0].args[1], asked[0].args[2].flatten()
     assert {row.prompt.task for row in drawn} == {task} and advantage_B.abs().max() > 0.1
-    trained, noise = list(student.trainable().values()), [row.source() for row in drawn]
+    trained, noise = list(student.trainable().values()), [row.generator() for row in drawn]
     v = velocity_of(student, drawn, 3.0)
     x, loss, dt = torch.stack([torch.randn(3, 24, 24, generator=g) for g in noise]), 0.0, 1 / 3
     for n, t in ((0, 1.0), (1, 2 / 3)):
-        assert close(part["path"][n].x, x, 1e-4), "the states are those that guidance led to"
+        assert close(part.path[n].x, x, 1e-4), "the states are those that guidance led to"
         sigma = 0.7 * math.sqrt(t / (1 - t if t < 1 else dt))
         with torch.no_grad():
             held = v(x, t) - 3 * v(x, t, 1)  # (1 - w) v_uncond
@@ -212,28 +209,25 @@ def test_guidance_and_its_scale_change_what_is_learnt(go2, updates, world2):
 
 
 # ------------------------------------------------------------------------------- DiffusionNFT (Q Eq. 7-9)
-NFT = ["--stage", "nft", "--task", "t2i", "--rewards", "quality=1"]
-
-
 @pytest.mark.parametrize("guidance, more", [("rollout", []), ("both", []), ("rollout", EDIT)])
 def test_the_gradient_of_nft_is_q_eq_8_by_autograd(go2, spy, updates, world2, guidance, more):
     """From the rows' seeds alone: the guided ODE, the noise of each time, r of the advantages, the loss."""
-    rows, asked, task = spy(rollout, "rows_of"), spy(teach, "update_forward"), "edit" if more else "t2i"
+    rows, asked, task = spy(rollout, "rows_of"), spy(train, "update_forward"), "edit" if more else "t2i"
     start, beta = world2.teachers[task], 0.25
     flags = ["--guidance", guidance, "--interpolation", str(beta), "--beta", "0.3", "--init", str(start)]
     flags += ["--group-size", "3"]
     line = metrics(go2("run", *NFT, *more, *flags))[0]
     student, drawn, advantage_B = with_adapter(world2, start), rows[0].result, asked[0].args[2].flatten()
-    trained, noise = list(student.trainable().values()), [row.source() for row in drawn]
+    trained, noise = list(student.trainable().values()), [row.generator() for row in drawn]
     v = velocity_of(student, drawn, 2.0)
     x = torch.stack([torch.randn(3, 24, 24, generator=g) for g in noise])
     with torch.no_grad():
         for t in (1.0, 2 / 3, 1 / 3):
             x = x - v(x, t) / 3
-    assert close(asked[0].args[1][0]["path"][-1].x_next, x, 1e-4), "Q draws with the ODE, and with guidance"
+    assert close(asked[0].args[1][0].x0, x, 1e-4), "Q draws with the ODE, and with guidance"
     assert more or ((advantage_B.abs() > 1).any() and (advantage_B.abs() < 1).any()), "r saturates for some"
     r, cfg, distance, fit = (advantage_B.clamp(-1, 1) + 1) / 2, 2 if guidance == "both" else 1, 0.0, 0.0
-    v_base = velocity_of(models.load_tiny(world2.base), drawn, 2.0)
+    v_base = velocity_of(load_tiny(world2.base), drawn, 2.0)
     eps = {t: torch.stack([torch.randn(3, 24, 24, generator=g) for g in noise]) for t in (1.0, 2 / 3)}
     for t, e in eps.items():
         at = (1 - t) * x + t * e
@@ -253,15 +247,14 @@ def test_the_gradient_of_nft_is_q_eq_8_by_autograd(go2, spy, updates, world2, gu
 @pytest.mark.parametrize("more", [[], ["--parameters", "full"]], ids=["lora", "full"])
 def test_the_old_policy_draws_and_follows_by_its_schedule(go2, monkeypatch, more):
     """old <- d old + (1 - d) new with d = 0 at first, then 0.001 a step; here 1/4, 3/4, 1/2, so that it shows."""
-    assert [nft.old_policy_decay(step) for step in range(3)] == [0.0, 0.001, 0.002]
-    students, draws, schedule, update, drawing = [], [], [0.25, 0.75, 0.5], Run.update, teach.roll_out
+    students, draws, schedule, update, drawing = [], [], [0.25, 0.75, 0.5], Run.update, rollout.roll_out
     monkeypatch.setattr(nft, "old_policy_decay", lambda step: schedule[step])
 
-    def now(run):
-        return {name: p.detach().clone() for name, p in run.model.trainable().items()}
+    def now(model):
+        return {name: p.detach().clone() for name, p in model.trainable().items()}
 
-    monkeypatch.setattr(Run, "update", lambda run: students.append(now(run)) or update(run))
-    monkeypatch.setattr(teach, "roll_out", lambda run, *args: draws.append(now(run)) or drawing(run, *args))
+    monkeypatch.setattr(Run, "update", lambda run: students.append(now(run.model)) or update(run))
+    monkeypatch.setattr(rollout, "roll_out", lambda model, *args: draws.append(now(model)) or drawing(model, *args))
     folder = go2("run", *NFT, *more, "--steps", "3", "--warmup", "0", "--lr", "0.01")
     state = stored(folder)
     students.append({name: state[f"weights.{name}"] for name in students[0]})

@@ -21,8 +21,8 @@ import rewards
 from data import files as data
 from harness import report
 from models import lora as adapters
-from tests.conftest import same, stored
 from tests.helpers.qwen_hub import SPECIAL, build_vlm
+from tests.helpers.runs import same, stored
 from tiny import drawings as tiny
 
 IDS = (4, 1, 6, 0, 3)  # where the tokens 1 to 5 stand in a vocabulary of seven

@@ -589,7 +589,7 @@ def broken_prompts(world, tmp_path):
 MISTAKES = {
     "a flag": (lambda w, d: ["--grup-size", "4"], "--grup-size"),
     "a prompt file": (broken_prompts, "bad.jsonl:1"),
-    "an adapter": (broken_adapter, "adapter_model.safetensors"),
+    "an adapter": (broken_adapter, "/teacher"),
     "a base": (lambda w, d: ["--model", str(w.teachers["text"])], "teacher-text"),
     "a full cold start": (lambda w, d: ["--init", str(w.base)], "--parameters full"),
     "a full teacher to be merged": (lambda w, d: ["--stage", "merge", "--teachers", f"text={w.base}"], "base"),

@@ -11,7 +11,7 @@ import settings
 from rewards import RewardError, Scorer
 from scorers import registry as R
 from scorers import remote, rubrics
-from tests.conftest import metrics
+from tests.helpers.runs import metrics
 from tiny import drawings, edits
 
 JUDGE = {"kind": "judge", "rubric": "alignment", "model": "m", "endpoints": ["http://a:1/v1"]}

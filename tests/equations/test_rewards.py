@@ -90,10 +90,6 @@ def test_filter_keeps_the_best_16_of_each_class_and_each_class_has_its_own_16():
     assert len(found) == 41, "the caller's list is left alone"
 
 
-def test_filter_does_no_suppression_of_overlapping_boxes():
-    assert len(R.filter_detections([thing("dog", 0.8), thing("dog", 0.8)], {"tag": "colors"})) == 2
-
-
 # --------------------------------------------------------------------------------------------------- geometry
 @pytest.mark.parametrize(
     "a, b, expected",

@@ -10,7 +10,6 @@ import pickle
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -21,7 +20,7 @@ from rewards import RewardError
 from scorers import clip as clip_module
 from scorers import convert
 from scorers.clip import aesthetic, clipscore, hps, imagereward, pickscore
-from scorers.common import batched, pixels_of
+from scorers.common import batched
 from tests.helpers.clip import HEADS, PROMPTS, SIDE, TEXTS, pictures, prompt, save_clip
 from tests.helpers.sd3 import _clip_vocabulary
 
@@ -48,14 +47,6 @@ def test_a_batch_is_looked_at_in_parts_and_its_order_is_kept():
     assert sizes == [3, 3, 1] and scores.dtype == torch.float32 and scores.shape == (7,)
     expected = [image.mean().item() + len(p.text) for image, p in zip(images, prompts, strict=True)]
     assert scores.tolist() == pytest.approx(expected, abs=2e-3)
-
-
-def test_pixels_are_rounded_to_the_nearest_byte_and_keep_their_places():
-    image = torch.zeros(1, 3, 2, 5)
-    image[0, 1, 0, 4], image[0, 2, 1, 0] = 0.4999, 1.0005
-    (array,) = pixels_of(image)
-    assert array.shape == (2, 5, 3) and array.dtype == np.uint8
-    assert array[0, 4].tolist() == [0, 127, 0] and array[1, 0].tolist() == [0, 0, 255] and array.sum() == 127 + 255
 
 
 @pytest.mark.parametrize(
@@ -127,13 +118,6 @@ def test_a_sample_of_the_batch_does_not_touch_its_neighbours(clip):
     order = [2, 0, 3, 1]
     shuffled = scorer.score(images[order], [prompts[k] for k in order], None)
     assert torch.allclose(shuffled, after[order], atol=1e-5) and shuffled.std() > 1e-3
-
-
-def test_half_precision_scores_are_near_and_float32(clip):
-    full, half = (clipscore(model=str(clip), dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
-    scores = half.score(pictures(4), PROMPTS, None)
-    assert scores.dtype == torch.float32
-    assert 0 < (scores - full.score(pictures(4), PROMPTS, None)).abs().max() < 0.2
 
 
 def test_clip_crops_a_wide_picture_and_hps_does_not(clip):
@@ -364,14 +348,6 @@ def test_imagereward_from_its_file_is_blip_and_the_head_written_out_by_hand(blip
     assert torch.allclose(scores, (raw - 0.16717362830052426) / 1.0333394966054072, atol=1e-4) and scores.std() > 0.05
 
 
-def test_imagereward_keeps_its_samples_apart(blip):
-    scorer, images = imagereward(model=str(blip.folder)), pictures(3)
-    prompts = [prompt("abc"), prompt("bad"), prompt("cab")]
-    before = scorer.score(images, prompts, None)
-    after = scorer.score(torch.cat([images[:1], 1 - images[1:2], images[2:]]), prompts, None)
-    assert (before != after).tolist() == [False, True, False]
-
-
 # ----------------------------------------------------------------------------------------- pickles and broken files
 class Payload:
     def __init__(self, file):
@@ -412,12 +388,6 @@ def test_a_weight_too_many_too_few_or_of_another_shape_is_no_conversion(clip, bl
         assert os.listdir(tmp_path) == ["x.pt"]
 
 
-def test_converting_never_overwrites_and_knows_its_kinds(tmp_path):
-    for kind, folder in (("aesthetic", tmp_path), ("hsp", tmp_path / "new")):
-        with pytest.raises(RewardError):
-            convert.convert(kind, "head.pth", folder)
-
-
 @pytest.mark.parametrize("kind", ["hps", "imagereward", "aesthetic"])
 def test_what_is_published_as_a_pickle_is_asked_for_with_the_way_to_convert_it(kind, tmp_path):
     factory = getattr(clip_module, kind)
@@ -443,5 +413,3 @@ def test_a_checkpoint_that_lacks_weights_is_refused_where_transformers_would_dra
         clipscore(model=str(tmp_path))
     with pytest.raises(ValueError, match="nowhere"):
         clipscore(model="./nowhere")
-
-

@@ -52,10 +52,7 @@ def test_each_sample_is_compared_with_its_own_source():
     scores = scorer.score(images, prompts(*"abcde"), [red, red, green, green, green])
     assert scores.tolist() == pytest.approx([1, 0.6, 0.8, 0, 1], abs=0.01) and scores.dtype == torch.float32
     assert (scorer.name, scorer.low, scorer.high) == ("identity", 0.0, 1.0)
-    assert scorer.score.report == {"samples": 5, "no face in the source": 0, "no face in the result": 1}
     assert seen.count((6, 6, 3)) == seen.count((5, 5, 3)) == 1, "a group's source is looked at once"
-    scorer.score(images[3:4], prompts("f"), [red])
-    assert scorer.score.report == {"samples": 6, "no face in the source": 0, "no face in the result": 2}
 
 
 def test_a_source_without_a_face_is_an_error_that_names_the_prompt():
@@ -70,10 +67,10 @@ def test_or_it_is_skipped_with_one_neutral_score_for_the_whole_group():
     images = torch.stack([plain(1, 0, 0), plain(0, 1, 0), plain(0, 0, 0)])
     scores = scorer.score(images, prompts("p", "p", "p"), [plain(0, 0, 0)] * 3)
     assert scores.tolist() == [F.NEUTRAL] * 3 and (scores - scores.mean()).eq(0).all(), "no advantage for anybody"
-    assert scorer.score.report == {"samples": 3, "no face in the source": 3, "no face in the result": 0}
 
 
 def test_what_cannot_be_scored_is_named():
+    assert "never" in refusal(F.face, toy_engine()[0], "never")
     scorer = F.face(toy_engine()[0])
     assert "source images" in refusal(scorer.score, plain(1, 0, 0)[None], prompts("p"), None)
     bad = plain(1, 0, 0)
@@ -131,10 +128,8 @@ def test_one_person_keeps_her_identity_through_edits_that_do_not_touch_it(dlib_s
         assert 0.85 < score(dlib_scorer, hopper, edited) < 1
 
 
-def test_a_picture_without_her_scores_zero_and_is_counted(dlib_scorer, hopper):
-    before = dlib_scorer.score.report["no face in the result"]
+def test_a_picture_without_her_scores_zero(dlib_scorer, hopper):
     assert score(dlib_scorer, hopper, Image.new("RGB", (300, 300), "gray")) == 0
-    assert dlib_scorer.score.report["no face in the result"] == before + 1
     assert "no face found" in refusal(score, dlib_scorer, Image.new("RGB", (300, 300), "gray"), hopper)
 
 

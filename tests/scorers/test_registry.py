@@ -146,7 +146,7 @@ WRONG = {  # options of a kind, and the one that a message must name
     "pickscore": [{"mdoel": "m"}, {"batch": True}, {"batch": "3"}, {"dtype": "float61"}, {"dtype": []}],
     "jpeg": [{"device": "cuda"}],
     "geneval": [{"strict": "false"}],
-    "face": [{"no_face": "never"}, {"engine": "dlib"}],
+    "face": [{"no_face": 3}, {"engine": "dlib"}],
     "vlm": [{}, {"rubric": 3}],
     "trained": [{}],
     "served": [{"scorer": "ocr"}, {"endpoints": ["http://a:1"]}],

@@ -71,13 +71,6 @@ def test_a_rubric_about_the_picture_alone_leaves_the_source_out():
     assert len(shown(content)) == 1 and torch.equal(shown(content)[0], image)
 
 
-def test_unifiedreward_sees_512_by_512_pixels_and_the_others_the_picture_as_it_is():
-    image = picture(40, 24, 0)
-    for name, rubric in J.RUBRICS.items():
-        content = J.messages(rubric, "p", [image] * len(rubric.images))[1]["content"]
-        assert shown(content)[0].shape == ((3, 512, 512) if name == "unifiedreward" else (3, 40, 24))
-
-
 def test_every_rubric_is_asked_in_a_form_that_its_reader_knows():
     for name, rubric in J.RUBRICS.items():
         text = J.messages(rubric, "THE PROMPT", [picture(8, 8, 0)] * 2)[1]["content"][-1]["text"]
@@ -120,11 +113,6 @@ def test_the_score_is_the_expectation_over_the_five_tokens_divided_by_five():
 def test_a_reply_that_is_no_digit_from_1_to_5_is_an_error_even_with_log_probs(reply):
     for logprobs in (None, {"4": -1.0}):
         assert repr(reply.strip()) in refusal(J.read, J.RUBRICS["aesthetic"], reply, logprobs)
-
-
-def test_a_digit_may_stand_in_markup():
-    for reply in ("4", " 4\n", "**4**", "4.", "4/5", "4 out of 5", "(4)"):
-        assert J.read(J.RUBRICS["aesthetic"], reply) == 4 / 5
 
 
 def test_after_a_thought_the_score_follows_the_last_mark():
@@ -271,9 +259,7 @@ def test_levels_are_asked_for_in_the_same_way(tmp_path, monkeypatch):
     folder, image = build(tmp_path / "levels", always_one_of(words)), picture(56, 56, 0)
     score = vlm(J.RUBRICS["deqa"], str(folder)).score(image[None], prompts("p"), None).item()
     assert score == pytest.approx(oracle(folder, J.RUBRICS["deqa"], "p", [image], monkeypatch, words), abs=1e-5)
-    assert "none of 1, 2, 3, 4, 5" in refusal(
-        vlm(J.RUBRICS["aesthetic"], str(folder)).score, image[None], prompts("p")
-    )
+    assert "none of 1, 2, 3, 4, 5" in refusal(vlm(J.RUBRICS["aesthetic"], str(folder)).score, image[None], prompts("p"))
 
 
 def test_an_edit_is_judged_by_its_source_and_its_result(qwen, monkeypatch):

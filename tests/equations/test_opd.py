@@ -60,18 +60,13 @@ def test_target_velocity_fills_each_row_from_its_own_expert():
 
     rows = {"a": torch.tensor([4, 0]), "b": torch.tensor([1, 2, 3])}
     factor = torch.tensor([10, 100, 100, 100, 10]).view(-1, 1, 1)
-    torch.testing.assert_close(opd.target_velocity(rows, velocity, x, t), factor * x + t.view(-1, 1, 1))
+    got = opd.target_velocity(rows, velocity, x.requires_grad_(), t)
+    torch.testing.assert_close(got, (factor * x + t.view(-1, 1, 1)).detach())
+    assert not got.requires_grad
     assert calls == [("a", [4, 0]), ("b", [1, 2, 3])]  # one call an expert
     for scalar in (0.7, torch.tensor(0.7)):
         got = opd.target_velocity(rows, lambda expert, rows, x, t: x * t, x, scalar)
         torch.testing.assert_close(got, 0.7 * x, atol=1e-7, rtol=1e-6)
-
-
-def test_target_velocity_has_no_gradient_and_float32_at_least():
-    teacher, x = torch.nn.Linear(4, 4).bfloat16(), randn(0, 3, 4).bfloat16().requires_grad_()
-    got = opd.target_velocity({"a": torch.arange(3)}, lambda expert, rows, x, t: teacher(x), x, 0.5)
-    assert got.dtype == torch.float32 and not got.requires_grad
-    torch.testing.assert_close(got, teacher(x).float())
 
 
 @pytest.mark.parametrize("rows", [{}, {"a": [0, 1]}, {"a": [0, 1], "b": [1, 2]}, {"a": [0, 1, 2, 3]}])
@@ -106,9 +101,6 @@ def test_dense_reward_by_hand(name):
     torch.testing.assert_close(reward, -WEIGHTS[name] * torch.tensor([5.0, 4.0]).double())
     assert not reward.requires_grad
     torch.testing.assert_close(opd.dense_reward(v, target, T_, DT, SIGMA, "mean", name), reward / 2)
-    assert torch.equal(
-        opd.dense_reward(v, target, T_, DT, SIGMA), opd.dense_reward(v, target, T_, DT, SIGMA, weight="kl")
-    )
 
 
 @pytest.mark.parametrize("name", WEIGHTS)

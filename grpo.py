@@ -62,9 +62,9 @@ def group_advantages(rewards_PG: Tensor, std: str = "group") -> Tensor:
     std_P1 = rewards_PG.std(dim=1, correction=0, keepdim=True)  # std_c = sqrt(1/G sum (R - mean_c)^2)
     flat_P1 = std_P1 <= RELATIVE_NOISE * rewards_PG.abs().amax(dim=1, keepdim=True)
     if std == "group":
-        deviation_PG = deviation_PG / std_P1
+        deviation_PG = deviation_PG / std_P1  # Q Eq. 4
     elif std == "batch":
-        deviation_PG = deviation_PG / rewards_PG.std(correction=0)
+        deviation_PG = deviation_PG / rewards_PG.std(correction=0)  # one scale for all prompts
     return deviation_PG.masked_fill(flat_P1, 0.0)  # also where 0 / 0 made a NaN
 
 
@@ -112,7 +112,7 @@ def clipped_objective(ratio: Tensor, advantage: Tensor, eps: float | None) -> Te
     unclipped = ratio * advantage  # rho A
     if eps is None:
         return unclipped
-    return torch.minimum(unclipped, ratio.clamp(1 - eps, 1 + eps) * advantage)
+    return torch.minimum(unclipped, ratio.clamp(1 - eps, 1 + eps) * advantage)  # pessimistic
 
 
 def policy_loss(
@@ -144,7 +144,7 @@ def policy_loss(
     ratio = full_precision(ratio)
     advantage = full_precision(advantage.detach()).clamp(-advantage_clip, advantage_clip)
     objective = clipped_objective(ratio, advantage, clip)
-    loss = -objective
+    loss = -objective  # (B,) to be minimised
     with torch.no_grad():
         stats = {
             "ratio_mean": ratio.mean(),
@@ -184,9 +184,9 @@ def guard_ratio(
     std = per_sample(std, log_prob)
     gap = full_precision(mean) - full_precision(mean_old).detach()  # dmu, (B, ...)
     gap_sq = flat_reduce(gap.square(), reduce)  # ||dmu||^2, (B,)
-    log_ratio = full_precision(log_prob) - full_precision(log_prob_old).detach()
+    log_ratio = full_precision(log_prob) - full_precision(log_prob_old).detach()  # log rho, (B,)
     same_shape(log_ratio=log_ratio, gap_sq=gap_sq)
-    return torch.exp(std * (log_ratio + gap_sq / (2 * std**2)))
+    return torch.exp(std * (log_ratio + gap_sq / (2 * std**2)))  # exp(<dmu, eps>)
 
 
 def hybrid_transition(step: Transition, v: Tensor, level: float, kernel: str = "sde") -> Transition:
@@ -274,4 +274,4 @@ def collateral_impact(grad_k: Tensor, advantage: Tensor, grad_log_prob: Tensor) 
     grad_k, advantage, grad_log_prob = (full_precision(x.detach()) for x in inputs)
     if grad_log_prob.shape != (*advantage.shape, *grad_k.shape):
         raise ValueError(f"need grad_k (M,), advantage (B,), grad_log_prob (B, M), got {[x.shape for x in inputs]}")
-    return (advantage * (grad_log_prob @ grad_k)).mean()
+    return (advantage * (grad_log_prob @ grad_k)).mean()  # <grad J_k, grad log pi> is (B,)

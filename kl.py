@@ -38,7 +38,7 @@ def gaussian_kl(mean_p: Tensor, mean_q: Tensor, std: Time, reduce: str = "sum") 
     same_shape(mean_p=mean_p, mean_q=mean_q)
     require_noise(std)
     gap, std = full_precision(mean_p) - full_precision(mean_q), per_sample(std, mean_p)  # (B, ...)
-    return flat_reduce(gap**2 / (2 * std**2), reduce)
+    return flat_reduce(gap**2 / (2 * std**2), reduce)  # ||mu_p - mu_q||^2 / (2 s^2)
 
 
 def kl_weight(t: Time, dt: Time, sigma: Time) -> Time:
@@ -58,7 +58,7 @@ def velocity_kl(v_p: Tensor, v_q: Tensor, t: Time, dt: Time, sigma: Time, reduce
     It equals `gaussian_kl` of the two `sde.sde_mean`s. Raises ValueError if shapes differ or sigma is 0.
     """
     same_shape(v_p=v_p, v_q=v_q)
-    gap_B = flat_reduce((full_precision(v_p) - full_precision(v_q)).square(), reduce)
+    gap_B = flat_reduce((full_precision(v_p) - full_precision(v_q)).square(), reduce)  # ||v_p - v_q||^2
     return gap_B * per_sample(kl_weight(t, dt, sigma), gap_B)
 
 
@@ -81,4 +81,4 @@ def w2_bound(velocity_gap_sq: Tensor, lipschitz: Tensor, ts: Tensor | Sequence[f
     if not ((ts.diff() > 0).all() or (ts.diff() < 0).all()):
         raise ValueError(f"ts must ascend or descend strictly, not {ts.tolist()}")
     gap = torch.trapezoid(gap_sq, ts).abs()  # abs: a descending grid integrates to the negative
-    return gap.sqrt() * torch.trapezoid(lipschitz, ts).abs().exp()
+    return gap.sqrt() * torch.trapezoid(lipschitz, ts).abs().exp()  # exp(int L_t dt)

@@ -43,7 +43,7 @@ def optimality(advantage: Tensor, advantage_max: float) -> Tensor:
     if advantage_max <= 0:
         raise ValueError(f"advantage_max must be > 0, got {advantage_max}")
     clipped = full_precision(advantage.detach()).clamp(-advantage_max, advantage_max)
-    return clipped / (2 * advantage_max) + 0.5
+    return clipped / (2 * advantage_max) + 0.5  # -A_max -> 0, 0 -> 1/2, A_max -> 1
 
 
 def nft_loss(v: Tensor, v_old: Tensor, v_target: Tensor, r: Tensor, beta: float, reduce: str = "sum") -> Tensor:
@@ -67,7 +67,7 @@ def nft_loss(v: Tensor, v_old: Tensor, v_target: Tensor, r: Tensor, beta: float,
     positive = flat_reduce((v_plus - v_target).square(), reduce)  # ||v+ - v*||^2, (B,)
     negative = flat_reduce((v_minus - v_target).square(), reduce)  # ||v- - v*||^2, (B,)
     same_shape(r=r, positive=positive)
-    return r * positive + (1 - r) * negative
+    return r * positive + (1 - r) * negative  # Q Eq. 8
 
 
 def velocity_penalty(v: Tensor, v_ref: Tensor, reduce: str = "sum") -> Tensor:
@@ -78,7 +78,7 @@ def velocity_penalty(v: Tensor, v_ref: Tensor, reduce: str = "sum") -> Tensor:
     times the weight w(t) of F Eq. 9 (`kl.kl_weight`), i.e. Q weighs every time alike.
     """
     same_shape(v=v, v_ref=v_ref)
-    return flat_reduce((full_precision(v) - full_precision(v_ref).detach()).square(), reduce)
+    return flat_reduce((full_precision(v) - full_precision(v_ref).detach()).square(), reduce)  # the reference is frozen
 
 
 @torch.no_grad()

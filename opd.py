@@ -68,7 +68,7 @@ def target_velocity(
         raise ValueError(f"every one of the {len(x)} samples needs exactly one expert, got rows {rows_seen}")
     v_target = torch.empty_like(full_precision(x))  # (B, ...)
     for expert, rows in rows_by_expert.items():
-        own_t = t[rows] if isinstance(t, Tensor) and t.ndim > 0 else t
+        own_t = t[rows] if isinstance(t, Tensor) and t.ndim > 0 else t  # (B,) or one time for all
         v = velocity(expert, rows, x[rows], own_t)
         same_shape(answer=v, states=x[rows])
         v_target[rows] = full_precision(v).to(v_target)
@@ -163,7 +163,7 @@ def kl_t(at: Visit, v: Tensor) -> Tensor:
 
 def log_policy(at: Visit, v: Tensor) -> Tensor:
     """F Eq. 6: log pi_v(a|x_t), the log-probability of the action if the velocity were v, (B,), gradient to v."""
-    std = full_precision(at.sigma) * full_precision(at.dt) ** 0.5
+    std = full_precision(at.sigma) * full_precision(at.dt) ** 0.5  # of the action, F Eq. 6
     return log_prob(at.x_next.detach(), sde_mean(at.x.detach(), v, at.t, at.dt, at.sigma), std, at.reduce)
 
 
@@ -229,7 +229,7 @@ def path(at: Visit, v: Tensor) -> Tensor:
     grad E[sum_t KL_t] = E[sum_t grad KL_t + grad log pi(a_t|x_t) sum_{s>t} KL_s]. DEVIATION: with "mean" the
     log-prob and the later KLs are both divided by D; one D back keeps the two parts in step.
     """
-    dims = v.shape[1:].numel() if at.reduce == "mean" else 1
+    dims = v.shape[1:].numel() if at.reduce == "mean" else 1  # D
     return kl_t(at, v) + dims * policy_gradient(at, v, -at.future.detach())
 
 
@@ -250,7 +250,7 @@ def velocity(at: Visit, v: Tensor) -> Tensor:
 def reward_to_go(per_step_TB: Tensor, inclusive: bool = True) -> Tensor:
     """sum_{s>=t} r_s (F Eq. 2, 11), or sum_{s>t} r_s if not inclusive; (T, B) -> (T, B), float32 at least."""
     steps_TB = full_precision(per_step_TB)
-    suffix_TB = steps_TB.flip(0).cumsum(0).flip(0)
+    suffix_TB = steps_TB.flip(0).cumsum(0).flip(0)  # sum_{s>=t} r_s
     return suffix_TB if inclusive else torch.cat([suffix_TB[1:], torch.zeros_like(suffix_TB[:1])])
 
 

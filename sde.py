@@ -43,7 +43,7 @@ def interpolate(x0: Tensor, eps: Tensor, t: Time) -> Tensor:
     """Q Eq. 1: x_t = (1-t) x_0 + t eps, (B, ...). t in [0, 1], 1 is pure noise. Gradients flow."""
     same_shape(x0=x0, eps=eps)
     x0, eps, t = full_precision(x0), full_precision(eps), per_sample(t, x0)
-    return (1 - t) * x0 + t * eps
+    return (1 - t) * x0 + t * eps  # (B, ...)
 
 
 def flow_matching_loss(v: Tensor, x0: Tensor, eps: Tensor, reduce: str = "mean") -> Tensor:
@@ -149,7 +149,7 @@ def cps_step(
     if not 0 <= level <= 1:
         raise ValueError(f"the cps level must be in [0, 1], not {level}")
     mean = cps_mean(x, v, t, t_next, level)
-    std = full_precision(t_next) * math.sin(level * math.pi / 2)
+    std = full_precision(t_next) * math.sin(level * math.pi / 2)  # of the fresh noise z
     return _act(mean, std, generator), mean, std
 
 
@@ -227,7 +227,7 @@ def rollout(
         raise ValueError(f"window must satisfy 0 <= start <= stop <= {len(times) - 1}, not {(start, stop)}")
     if level < 0:
         raise ValueError(f"level must not be negative, not {level}")
-    noisy = range(start, stop) if level > 0 else ()
+    noisy = range(start, stop) if level > 0 else ()  # the n whose steps are stochastic
     return _walk(velocity, full_precision(x).detach(), times, level, kernel, noisy, generator)
 
 
@@ -235,16 +235,16 @@ def _walk(velocity, x, times, level, kernel, noisy, generator) -> Iterator[Trans
     """The loop of `rollout`; apart, so that bad arguments raise at the call and not at the first `next`."""
     for index, (t, t_next) in enumerate(zip(times, times[1:])):
         dt = t - t_next
-        v = full_precision(velocity(x, t))
+        v = full_precision(velocity(x, t))  # (B, ...)
         if index not in noisy:
-            mean, sigma, std = ode_step(x, v, dt), 0.0, 0.0
+            mean, sigma, std = ode_step(x, v, dt), 0.0, 0.0  # Q Eq. 3
             x_next = mean.detach()
         elif kernel == "sde":
             sigma = noise_scale(t, t_next, level)
-            x_next, mean, std = sde_step(x, v, t, dt, sigma, generator)
+            x_next, mean, std = sde_step(x, v, t, dt, sigma, generator)  # F Eq. 6
         else:
             x_next, mean, std = cps_step(x, v, t, t_next, level, generator)
-            sigma = std / dt**0.5
+            sigma = std / dt**0.5  # so that std = sigma sqrt(dt) here, too
         yield Transition(index, t, t_next, dt, sigma, x, v, mean, std, x_next)
         x = x_next
 

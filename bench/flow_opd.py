@@ -7,6 +7,7 @@
                                           utilisation; flags of train.py may follow
     python -m bench.flow_opd overlap      what a slow reward costs an iteration, waited for and overlapped, in one run
     python -m bench.flow_opd judges       pointwise and pairwise reward models (Q Fig. 2) as a reward of GRPO
+    python -m bench.flow_opd collateral   cosines between the tasks' policy gradients, tiny world, a minute (F Eq. 4)
     python -m bench.flow_opd learning     OPD, its estimators and GRPO-mix on the tiny world, three seeds, mean and std;
                                  with words after it, only the recipes whose name has one of them
 
@@ -289,6 +290,43 @@ def judges(*steps: str) -> None:
         print(f"| {objective} | " + " | ".join(spread([row[c] for row in rows]) for c in columns) + " |")
 
 
+def collateral(prompts_per_step: str = "3") -> None:
+    """F Eq. 4 on the tiny world: what a GRPO step on one task does to another, as cosines of policy gradients."""
+    import torch
+
+    import grpo
+    import sde
+    import settings
+    from harness import load, rollout
+    from scorers import panel as scoring
+
+    advantages, scores = {}, {}
+    for task in settings.FLOW_TASKS:
+        flags = ["--preset", "tiny", "--stage", "grpo", "--task", task, "--prompts-per-step", prompts_per_step]
+        s, _ = settings.parse([*flags, "--no-resume", "--out", tempfile.mkdtemp()])
+        run, panel = load.student_run(s), load.panel_of(s)
+        prompts = load.load_prompts(s, "train", s.train_prompts, (task,))
+        rollout.prepare(run, prompts)
+        rows = rollout.rows_of(run, prompts, 0)
+        drawn, images = rollout.roll_out(run.model, rows, s)
+        found = panel.ask(images, rollout.prompts_of(rows), s.group_size)
+        advantages[task] = scoring.advantages(found, s.group_size, s.combine, s.advantage_std).flatten()  # A_1, (B,)
+        log_prob_B = 0.0  # of a whole trajectory
+        for old in drawn.path[: settings.window_of(s)[1]]:
+            mean = sde.transition_mean(old, drawn.velocity(old.x, old.t), s.noise_level)
+            log_prob_B = log_prob_B + sde.log_prob(old.x_next, mean, old.std, "sum")
+        own = [p for p in run.model.transformer.parameters() if p.requires_grad]
+        by_row = (torch.autograd.grad(log_prob, own, retain_graph=True) for log_prob in log_prob_B)
+        scores[task] = torch.stack([torch.cat([g.flatten() for g in row]) for row in by_row])  # grad log pi, (B, M)
+    gradients = {task: (advantages[task][:, None] * scores[task]).mean(0) for task in scores}  # grad J_k, (M,)
+    print("| learned | " + " | ".join(scores) + " |\n|---|" + "---:|" * len(scores))
+    for one in scores:
+        impacts = [
+            grpo.collateral_impact(gradients[k], advantages[one], scores[one]) / gradients[k].norm() for k in scores
+        ]
+        print(f"| {one} | " + " | ".join(f"{float(impact / gradients[one].norm()):+.2f}" for impact in impacts) + " |")
+
+
 def learning(*words: str) -> None:
     """Every recipe of LEARNING (that has one of `words`) with every seed -> mean ± sample std over seeds.
 
@@ -325,7 +363,7 @@ def spread(values: list[float]) -> str:
 
 
 if __name__ == "__main__":
-    jobs = {f.__name__: f for f in (estimators, speed, step, overlap, judges, learning)}
+    jobs = {f.__name__: f for f in (estimators, speed, step, overlap, judges, collateral, learning)}
     if len(sys.argv) < 2 or sys.argv[1] not in jobs:
         print(f"usage: python -m bench.flow_opd {{{','.join(jobs)}}}", file=sys.stderr)
         sys.exit(2)

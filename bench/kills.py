@@ -169,12 +169,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--every", type=int, default=1, help="kill before each N-th write only")
     every = parser.parse_args().every
-    from models import load
+    import torch
 
-    load.torch.set_num_threads(1)
+    from models.tiny import new_tiny
+
+    torch.set_num_threads(1)
     total = [0, 0]
     with tempfile.TemporaryDirectory() as folder:
-        model = load.new_tiny(0, width=32, layers=1)
+        model = new_tiny(0, width=32, layers=1)
         model.save_full(Path(folder), model.transformer.state_dict())
         for name, case in cases(Path(folder)).items():
             writes, tried, good = survived(case, every)

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from data.common import write_atomic
 from harness.ranks import rank_and_world, reason, wait
 from harness.weights import Weights
-from models.lora import ModelError, last_checkpoint
+from models.hub import ModelError, last_checkpoint
 from settings import Settings, SettingsError, read_by
 
 # Settings that may change when a run is continued: they move no number of a step, or only who computes it. (With

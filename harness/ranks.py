@@ -32,8 +32,8 @@ from torch.distributed.tensor import DTensor
 from data.common import first_line
 from data.files import DataError
 from harness.threads import cores
-from models import flow
-from models.lora import ModelError
+from models.flow import FlowModel
+from models.hub import ModelError
 from rewards import RewardError
 from settings import Settings, SettingsError, is_tiny
 
@@ -190,7 +190,7 @@ def wait() -> None:
         dist.barrier()
 
 
-def shard(model: flow.FlowModel, s: Settings) -> None:
+def shard(model: FlowModel, s: Settings) -> None:
     """FSDP2: shard the student by transformer block. Blocks compute in --precision; master weights are float32.
 
     A block's parameters are gathered for its forward or backward, and freed after it.

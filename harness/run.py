@@ -33,8 +33,8 @@ from harness import checkpoints
 from harness.card import model_card
 from harness.ranks import any_rank, average_numbers, rank_and_world, wait
 from harness.weights import Weights
-from models import lora as adapters
 from models.flow import FlowModel
+from models.lora import LoraConfig, save_adapter
 from settings import Settings, SettingsError
 
 
@@ -45,7 +45,7 @@ class Stopped(Exception):
 class Run:
     """One stage's run: its folder, what it trains, and the step where it stands."""
 
-    def __init__(self, settings: Settings, model: FlowModel, lora: "adapters.LoraConfig | None" = None):
+    def __init__(self, settings: Settings, model: FlowModel, lora: LoraConfig | None = None):
         self.s, self.model, self.lora = settings, model, lora
         self.rank, self.world = rank_and_world()
         self.folder = Path(settings.out) / settings.name
@@ -155,7 +155,7 @@ class Run:
                 if self.rank == 0:
                     m.save_full(folder, state)
             elif self.rank == 0:
-                adapters.save_adapter(folder, m.adapter_state(), self.lora, m.source, m.fingerprint, m.pipeline)
+                save_adapter(folder, m.adapter_state(), self.lora, m.source, m.fingerprint, m.pipeline)
         if self.rank == 0:
             self.write_card(folder, {})
 

@@ -28,9 +28,9 @@ from data.common import write_atomic
 from harness import run as runtime
 from harness import weights
 from harness.run import Run
-from models import flow
-from models import load as models
-from models import lora as adapters
+from models import flow, hub
+from models.lora import lora_config
+from models.tiny import new_tiny
 from settings import SettingsError
 from tests.helpers.runs import same, stored
 
@@ -154,7 +154,7 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(toy, poison):
 
 def test_muon_trains_the_matrices_of_a_new_bases_blocks_and_adamw_all_else():
     def optimizers(prepare, **changes):
-        model = models.new_tiny(0, width=32, layers=1)
+        model = new_tiny(0, width=32, layers=1)
         prepare(model)
         found = weights.optimizers(model, settings.resolve({"preset": "tiny", "lr": 0.1, **changes}))
         names = {id(p): n for n, p in model.trainable().items()}
@@ -167,7 +167,7 @@ def test_muon_trains_the_matrices_of_a_new_bases_blocks_and_adamw_all_else():
     assert f"{block}.weight" in muon and f"{block}.bias" in adamw
     ends = {"text_encoder.word.weight", "transformer.proj_out.weight", "transformer.context_embedder.weight"}
     assert ends <= adamw, "embeddings and the way out"
-    lora = adapters.lora_config(4, 8.0)
+    lora = lora_config(4, 8.0)
     for prepare in (lambda model: model.add_adapter(flow.STUDENT, lora), lambda model: model.train_fully()):
         names, found = optimizers(prepare)
         assert found == {torch.optim.AdamW: set(names.values())}, "other stages have AdamW alone, as in the papers"
@@ -195,7 +195,7 @@ def test_checkpoints_come_at_multiples_of_save_every_and_at_the_end_and_old_ones
     run = toy(steps=7, save_every=3, keep=10)
     train(run)
     assert checkpoints(run) == ["step-000003", "step-000006", "step-000007"]
-    assert run.checkpoint == adapters.last_checkpoint(run.folder)
+    assert run.checkpoint == hub.last_checkpoint(run.folder)
     train(run := toy(steps=9, save_every=1, keep=2))
     assert checkpoints(run) == ["step-000008", "step-000009"], "the two newest are kept"
 
@@ -345,7 +345,7 @@ def test_a_damaged_checkpoint_is_one_line_that_names_it_and_says_what_to_do(toy,
     train(run)
     strike, why = DAMAGES[damage]
     strike(run.checkpoint)
-    with pytest.raises(adapters.ModelError, match=r"step-000003/training: .*remove .*step-000003") as e:
+    with pytest.raises(hub.ModelError, match=r"step-000003/training: .*remove .*step-000003") as e:
         toy(**NFT)
     assert "\n" not in str(e.value) and re.search(rf"\(.*({why}).*\)", str(e.value)), str(e.value)
     shutil.rmtree(run.checkpoint)

@@ -15,13 +15,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import settings
-from harness import plan, threads
+from harness import cli, threads
 from scorers import registry
 from settings import Settings, is_tiny
 
 if __name__ == "__main__":
     threads.sleep_while_waiting()
-    plan.answer_early(sys.argv[1:], "eval.py")
+    cli.answer_early(sys.argv[1:], "eval.py")
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from torch import Tensor
 import rewards
 from data import files as data
 from data.files import Prompt
-from harness import load, ranks, report, rollout
+from harness import load, plan, ranks, report, rollout
 from models import flow
 from scorers import panel as scoring
 from tiny import drawings as tiny
@@ -157,11 +157,10 @@ def compare(s: Settings) -> tuple[dict[str, dict], Path]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     try:
-        s, _ = settings.parse(list(sys.argv[1:] if argv is None else argv), prog="eval.py")
+        s, _ = cli.parse(list(sys.argv[1:] if argv is None else argv), prog="eval.py")
         registry.read(s.rewards, settings.rewarded_tasks(s), is_tiny(s))
         if s.dry_run:
-            print(plan.describe(s, prog="eval.py"))
-            return 0
+            return plan.show(s, {})
         rows, where = compare(s)
     except ranks.USER_ERRORS as fault:
         return ranks.fail(fault)

@@ -29,13 +29,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import settings
-from harness import plan, threads
+from harness import cli, threads
 from scorers import registry
 from settings import Settings, is_tiny, rewarded_tasks, task_list
 
 if __name__ == "__main__":
     threads.sleep_while_waiting()
-    plan.answer_early(sys.argv[1:], "train.py")
+    cli.answer_early(sys.argv[1:])
 
 import numpy as np
 import torch
@@ -51,7 +51,7 @@ import opd
 import rewards
 import sde
 from data import files as data
-from harness import cli, curation, load, ranks, report, rollout
+from harness import curation, load, plan, ranks, report, rollout
 from harness import run as runtime
 from harness.ranks import USER_ERRORS
 from harness.rollout import Row, Trajectories, batches, micro_batches, prompts_of
@@ -464,7 +464,8 @@ def finish(run: Run, panel: Panel | None = None) -> Path:
     return run.checkpoint
 
 
-# A stage's settings -> what it has made.
+# The loop of a stage, which --dry-run walks, too; and all of the stage, from its settings to what it has made.
+LOOPS = {"pretrain": pretrain, "curate": curate, "grpo": train_teacher, "nft": train_teacher, "sft": sft, "opd": distil}
 STAGES = {
     "pretrain": lambda s: finish(pretrain(s)), "curate": curate, "sft": lambda s: finish(sft(s)),
     "merge": lambda s: finish(merge_teachers(s)), "grpo": lambda s: finish(*train_teacher(s)),
@@ -521,8 +522,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         s, chosen = cli.parse(list(sys.argv[1:] if argv is None else argv))
         registry.read(s.rewards, rewarded_tasks(s), is_tiny(s))
         if s.dry_run:
-            print(plan.describe(s))
-            return 0
+            return plan.show(s, LOOPS)
         run_stage(s, chosen)
         return 0
     except USER_ERRORS as fault:

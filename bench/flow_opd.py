@@ -68,6 +68,8 @@ def speed(rounds: int = 5, warmup: int = 2) -> None:
 
 
 # Dense bfloat16 FLOP/s of accelerators by a part of their name, as their makers state them.
+CLIP_TOKENS = 77  # SD3: they stand before T5's in the text sequence
+PICTURE_TOKENS = (392 // 28) ** 2  # Qwen-Image-Edit reads the source into its text, a token for each 28 x 28 pixels
 PEAKS = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "B200": 2250e12}
 
 
@@ -112,11 +114,9 @@ def random_model(s, device, config: dict):
 
 def text_tokens(s, config: dict, edits: bool) -> int:
     """Tokens of a longest prompt; of an edit, the picture's too."""
-    from harness import sizes
-
     if "pooled_projection_dim" in config:  # SD3: CLIP's stand before T5's
-        return sizes.CLIP_TOKENS + s.text_length
-    return s.text_length + edits * sizes.PICTURE_TOKENS
+        return CLIP_TOKENS + s.text_length
+    return s.text_length + edits * PICTURE_TOKENS
 
 
 def forward_flops(config: dict, resolution: int, text: int, source: int = 0) -> int:
@@ -175,12 +175,12 @@ def step(*flags: str, config: dict | None = None, rounds: int = 3) -> dict[str, 
     import settings
     import train
     from data.files import Prompt
-    from harness import cost, ranks, rollout, sizes
+    from harness import counting, plan, ranks, rollout
     from tiny import edits as tiny_edit
 
     s, _ = settings.parse(["--stage", "opd", "--no-resume", "--out", tempfile.mkdtemp(), *flags])
     device, tasks = ranks.start(s), settings.task_list(s)
-    config = config or (sizes.QWEN_IMAGE if "edit" in tasks else sizes.SD35_MEDIUM)
+    config = config or (plan.QWEN_IMAGE if "edit" in tasks else plan.SD35_MEDIUM)
     run, experts = random_run(s, device, config)
     picture = tiny_edit.make_prompts("edit", "train", 1)[0].metadata["image"]
     prompts = {t: [Prompt("a prompt", t, {"image": picture} if t == "edit" else {}, "bench")] for t in tasks}
@@ -195,7 +195,9 @@ def step(*flags: str, config: dict | None = None, rounds: int = 3) -> dict[str, 
         seconds.append(time.perf_counter() - began)
     size, backward = s.source_resolution or s.resolution, 2 if s.parameters == "full" else 1
     of = [forward_flops(config, s.resolution, text_tokens(s, config, t == "edit"), size * (t == "edit")) for t in tasks]
-    flops = sum(w.rows * statistics.mean(of) * (1 + backward * w.gradient) for w in cost.forwards(s))
+    counted = counting.forwards(s, train.distil)
+    of_a_step = [(gradient, rows) for (moment, _, gradient), (_, rows) in counted.items() if moment == "step"]
+    flops = sum(rows * statistics.mean(of) * (1 + backward * gradient) for gradient, rows in of_a_step)
     found = {"seconds": statistics.median(seconds[1:]), "flops": flops}
     name = torch.cuda.get_device_name(device) if cuda else "processor"
     peak = next((value for part, value in PEAKS.items() if part in name), None)

@@ -37,22 +37,10 @@ FREE = (
 
 
 def prepare(folder: Path, s: Settings) -> None:
-    """Make a run's folder or accept the one that is there, and clear away what a kill has left in it.
-
-    SettingsError if it holds a checkpoint that was made with other settings.
-    """
-    resolved = {k: v for k, v in read_by(s).items() if k not in ("resume", "dry_run", "config", "threads")}
-    file = folder / "config.json"
+    """Make a run's folder or accept the one that is there, and clear away what a kill has left in it; see `check`."""
     if not s.resume:
         shutil.rmtree(folder, ignore_errors=True)
-    if file.exists() and last_checkpoint(folder):
-        old = json.loads(file.read_text())
-        for k in resolved:
-            if k not in FREE and k in old and old[k] != resolved[k]:
-                raise SettingsError(
-                    f"{folder} was made with --{k.replace('_', '-')} {old[k]}, not {resolved[k]}: "
-                    "give another --name, or --no-resume to start it anew"
-                )
+    check(folder, s)
     for stale in sorted((folder / "checkpoints").glob(".*")):
         whole = stale.with_name(stale.name[1:].removesuffix("-old"))
         if stale.name.endswith("-old") and not whole.exists():  # killed between the two renames of `save`
@@ -60,7 +48,26 @@ def prepare(folder: Path, s: Settings) -> None:
         else:
             shutil.rmtree(stale)
     (folder / "samples").mkdir(parents=True, exist_ok=True)
-    write_atomic(file, json.dumps(resolved, indent=1) + "\n")
+    write_atomic(folder / "config.json", json.dumps(recorded(s), indent=1) + "\n")
+
+
+def recorded(s: Settings) -> dict:
+    """The settings that a run's config.json holds: what the stage reads, and not how it was started."""
+    return {k: v for k, v in read_by(s).items() if k not in ("resume", "dry_run", "config", "threads")}
+
+
+def check(folder: Path, s: Settings) -> None:
+    """SettingsError if the folder holds a checkpoint that was made with other settings."""
+    file = folder / "config.json"
+    if not file.exists() or not last_checkpoint(folder):
+        return
+    old = json.loads(file.read_text())
+    for k, value in recorded(s).items():
+        if k not in FREE and k in old and old[k] != value:
+            raise SettingsError(
+                f"{folder} was made with --{k.replace('_', '-')} {old[k]}, not {value}: "
+                "give another --name, or --no-resume to start it anew"
+            )
 
 
 def save(

@@ -1,293 +1,346 @@
-"""What will this command do, and will it fit?
+"""What will a command do, what does it need, and what is missing? `--dry-run` answers and loads no weights.
 
-`--dry-run` answers without loading a model, in a fraction of a second; the numbers are `cost.py`'s. `--help` and a
-wrong flag are answered as early.
+The forwards of a step are counted by the stage's own loop (harness/counting.py), parameters on torch's meta device,
+from a local config or the published one. Exit code 2 if something is missing. What the Hub has is no fault: it is
+fetched when the run starts.
 """
 
-import contextlib
-import io
-import json
-import os
-import sys
-from dataclasses import asdict
+import re
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from fnmatch import fnmatch
+from importlib import metadata
+from math import prod
 from pathlib import Path
 
+import huggingface_hub
+import torch
+from safetensors import safe_open
+
+import rewards
 import settings
-from harness.cost import (
-    GIB,
-    SCORED,
-    SPARE,
-    TAUGHT,
-    Base,
-    anchor_of,
-    base_of,
-    doubled,
-    edits,
-    expert,
-    experts_of,
-    forwards,
-    fully,
-    groups,
-    is_hybrid,
-    is_ode,
-    is_single_pass,
-    judge_bytes,
-    judges,
-    last_step,
-    memory,
-    number_bytes,
-    rows_in_step,
-    trained_parameters,
-    trained_steps,
-    trained_tasks,
-)
-from rewards import RewardError
+from data.common import first_line
+from data.files import DataError
+from harness import checkpoints, load, ranks, rollout
+from harness.counting import forwards
+from models import flow, hub, lora, qwen
+from models import load as models
 from scorers import registry
-from settings import (
-    Settings,
-    SettingsError,
-    is_tiny,
-    parts_of,
-    student_cfg,
-    task_list,
-    teacher_cfg,
-    test_tasks,
-    trained_cfg,
-    window_of,
-)
+from settings import RL, Settings, SettingsError, is_tiny, student_cfg, task_list, teacher_cfg, trained_cfg
+
+GIB = 1 << 30
+# The transformers as published, for a Hub id that is not in the cache: of SD3.5-M, and of Qwen-Image and its editors.
+SD35_MEDIUM = {
+    "_class_name": "SD3Transformer2DModel", "sample_size": 128, "patch_size": 2, "in_channels": 16, "out_channels": 16,
+    "num_layers": 24, "attention_head_dim": 64, "num_attention_heads": 24, "joint_attention_dim": 4096,
+    "caption_projection_dim": 1536, "pooled_projection_dim": 2048, "pos_embed_max_size": 384, "qk_norm": "rms_norm",
+    "dual_attention_layers": tuple(range(13)),
+}  # fmt: skip
+QWEN_IMAGE = {
+    "_class_name": "QwenImageTransformer2DModel", "patch_size": 2, "in_channels": 64, "out_channels": 16,
+    "num_layers": 60, "attention_head_dim": 128, "num_attention_heads": 24, "joint_attention_dim": 3584,
+    "axes_dims_rope": (16, 56, 56), "guidance_embeds": False,
+}  # fmt: skip
+# Bytes of a trained number: the weight, its average, its gradient and AdamW's two moments, all float32.
+TRAINED_BYTES = 5 * 4
 
 
-def answer_early(argv: list[str], prog: str) -> None:
-    """Answer --help, --dry-run and a wrong flag at once, before the caller spends seconds on importing torch.
+# ----------------------------------------------------------------------------------- parameters, on the meta device
+def base_of(s: Settings) -> flow.FlowModel:
+    """The run's base without weights: every tensor has its shape and is on the meta device.
 
-    Exits with 0 or, after one line on stderr, with 2; returns where there is work to do. Of torchrun's ranks only
-    the first speaks.
+    ModelError for a folder that holds no transformer that is known here.
     """
-    with contextlib.ExitStack() as stack:
-        if int(os.environ.get("RANK", "0")) > 0:
-            stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-            stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+    with torch.device("meta"):
+        if s.stage == "pretrain":
+            return models.new_tiny(s.seed, device="meta", qwen="edit" in task_list(s))
+        config = transformer_config(s.model)
+        if config.get("_class_name") not in hub.TRANSFORMERS:
+            known = ", ".join(hub.TRANSFORMERS)
+            raise hub.ModelError(f"{s.model}: its transformer is a {config.get('_class_name')}; known are {known}")
+        kind = hub.TRANSFORMERS[config["_class_name"]]
+        transformer = kind.from_config(config).requires_grad_(False)
+    return (qwen.QwenFlow if kind.__name__ == QWEN_IMAGE["_class_name"] else flow.FlowModel)(transformer, "meta")
+
+
+def transformer_config(where: str) -> dict:
+    """The config of a model's transformer: of a folder, of the Hub's cache, or as published."""
+    if repo := hub.hub_id(where):
+        revision = hub.base_and_revision(where)[1] or None
+        file = huggingface_hub.try_to_load_from_cache(repo, "transformer/config.json", revision=revision)
+        return hub.read_json(Path(file)) if isinstance(file, str) else QWEN_IMAGE if "Qwen" in repo else SD35_MEDIUM
+    folder = hub.locate(where)
+    inside = folder / "transformer" / "config.json"
+    return hub.read_json(inside if inside.is_file() else folder / "config.json")
+
+
+def trained_numbers(s: Settings, base: flow.FlowModel) -> int:
+    """How many numbers train. It puts the student on the base."""
+    if s.stage in ("curate", "merge", "eval"):
+        return 0
+    if s.stage != "pretrain" and s.parameters == "full":
+        base.train_fully(keep_base=False)
+    elif s.stage != "pretrain":
+        config = lora.lora_config(s.rank, s.alpha)
+        if s.init and not hub.hub_id(s.init):
+            config = base.read_adapter(hub.locate(s.init))[1]
+        base.add_adapter(flow.STUDENT, config)
+    return numbers(base.trainable().values())
+
+
+def numbers(tensors) -> int:
+    return sum(tensor.numel() for tensor in tensors)
+
+
+def numbers_in(folder: Path) -> int:
+    """Numbers in the safetensors files of an adapter or a transformer, from their headers."""
+    names = {"peft": "adapter_model.safetensors", "diffusers": hub.LORA_FILE}
+    pattern, total = names.get(hub.kind(folder)), 0
+    files = [folder / pattern] if pattern else [*(folder / "transformer").glob("*.safetensors")]
+    for file in files or folder.glob("*.safetensors"):
         try:
-            s, _ = settings.parse(argv, prog)
-            registry.read(s.rewards, settings.rewarded_tasks(s), is_tiny(s))
-            if s.dry_run:
-                print(describe(s, prog=prog))
-                sys.exit(0)
-        except (SettingsError, RewardError) as fault:
-            print(f"error: {fault}", file=sys.stderr)
-            sys.exit(2)
+            with safe_open(file, "pt") as tensors:
+                total += sum(prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())  # noqa: SIM118
+        except Exception as fault:
+            raise hub.ModelError(f"{file}: not readable ({first_line(fault)})") from fault
+    return total
 
 
-def _size(number: float) -> str:
-    return f"{number / GIB:.2f} GiB" if number >= GIB / 10 else f"{number / 2**20:.2f} MiB"
+# --------------------------------------------------------------------------------------------------- what is needed
+def checkpoints_of(s: Settings) -> dict[str, str]:
+    """Every checkpoint that the run reads beside its base, by what it is for."""
+    found = {"init": s.init} if s.init else {}
+    if s.stage in ("sft", "merge", "opd", "eval"):
+        found |= {f"teacher {task}": where for task, where in s.teachers.items()}
+    found |= dict(zip(("anchor",), load.anchors(s)))
+    return found | {f"compare {name}": where for name, where in s.compare.items()}
 
 
-def verdict(s: Settings, total: int) -> str:
-    """Does it fit? One sentence, with a tenth to spare."""
-    if total * SPARE <= 24 * GIB:
-        return "fits one 24 GiB accelerator"
-    if total * SPARE <= 80 * GIB:
-        return "needs more than 24 GiB: one 80 GiB accelerator a rank"
-    near = [judge for judge in judges(s).values() if judge_bytes(judge)]
-    ways = {
-        "judges in bfloat16 (--rewards FILE)": any(judge.dtype == "float32" for judge in near),
-        "judges behind endpoints (--rewards FILE)": bool(near),
-        "--gradient-checkpointing": not s.gradient_checkpointing, "--micro-batch 1": s.micro_batch != 1,
-        "--precision bfloat16": s.precision != "bfloat16", "--parameters lora": fully(s),
-        "--parallel fsdp on more ranks": fully(s), "a smaller --resolution": True,
-    }  # fmt: skip
-    return "needs more than 80 GiB a rank: try " + " or ".join(way for way, helps in ways.items() if helps)
+def cached(where: str, patterns: Sequence[str]) -> bool:
+    """Is a Hub id in the local cache?"""
+    revision = hub.base_and_revision(where)[1] or None
+    try:
+        return bool(huggingface_hub.snapshot_download(
+            hub.hub_id(where), revision=revision, allow_patterns=list(patterns), local_files_only=True
+        ))  # fmt: skip
+    except Exception:
+        return False
 
 
-def runs_of(s: Settings) -> list[str]:
-    """Names of the runs that the command makes, in their order; the parts of a larger plan have their own."""
+def download_sizes(wanted: Mapping[str, Sequence[str]], seconds: float = 4.0) -> dict[str, int]:
+    """Bytes of the files that match, by Hub id, as far as the Hub answers within some seconds: offline none."""
+    found: dict[str, int] = {}
+
+    def ask() -> None:
+        for where, patterns in wanted.items():
+            try:
+                revision = hub.base_and_revision(where)[1] or None
+                about = huggingface_hub.HfApi().model_info(
+                    hub.hub_id(where), revision=revision, files_metadata=True, timeout=seconds
+                )
+            except Exception:
+                return
+            files = [f for f in about.siblings if any(fnmatch(f.rfilename, pattern) for pattern in patterns)]
+            found[where] = sum(f.size or 0 for f in files)
+
+    thread = threading.Thread(target=ask, daemon=True)  # a name server that does not answer would hold us longer
+    thread.start()
+    thread.join(seconds)
+    return dict(found)
+
+
+def lacking(extra: str) -> list[str]:
+    """Packages of an extra of pyproject.toml that are not installed."""
+    found = []
+    for line in metadata.requires("minopd") or ():
+        name = re.match(r"[\w.-]+", line)[0]
+        if re.search(f"extra == ['\"]{extra}['\"]", line) and not any(True for _ in metadata.distributions(name=name)):
+            found.append(name)
+    return found
+
+
+def missing(s: Settings) -> list[str]:
+    """What the run would stop for, in words: paths, prompt files, scorers' options, and packages of an extra."""
+    found, extras = [], ["wandb"] if s.wandb else []
+    asked = registry.read(s.rewards, settings.rewarded_tasks(s), is_tiny(s)) if s.rewards or s.stage in RL else None
+    if asked:
+        extras += [e["kind"] for e in asked.scorers.values() if e["kind"] in ("ocr", "geneval", "face")]
+
+    def attempt(work: Callable, *arguments) -> None:
+        try:
+            work(*arguments)
+        except (SettingsError, DataError, hub.ModelError, rewards.RewardError) as fault:
+            found.append(first_line(fault))
+
     tasks = task_list(s)
-    if s.stage == "all":
-        each = {"grpo": [f"grpo-{task}" for task in tasks]}
-        parts = [name for part in parts_of(s) for name in each.get(part, [part])]
-        return [*(f"{s.name}-{part}" for part in parts), s.name]
-    return [f"{s.name}-{task}" for task in tasks] if s.stage in TAUGHT and not s.task else [s.name]
+    if s.stage in (*settings.ROLLOUT, "sft"):
+        attempt(load.load_prompts, s, "train", 8, [s.task] if s.task in tasks else tasks)
+    if s.eval_prompts and s.stage in settings.SHOWN:
+        attempt(load.load_prompts, s, "test", min(s.eval_prompts, 8), settings.test_tasks(s))
+    if asked:
+        attempt(registry.check, asked, is_tiny(s))
+    for extra in dict.fromkeys(extras) if not is_tiny(s) or s.wandb else ():
+        if names := lacking(extra):
+            found.append(f"{', '.join(names)}: pip install -e '.[{extra}]'")
+    return found
 
 
-def _standing(s: Settings, folder: Path) -> str:
-    """Whether a run's folder exists, and where it would go on."""
-    if not folder.exists():
-        return "new"
-    if s.stage in ("eval", "merge"):
-        return "exists, is written anew"
-    if not s.resume:
-        return "exists, --no-resume removes it first"
-    step = last_step(folder)
-    return "exists without a checkpoint, starts at step 0" if step is None else f"exists, continues from step {step}"
+# --------------------------------------------------------------------------------------------------------- the text
+def show(s: Settings, loops: Mapping[str, Callable]) -> int:
+    """Print the plan, on rank 0 -> the exit code: 2 if something is missing."""
+    if ranks.rank_and_world()[0] > 0:
+        return 0
+    text, lost = describe(s, loops)
+    print(text)
+    return 2 if lost else 0
 
 
-def describe(s: Settings, world: int | None = None, local: int | None = None, prog: str = "train.py") -> str:
-    """What the run would do: the resolved settings as JSON, then lines of a label and a text. Nothing is written.
+def describe(s: Settings, loops: Mapping[str, Callable]) -> tuple[str, list[str]]:
+    """(lines of a label and a text, what is missing). Nothing is written, and no weights are loaded.
 
-    world, local: ranks in all and on a node, without them torchrun's own. Raises SettingsError, one line, for a
-    checkpoint that is there and cannot be read.
+    loops: the loop of each stage that has one, as train.py has it: (settings, load) -> anything.
     """
-    world = world or int(os.environ.get("WORLD_SIZE", "1"))
-    local = local or int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    resolved, s = json.dumps(asdict(s), indent=1), s
-    base = base_of(s)
-    lines = [("run", f"{Path(s.out) / name}: {_standing(s, Path(s.out) / name)}") for name in runs_of(s)]
-    lines += _model_lines(s, base)
+    tasks, lines = [s.task] if s.stage in RL else [], []
     if s.stage == "all":
-        lines.append(("numbers", "each part has its own preset: ask with --stage STAGE --dry-run"))
-    else:
-        lines += [*_step_lines(s, world), *_drawing_lines(s), *_cost_lines(s, base, world, local)]
-    return "\n".join([resolved, *(f"{label:<21} {text}" for label, text in lines)])
+        names = [f"{s.name}-{part}" for part in settings.parts_of(s)]
+        lines = [("runs", ", ".join([*names, s.name])), ("numbers", "ask for each part: --stage STAGE --dry-run")]
+        return "\n".join(f"{label:<20} {text}" for label, text in lines), []
+    if s.stage in RL and not s.task:
+        tasks = task_list(s)
+        lines.append(("runs", f"one for each of {', '.join(tasks)}; these are the numbers of the first"))
+        s = replace(s, task=tasks[0], name=f"{s.name}-{tasks[0]}")
+    standing, lost = _standing(s), missing(s)
+    lost += [standing] if standing.startswith("refused") else []
+    lines += [("run", standing), *_step_lines(s)]
+    if s.stage != "reward":
+        lines += _forward_lines(s, forwards(s, loops.get(s.stage)))
+    more, also = _model_lines(s)
+    lost = list(dict.fromkeys([*lost, *also]))
+    lines += [*more, *(("MISSING", what) for what in lost)]
+    return "\n".join(f"{label:<20} {text}" for label, text in lines), lost
 
 
-def _model_lines(s: Settings, base: Base | None) -> list[tuple[str, str]]:
-    """The model, the student and every expert."""
-    if base:
-        c = base.config
-        shape = f"{c['num_layers']} blocks, {c['num_attention_heads']} heads of {c['attention_head_dim']}"
-        image, text = base.tokens()
-        tokens = f"{image} image and {text} text tokens"
-        if edits(s):
-            image, text = base.tokens(edit=True)
-            tokens += f"; an edit: {image} and {text}"
-        billions = f"{base.parameters / 1e9:.3f} billion parameters ({base.parameters:,})"
-        lines = [("model", f"{s.model}: {base.note}"), ("transformer", f"{billions}, {shape}; {tokens}")]
-    else:
-        lines = [("model", f"{s.model}: MISSING, no transformer/config.json there; no memory can be foretold")]
-    init = expert(s.init, base, s.rank) if s.init else None
-    start = f", from {s.init}: {init.note}" if init else ""
-    student = f"the whole transformer in float32, {s.parallel}{start}" if fully(s) else f"a LoRA{start}"
-    if not fully(s) and not init:
-        student = f"a new LoRA of rank {s.rank}, alpha {s.alpha:g}"
-    if not fully(s) and init and init.kind == "full":
-        student = f"REFUSED: --init {s.init} is a full checkpoint; use --parameters full, or give it as --model"
-    if s.stage == "merge":
-        student = f"the teachers merged by {s.merge_method}, no training"
-    if s.stage not in ("eval", "all"):
-        lines.append(("student", student))
-    for name, e in experts_of(s, base).items():
-        lines.append((name, f"{e.where}: {e.note}" + (f", {e.parameters:,} parameters" if e.parameters else "")))
-    if anchor_of(s) not in ("", "anchor"):
-        lines.append(("anchor", anchor_of(s)))
-    if "edit" in trained_tasks(s) and "edit" not in test_tasks(s):
-        lines.append(("prompts", "edit: MISSING, edits need source pictures: --prompts edit=FILE.jsonl"))
-    return lines
+def _standing(s: Settings) -> str:
+    """Whether a run of this name is there, and what becomes of it."""
+    folder = Path(s.out) / s.name
+    if not folder.exists():
+        return f"{folder}: new"
+    if s.stage in ("eval", "merge"):
+        return f"{folder}: is there and will be written anew"
+    if not s.resume:
+        return f"{folder}: is there and --no-resume removes it first"
+    try:
+        checkpoints.check(folder, s)
+    except SettingsError as fault:
+        return f"refused: {fault}"
+    last = hub.last_checkpoint(folder)
+    return f"{folder}: is there and will be continued from " + (last.name if last else "its start")
 
 
-def _step_lines(s: Settings, world: int) -> list[tuple[str, str]]:
-    """Batch arithmetic, objective and forwards of a step."""
-    rows, parts, most = rows_in_step(s)
-    lines, total = [], f"{world * rows:,} a step, {s.steps * world * rows:,} in {s.steps} steps"
-    micro = f"{parts} micro-batches a rank of at most {most}"
-    if s.stage in ("pretrain", "sft"):
-        lines.append(("batch", f"ranks {world} x images {s.batch_size} = {total}; {micro}"))
-    if s.stage == "curate":
-        shape = f"{world} ranks, prompts {s.prompts_per_step} x group {s.group_size} at a time, {s.num_steps} steps"
-        lines.append(("batch", f"{shape}; kept: a range above {s.threshold:g}; {micro}"))
-    if s.stage in (*TAUGHT, "opd"):
-        shape = f"ranks {world} x prompts {s.prompts_per_step} x group {s.group_size}"
-        lines.append(("batch", f"{shape} = trajectories {total}; {micro}"))
-        lines.append(("groups", "a rank: " + ", ".join(f"{count} of {task}" for task, count in groups(s).items())))
-        if s.task == "mix":
-            order = "in every step (Q 4.3's Mix-RL)" if s.mix == "joint" else "in turns (F's GRPO-mix)"
-            lines.append(("tasks", f"{', '.join(task_list(s))}, {order}"))
-        start, stop = window_of(s)
-        noisy = f"{start}..{stop - 1} stochastic ({s.kernel}, level {s.noise_level:g})"
-        trained = f"{trained_steps(s)} trained ({s.train_steps})"
-        lines.append(("rollout", f"{s.num_steps} steps, {'an ODE' if is_ode(s) else noisy}, {trained}"))
-    lines += _objective_lines(s)
-    for w in forwards(s):
-        gradient = "with gradient" if w.gradient else "without gradient"
-        lines.append(("forwards", f"a step and rank, {w.who}, {gradient}: forwards {w.forwards:,}, rows {w.rows:,}"))
-    return lines
-
-
-def _objective_lines(s: Settings) -> list[tuple[str, str]]:
-    """What is guided, what is learnt, and from whom."""
-    lines = [("guidance", guidance(s))] if s.stage in ("opd", *SCORED) else []
-    if s.stage == "grpo":
-        lines.append(("objective", f"GRPO, {s.updates} updates a step, KL to the base {s.beta:g}"))
-    if s.stage == "nft":
-        said = f"DiffusionNFT, strength {s.interpolation:g}, distance to the base {s.beta:g}"
-        lines.append(("objective", f"{said}, {s.updates} updates a step"))
+def _step_lines(s: Settings) -> list[tuple[str, str]]:
+    """Batch arithmetic, rollout and guidance."""
+    world, found = ranks.rank_and_world()[1], []
+    if s.stage in settings.ROLLOUT:
+        rows = world * s.prompts_per_step * s.group_size
+        total = f", {s.steps * rows:,} in {s.steps} steps" if s.stage != "curate" else " at a time"
+        shape = f"{world} ranks x {s.prompts_per_step} prompts x {s.group_size} samples"
+        found.append(("batch", f"{shape} = {rows:,} trajectories{total}; --micro-batch {s.micro_batch}"))
+        level, (start, stop) = rollout.noise_of(s)
+        noisy = f"{start}..{stop - 1} stochastic ({s.kernel}, level {level:g})" if level and stop > start else "an ODE"
+        learnt = ""
+        if s.stage != "curate":
+            learnt = f", {len(rollout.trained_steps(s, torch.Generator()))} trained ({s.train_steps})"
+        found.append(("rollout", f"{s.num_steps} steps, {noisy}{learnt}"))
+        places = {"student": student_cfg(s)} | ({"teachers": teacher_cfg(s)} if s.stage == "opd" else {})
+        places |= {"objective": trained_cfg(s)} if s.stage in RL else {}
+        scales = (f"{who} {'none' if cfg == 1 else f'{cfg:g}'}" for who, cfg in places.items())
+        found.append(("guidance", ", ".join(scales)))
+    elif s.stage in ("pretrain", "sft", "reward"):
+        rows = world * s.batch_size
+        found.append(("batch", f"{world} ranks x {s.batch_size} images = {rows:,} a step, {s.steps * rows:,} in all"))
     if s.stage == "opd":
-        way = "single pass" if is_single_pass(s) else "stored trajectories"
-        lines.append(("objective", f"{s.estimator}, {way}, MAR {s.mar:g}"))
-    if s.stage not in SCORED:
-        return lines
-    asked = registry.read(s.rewards, settings.rewarded_tasks(s), is_tiny(s))
-    for category, row in asked.weights.items():
-        paid = " + ".join(f"{weight:g} {name}" for name, weight in row.items())
-        lines.append(("reward", f"{category}: {paid}" + (f", {s.combine}" if len(row) > 1 else "")))
-    for name, entry in asked.scorers.items():
-        options = ", ".join(f"{key} {value}" for key, value in entry.items())
-        lines.append(("scorer", f"{name}: {options}" + (", only watched" if name in asked.watch else "")))
-    for name, judge in judges(s).items():
-        billions = f"{judge.parameters / 1e9:.2f} billion parameters" if judge.parameters else "of unknown size"
-        place = f"on {judge.device}" if judge.device else "on the run's own accelerator"
-        size = f", {_size(judge_bytes(judge))} a rank" if judge_bytes(judge) else ", not counted"
-        lines.append(("judge", f"{name}: {judge.model}, {billions}, {judge.dtype}, {place}{size}"))
+        found.append(("objective", f"{s.estimator}, weight {s.weight}, {s.states} states, MAR {s.mar:g}"))
+    if s.stage in ("curate", *RL):
+        asked = registry.read(s.rewards, settings.rewarded_tasks(s), is_tiny(s))
+        paid = (f"{c}: " + " + ".join(f"{w:g} {name}" for name, w in row.items()) for c, row in asked.weights.items())
+        found.append(("rewards", "; ".join(paid)))
+    return found
+
+
+def _forward_lines(s: Settings, found: Mapping[tuple[str, str, bool], list[int]]) -> list[tuple[str, str]]:
+    """The counted forwards of a rank, teachers together; an anchor that is a teacher answers as the anchor."""
+    anchor = f"teacher {s.anchor}" if s.anchor in s.teachers else "anchor"
+    together: dict[tuple[str, str, bool], list[int]] = {}
+    for (moment, who, gradient), (calls, rows) in found.items():
+        if s.stage == "opd" and s.mar > 0 and who == anchor:
+            who = "anchor"
+        who = "teachers" if who.startswith("teacher ") and moment != "end" else who
+        sums = together.setdefault((moment, who if moment != "end" else "", gradient), [0, 0])
+        sums[0], sums[1] = sums[0] + calls, sums[1] + rows
+    when = {"before": "before the first step", "step": "a step", "end": "test pictures at the end"}
+    lines = []
+    for (moment, who, gradient), (calls, rows) in together.items():
+        whose = f", {who}, {'with' if gradient else 'without'} gradient" if who else ""
+        lines.append(("forwards", f"{when[moment]}{whose}: {calls:,} of {rows:,} rows"))
     return lines
 
 
-def guidance(s: Settings) -> str:
-    """The guidance strategy in words: the scale of each part of the stage, or none."""
-    places = {"of the teachers": teacher_cfg(s), "of the student": student_cfg(s)}
-    if s.stage in SCORED:
-        places = {"in the rollout": student_cfg(s), "in the objective": trained_cfg(s)}
-    if s.stage == "curate":
-        places.pop("in the objective")
-    scales = {place: "none" if cfg == 1 else f"{cfg:g}" for place, cfg in places.items()}
-    if len(set(scales.values())) == 1:
-        told = f"{next(iter(scales.values()))} {' and '.join(scales)}"
-    else:
-        told = ", ".join(f"{scale} {place}" for place, scale in scales.items())
-    rescaled = ", rescaled to the norm with the prompt" if s.cfg_rescale and set(scales.values()) != {"none"} else ""
-    return told + rescaled + (", the branches one after the other" if is_hybrid(s) else "")
+def _model_lines(s: Settings) -> tuple[list[tuple[str, str]], list[str]]:
+    """Checkpoints, parameters and memory -> (lines, what is missing)."""
+    wanted = {"model": (s.model, models.BASE_FILES)} if s.stage != "pretrain" else {}
+    wanted |= {name: (where, (*hub.ADAPTER_FILES, *hub.TRANSFORMER_FILES)) for name, where in checkpoints_of(s).items()}
+    far = {where: patterns for where, patterns in wanted.values() if hub.hub_id(where) and not cached(where, patterns)}
+    fetched, lines, lost, found = download_sizes(far), [], [], {}
+    for name, (where, _) in wanted.items():
+        size = f"{fetched[where] / GIB:.2f} GiB" if where in fetched else "of unknown size"
+        try:
+            if hub.hub_id(where):
+                note = f"downloaded when the run starts, {size}" if where in far else "in the Hub's cache"
+            else:
+                folder = hub.locate(where)
+                kind = "" if name == "model" else hub.kind(folder)
+                found |= {name: numbers_in(folder)} if kind else {}
+                note = {"": "a folder", "full": "a full checkpoint"}.get(kind, "a LoRA")
+            lines.append((name, f"{where}: {note}" + (f", {found[name]:,} parameters" if name in found else "")))
+        except hub.ModelError as fault:
+            lost.append(first_line(fault))
+    if s.stage == "reward" or ("model" in wanted and "model" not in dict(lines)):
+        return lines, lost
+    base = base_of(s)
+    whole, trained = numbers(base.transformer.parameters()), trained_numbers(s, base)
+    lines.append(("parameters", f"transformer {whole:,}, trained {trained:,}"))
+    parts = memory(s, whole, trained, found)
+    total = " + ".join(f"{name} {gib(size)}" for name, size in parts.items())
+    absent = len(wanted) - len(found) - ("model" in wanted)
+    lines.append(("memory", f"{gib(sum(parts.values()))} GiB a rank stay: {total}" + (
+        f"; without {absent} checkpoints that are not here yet" if absent else "")))
+    if s.stage in settings.TRAINED:
+        lines.append(("", "activations, text encoders, VAE and scorers come on top; to measure all of it, run on"))
+        lines.append(("", "an accelerator with --name probe --steps 1: `memory` (GiB) in runs/probe/metrics.jsonl"))
+    return lines, lost
 
 
-def _drawing_lines(s: Settings) -> list[tuple[str, str]]:
-    """What is drawn outside of the steps, shared among the ranks."""
-    lines, pictures = [], s.eval_prompts * len(test_tasks(s))
-    own, theirs = s.eval_steps * doubled(student_cfg(s)), s.eval_steps * doubled(teacher_cfg(s))  # rows of a picture
-    if s.stage == "sft":
-        images = -(-s.sft_images // len(task_list(s))) * len(task_list(s))
-        lines.append(("drawing", f"before the first step: {images} images of the teachers, {images * theirs:,} rows"))
-    tests, rows = pictures, pictures * own
-    if s.stage == "eval":  # the base, the teachers, and the students to compare
-        tests = pictures * (1 + len(s.teachers) + len(s.compare))
-        rows = pictures * ((1 + len(s.teachers)) * theirs + len(s.compare) * own)
-    lines.append(("drawing", f"in the end: {tests} test pictures, {rows:,} rows"))
-    return lines
+def gib(size: float) -> str:
+    return f"{size / GIB:.2f}" if size > GIB / 100 else f"{size / GIB:.5f}"
 
 
-def _cost_lines(s: Settings, base: Base | None, world: int, local: int) -> list[tuple[str, str]]:
-    """Memory, and where everything goes."""
-    lines, each = [], ""
-    if base:
-        experts = experts_of(s, base)
-        n = trained_parameters(s, base, expert(s.init, base, s.rank) if s.init else None, experts)
-        found = memory(s, base, experts, n, world, local)
-        lines.append(("trained", f"{n:,} parameters"))
-        lines += [("memory", f"{name}: {_size(value)}") for name, value in found.parts.items()]
-        for name, value in found.moments.items():
-            lines.append(("moment", f"{name}: {_size(value)}{', the largest' if name == found.largest else ''}"))
-        sentence = f"{_size(found.total)} a rank with the largest moment, an estimate: {verdict(s, found.total)}"
-        lines.append(("memory", sentence))
-        lines += [("host memory", f"{k}: {_size(v)} a rank, {_size(v * local)} a node") for k, v in found.host.items()]
-        # The exported weights (a LoRA in float32, in PEFT's and in diffusers' layout; a transformer in b bytes a
-        # number), and to go on from: weights, their average and two moments in float32.
-        export = number_bytes(s) * n if fully(s) else 4 * n * (1 if is_tiny(s) else 2)
-        each = f", about {_size(export + (8 if s.stage == 'merge' else 16) * n)} each"
-    for folder in (Path(s.out) / name for name in runs_of(s)):
-        if s.stage == "curate":
-            lines.append(("writes", f"{folder}: config.json, ranges/*.jsonl, prompts/TASK/, curation.md"))
-            continue
-        if s.stage == "eval":
-            lines.append(("writes", f"{folder}: report.md, results.json, samples/*.png"))
-            continue
-        board = "TensorBoard and Weights & Biases" if s.wandb else "TensorBoard"
-        lines.append(("writes", f"{folder}: config.json, metrics.jsonl, {board}, samples/*.png, report.md"))
-        often = f"every {s.save_every} steps, the newest {s.keep} kept" if s.stage != "merge" else "once"
-        lines.append(("checkpoints", f"{folder}/checkpoints/step-NNNNNN, {often}{each}"))
-    return lines
+def memory(s: Settings, whole: int, trained: int, found: Mapping[str, int]) -> dict[str, float]:
+    """Bytes of a rank that stay through a run, by what they are for. whole, trained: N and n; found: experts' numbers.
+
+    b N of the frozen base, with N numbers of b bytes (it is absent if all train and nobody asks it); 20 n of the n
+    trained ones (24 for nft, whose old policy draws), over the ranks that share them; 4 a of the LoRA teachers' a; b N
+    of each full teacher on the accelerator, of which there are two at most, and the anchor.
+    """
+    b = 4 if is_tiny(s) or s.precision == "float32" else 2
+    experts = {name: n for name, n in found.items() if name != "init" and s.stage != "merge"}
+    loras, full = [n for n in experts.values() if n < whole], sum(n >= whole for n in experts.values())
+    fully = s.stage == "pretrain" or (s.parameters == "full" and s.stage in settings.LORA)
+    asked = s.beta > 0 if s.stage in RL else full < len(checkpoints_of(s))  # the base carries LoRAs
+    shards = {"fsdp": ranks.rank_and_world()[1], "hsdp": ranks.local_world()}.get(s.parallel, 1) if fully else 1
+    parts = {
+        "base": b * whole * (not fully or (asked and s.stage != "pretrain")),
+        "student": (TRAINED_BYTES + 4 * (s.stage == "nft")) * trained / shards,
+        "LoRA teachers": 4 * sum(loras), "full teachers": b * whole * min(full, 3 if "anchor" in experts else 2),
+    }  # fmt: skip
+    return {name: size for name, size in parts.items() if size}

@@ -1,0 +1,168 @@
+"""How many forwards does a stage's step take? Its own loop in train.py counts them, with a model that computes nothing.
+
+A loop is handed `CountingLoad` in place of harness/load.py. There is no second description of the pipeline.
+"""
+
+import io
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import rewards
+import sde
+import settings
+from data.files import Prompt, seed_for
+from harness import ranks, rollout
+from models import flow
+from scorers import panel
+from settings import Settings, student_cfg, teacher_cfg
+from tiny import edits
+
+
+class CountingModel(flow.FlowModel):
+    """A model that computes nothing. `found`: {(moment, who, with gradient?): [forwards, rows]}.
+
+    Guidance and experts are asked through `FlowModel.velocity`, so that what is counted is what would be computed.
+    The latents are small, because no count depends on their size.
+    """
+
+    latent_shape, precision, device = (1, 2, 2), "float32", torch.device("cpu")
+
+    def __init__(self):
+        self.who, self.moment, self.found = "student", "before", {}  # who computes, when, and what was counted
+        self.weight = torch.zeros((), requires_grad=True)
+
+    def _forward(self, x: Tensor, t: Tensor, cond: flow.Cond) -> Tensor:
+        count = self.found.setdefault((self.moment, self.who, torch.is_grad_enabled()), [0, 0])
+        count[0] += 1
+        count[1] += len(x)
+        return 0 * x + self.weight
+
+    @contextmanager
+    def adapter(self, name: str | None) -> Iterator[None]:
+        before, self.who = self.who, name or "base"
+        with torch.no_grad():
+            yield
+        self.who = before
+
+    def keep(self, names) -> None:
+        pass
+
+    def encode(self, prompts: Sequence[str], images=None) -> flow.Cond:
+        return flow.Cond(torch.zeros(len(prompts), 1, 1))
+
+    def tokenize(self, prompt: str) -> list[int]:
+        return [0]
+
+    def encode_tokens(self, tokens: Tensor, images=None) -> flow.Cond:
+        return flow.Cond(torch.zeros(len(tokens), 1, 1))
+
+    def latents(self, images: Tensor) -> Tensor:
+        return torch.zeros(len(images), *self.latent_shape)
+
+    def decode(self, x: Tensor) -> Tensor:
+        return torch.zeros(len(x), 3, 8, 8)
+
+    def time_grid(self, num_steps: int) -> Tensor:
+        return sde.time_grid(num_steps)
+
+
+class CountingRun:
+    """What a loop asks of a `Run`, for one step that writes nothing and updates nothing."""
+
+    asked_to_stop, step = False, 0
+
+    def __init__(self, s: Settings, model: CountingModel, folder: Path):
+        self.s, self.model, self.folder = s, model, folder
+        self.rank, self.world = ranks.rank_and_world()
+
+    def generator(self, *what: int | str) -> torch.Generator:
+        return torch.Generator().manual_seed(seed_for(self.s.seed, self.s.stage, self.s.task, self.step, *what))
+
+    def steps(self, shown: str) -> Iterator[int]:
+        self.model.moment = "step"
+        yield 0
+        self.model.moment = "after"
+
+    def old_policy(self):
+        return self._as("old policy") if self.s.stage == "nft" else nullcontext()
+
+    @contextmanager
+    def _as(self, who: str) -> Iterator[None]:
+        before, self.model.who = self.model.who, who
+        yield
+        self.model.who = before
+
+    def update(self) -> float:
+        return 0.0
+
+    def history(self, key: str) -> list[float]:
+        return []
+
+    def log(self, *what) -> None:
+        pass
+
+    def stop_if_asked(self) -> None:
+        pass
+
+    def fail_together(self, fault: Exception | None, kind: type[Exception]) -> None:
+        if fault:
+            raise fault
+
+
+class CountingLoad:
+    """Stands where a loop has `harness.load`: prompts that say nothing, scorers that say 0, a model that counts."""
+
+    def __init__(self, s: Settings, model: CountingModel, folder: Path):
+        self.s, self.model, self.folder = s, model, folder
+
+    def load_prompts(self, s: Settings, split: str, count: int, tasks: Sequence[str]) -> dict[str, list[Prompt]]:
+        tasks = tasks[:1] if s.stage == "curate" else tasks  # a step of it has the prompts of one task
+        return {task: stand_ins(task, min(count, s.prompts_per_step * ranks.rank_and_world()[1])) for task in tasks}
+
+    def panel_of(self, s: Settings) -> panel.Panel:
+        scorer = rewards.Scorer("none", lambda images, *_: torch.zeros(len(images)), 0.0, 0.0)
+        return panel.Panel([scorer], {panel.DEFAULT: {"none": 1.0}})
+
+    def student_run(self, s: Settings) -> CountingRun:
+        return CountingRun(s, self.model, self.folder)
+
+    new_base_run = student_run
+
+    def load_teachers(self, model: CountingModel, s: Settings) -> dict[str, str]:
+        experts = {task: f"teacher {task}" for task in s.teachers}
+        on = s.stage == "opd" and s.mar > 0
+        return experts | ({"anchor": experts.get(s.anchor, "anchor")} if on else {})
+
+
+def stand_ins(task: str, count: int) -> list[Prompt]:
+    """Prompts of a task; edits have a picture."""
+    more = {"image": edits.make_prompts("edit", "train", 1)[0].metadata["image"]} if task == "edit" else {}
+    return [Prompt(f"{task} {i}", task, more, "plan") for i in range(count)]
+
+
+def forwards(s: Settings, loop: Callable | None) -> dict[tuple[str, str, bool], list[int]]:
+    """The forwards of a rank, counted: {(moment, who, with gradient?): [forwards, rows]}.
+
+    The moments are "before" the first step, one "step", and the test pictures in the "end". loop: the stage's of
+    train.py; None for one without forwards of its own.
+    """
+    model = CountingModel()
+    model.moment = "step" if s.stage == "curate" else "before"  # curation knows no other moment
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        if loop:
+            loop(replace(s, steps=1, eval_prompts=0), CountingLoad(s, model, Path(folder)))
+    model.moment = "end"
+    drawn = {name: student_cfg(s) for name in (s.compare if s.stage == "eval" else [s.stage])}
+    if s.stage == "eval":
+        drawn |= dict.fromkeys(["base", *(f"teacher {task}" for task in s.teachers)], teacher_cfg(s))
+    for name, cfg in drawn.items() if s.stage not in ("curate", "reward") and s.eval_prompts else ():
+        with model.adapter(name):
+            for task in settings.test_tasks(s):
+                rollout.draw(model, stand_ins(task, s.eval_prompts), s.eval_steps, s.micro_batch, 0, cfg)
+    return model.found

@@ -1,10 +1,10 @@
 """Which prompts can a policy learn from? Q 4.2, prompt curation.
 
-The policy draws G samples of every candidate prompt, the run's rewards score them, and the prompt's *range* is the
-largest score less the smallest. A group without a range has no advantage (Q Eq. 4 divides nothing by nothing): a prompt
-that is always solved, or never, costs G samples a visit and teaches nothing. Only prompts whose range is above a
-threshold are kept. ERRATUM (Q 4.2): the threshold, the number of samples and the reward's scale are not given, and a
-range grows with G; compare thresholds for one G and one set of rewards only.
+The policy draws G samples of every candidate prompt, and the run's rewards score them. The prompt's *range* is the
+largest score less the smallest. If it is zero, so are the group's advantages (Q Eq. 4): a prompt that is always solved,
+or never, costs G samples and teaches nothing. Only prompts whose range is above a threshold are kept. ERRATUM (Q 4.2):
+the threshold, the number of samples and the reward's scale are not given, and a range grows with G. So thresholds can
+be compared for one G and one set of rewards only.
 
     ranges/rank-N.jsonl   one line a prompt, as soon as it is known
     prompts/TASK/         what is kept, in the formats of `data.py`: --prompts TASK=runs/NAME/prompts/TASK
@@ -44,7 +44,7 @@ def fingerprint(s: Settings) -> int:
 
 
 class Ranges:
-    """The lines that are known so far, of all ranks and of earlier runs; this rank appends to its own file."""
+    """The lines that all ranks have written, also in earlier runs. This rank appends to its own file."""
 
     def __init__(self, folder: Path, rank: int, run: int):
         """run: the run's `fingerprint`; lines with another one are not ours."""
@@ -53,7 +53,7 @@ class Ranges:
         self.known = self.all()
 
     def all(self) -> dict[tuple[str, str, str], dict]:
-        """{`key` of a prompt: its line}; a line that a kill cut short is not there."""
+        """{`key` of a prompt: its line}, without a line that a kill has cut."""
         found = {}
         for file in sorted(self.folder.glob("rank-*.jsonl")):
             for line in file.read_text().splitlines():
@@ -69,7 +69,7 @@ class Ranges:
         return key(prompt) in self.known
 
     def add(self, prompts: Sequence[Prompt], scores_PG: np.ndarray) -> None:
-        """Write down the groups' scores, (P, G); nan marks a sample that no scorer could judge."""
+        """Write the groups' scores, (P, G); nan is a sample that no scorer could judge."""
         with self.file.open("a") as stream:
             stream.write("\n" if self.file.stat().st_size else "")  # ends a line that a kill has cut short
             for prompt, scores in zip(prompts, scores_PG, strict=True):
@@ -79,21 +79,18 @@ class Ranges:
 
 
 def key(prompt: Prompt) -> tuple[str, str, str]:
-    """What makes two prompts one: task, text and, of an edit, its source; "make the sky red" is said of many pictures.
-
-    The source counts by a hash of what its line says, since that may be the whole picture.
-    """
+    """What makes two prompts one: task, text and, of an edit, a hash of its source's entry, which may be the picture."""
     image = prompt.metadata.get("image", "")
     return prompt.task, prompt.text, hashlib.sha256(image.encode()).hexdigest()[:16] if image else ""
 
 
 def category(prompt: Prompt) -> str:
-    """What the report counts by: the metadata's own category, GenEval's tag, or the task."""
+    """What the report counts by: the metadata's category, else GenEval's tag, else the task."""
     return prompt.metadata.get("category") or prompt.metadata.get("tag") or prompt.task
 
 
 def verdict(scores: Sequence[float | None], threshold: float, middle: float) -> str:
-    """Q 4.2's rule for one group, one of `REASONS`. What is dropped is good or bad as its mean is above `middle`."""
+    """Q 4.2's rule for one group, one of `REASONS`. A dropped one is good if its mean is above `middle`, else bad."""
     there = [value for value in scores if value is not None]
     if len(there) < len(scores) or not there:
         return "not scored"
@@ -103,9 +100,9 @@ def verdict(scores: Sequence[float | None], threshold: float, middle: float) -> 
 
 
 def write(folder: Path, prompts: Mapping[str, Sequence[Prompt]], lines: Mapping, threshold: float) -> str:
-    """Write the kept prompts and the report; the report's table as text. Prompts keep their order and their metadata.
+    """Write the kept prompts, with their order and metadata, and the report -> the report's table as text.
 
-    "Good" and "bad" are told apart at the mean of all scores of the task: rewards have no common scale.
+    "Good" is above the mean of all scores of the task, because rewards have no common scale.
     """
     counts: dict[tuple[str, str], dict[str, int]] = {}
     for task, some in prompts.items():

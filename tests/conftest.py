@@ -10,7 +10,17 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.helpers.runs import QWEN_TASKS, SMALL, SMALL2, SMALL_QWEN, SMALL_SD35, TASKS, flags_of, save_random_adapter
+from tests.helpers.runs import (
+    QWEN_TASKS,
+    SMALL,
+    SMALL2,
+    SMALL_QWEN,
+    SMALL_SD35,
+    TASKS,
+    command,
+    flags_of,
+    save_random_adapter,
+)
 
 
 @pytest.fixture(scope="session")
@@ -128,7 +138,7 @@ def go(world, tmp_path, no_pictures):
 
     def go(name, *flags, code=0):
         short = ["--out", str(tmp_path), "--name", name, "--steps", "1", "--eval-prompts", "0"]
-        assert train.main([*world.flags, *short, *flags]) == code
+        assert train.main(command([*world.flags, *short], *flags)) == code
         return tmp_path / name
 
     return go
@@ -205,7 +215,8 @@ def real(sd35, tmp_path, no_pictures):
     import train
 
     def real(name, *flags, code=0):
-        assert train.main([*sd35.flags, "--out", str(tmp_path), "--name", name, "--steps", "1", *flags]) == code
+        short = ["--out", str(tmp_path), "--name", name, "--steps", "1"]
+        assert train.main(command([*sd35.flags, *short], *flags)) == code
         return tmp_path / name
 
     return real
@@ -238,7 +249,7 @@ def go2(world2, tmp_path, no_pictures):
 
     def go2(name, *flags, code=0):
         short = ["--out", str(tmp_path), "--name", name, "--steps", "1", "--eval-prompts", "0"]
-        assert train.main([*world2.flags, *short, *flags]) == code
+        assert train.main(command([*world2.flags, *short], *flags)) == code
         return tmp_path / name
 
     return go2
@@ -250,7 +261,8 @@ def real2(qwen, tmp_path, no_pictures):
     import train
 
     def real2(name, *flags, code=0):
-        assert train.main([*qwen.flags, "--out", str(tmp_path), "--name", name, "--steps", "1", *flags]) == code
+        short = ["--out", str(tmp_path), "--name", name, "--steps", "1"]
+        assert train.main(command([*qwen.flags, *short], *flags)) == code
         return tmp_path / name
 
     return real2

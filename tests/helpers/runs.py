@@ -35,6 +35,20 @@ def flags_of(root, teachers, small):
     return [*small, "--model", str(root / "base"), "--teachers", *pairs]
 
 
+def command(small, *flags, stage=""):
+    """A command line: what the stage of `flags` reads of the flags `small`, then `flags`."""
+    from settings import FIELDS
+
+    stage = stage or (flags[flags.index("--stage") + 1] if "--stage" in flags else "opd")
+    found = []
+    for flag in small:
+        if flag.startswith("--"):
+            stages = FIELDS[flag[2:].replace("-", "_").removeprefix("no_")].metadata["stages"]
+        if stage == "all" or stage in stages:
+            found.append(flag)
+    return [*found, *flags]
+
+
 def save_random_adapter(base, folder, seed, rank=4):
     """An adapter whose B factors are not zero: it draws other pictures than the base and than any other seed's."""
     import torch

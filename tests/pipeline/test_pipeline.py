@@ -189,13 +189,6 @@ def test_near_and_far_scorers_are_mixed_by_category_and_each_has_its_curve(go, t
     assert sizes == {"near": [6] * 3, "vlm": [n for n in counted if n]}
 
 
-def test_a_teacher_is_evaluated_on_all_tasks_and_scored_where_it_has_weights(real, tmp_path):
-    file = tmp_path / "r.json"
-    file.write_text(json.dumps({"weights": {"text": {"jpeg": 1.0}}}))
-    table = (real("teacher", *TEXT, "--rewards", str(file)) / "report.md").read_text()
-    assert "text jpeg" in table and "quality jpeg" not in table
-
-
 # What a scorer answers; none of it may reach the weights.
 NO_SCORES = {
     "near": lambda j, m: m.setitem(tiny.SCORERS, "quality", lambda i, p: [1.5] * len(i)),  # out of its range

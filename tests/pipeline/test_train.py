@@ -9,11 +9,8 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 from itertools import count
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -24,11 +21,9 @@ import opd
 import rewards
 import train
 from data import files as data
-from harness import load, report, rollout
-from harness import run as runtime
+from harness import report, rollout
 from harness.run import Run
 from models import hub, tiny
-from models import load as models
 from scorers import panel as scoring
 from tests.helpers.runs import (
     QWEN_TASKS,
@@ -66,7 +61,7 @@ def small_pretraining(monkeypatch):
     monkeypatch.setattr(tiny, "new_tiny", lambda seed, **more: real(seed, width=32, layers=1, **more))
 
 
-# --------------------------------------------------------------------------------- interruption, resume, several ranks
+# ---------------------------------------------- interruption, resume (kills: test_run.py, ranks: test_distributed.py)
 @pytest.mark.parametrize("stage", EVERY_STAGE)
 def test_an_interrupted_run_ends_with_the_bits_of_an_uninterrupted_one(go, monkeypatch, small_pretraining, stage):
     flags = [*EVERY_STAGE[stage], "--steps", "4", "--save-every", "2"]
@@ -117,147 +112,6 @@ def test_sigterm_within_a_step_ends_in_good_order_and_with_the_same_bits(
     assert stored(cut)["step"] == saved and not (cut / "report.md").exists(), "and nothing is evaluated"
     go("cut", *flags)
     assert same(stored(cut), stored(whole)) and metrics(cut) == metrics(whole) and (cut / "report.md").exists()
-
-
-# Imports once, then forks: real processes, which a real SIGKILL ends, or which make up a real group of two ranks.
-FORKS = """
-import json, os, random, signal, socket, sys, time, traceback
-from pathlib import Path
-sys.path.insert(0, {root!r})
-import torch
-import torch.utils.tensorboard
-import train
-from data import files as data
-from harness import ranks, report
-from harness import run as runtime
-from models import hub
-report.plot_metrics, report.save_samples = lambda folder: [], lambda *args: None
-given, out = json.loads(sys.argv[1]), Path(sys.argv[2])
-
-def fork(log, work):
-    pid = os.fork()
-    if pid:
-        return pid
-    code = 1
-    try:
-        os.dup2(os.open(out / (log + ".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
-        code = work()
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(code)
-
-def joined(pid, log):
-    assert os.waitpid(pid, 0)[1] == 0, (out / (log + ".log")).read_text()
-
-# ------------------------------------------------ two ranks, with what each saw written down
-def rank_of_two(rank, port):
-    torchruns = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, LOCAL_WORLD_SIZE=2, MASTER_PORT=port)
-    os.environ.update({{k: str(v) for k, v in torchruns.items()}}, MASTER_ADDR="localhost")
-    seen = {{"prompts": [], "metrics": []}}
-    prompt_batch, log, save = data.prompt_batch, runtime.Run.log, runtime.Run.save
-
-    def spied_batch(*args):
-        batch = prompt_batch(*args)
-        seen["prompts"].append([p.text for p in batch])
-        return batch
-
-    def spied_log(run, metrics, *histograms):
-        seen["metrics"].append(dict(metrics))
-        return log(run, metrics, *histograms)
-
-    def spied_save(run):
-        save(run)
-        state = {{name: p.detach() for name, p in run.weights.parameters.items()}}
-        torch.save(state, out / f"{{run.s.name}}-{{rank}}.pt")
-
-    data.prompt_batch, runtime.Run.log, runtime.Run.save = spied_batch, spied_log, spied_save
-    for flags in given["ranks"]:
-        assert train.main([*flags, "--out", str(out)]) == 0
-    (out / f"rank{{rank}}.json").write_text(json.dumps(seen))
-    return 0
-
-with socket.socket() as free:
-    free.bind(("localhost", 0))
-    port = free.getsockname()[1]
-for rank, pid in enumerate([fork(f"rank{{rank}}", lambda: rank_of_two(rank, port)) for rank in (0, 1)]):
-    joined(pid, f"rank{{rank}}")
-
-# ------------------------------------------------------------- one rank, killed again and again
-def start(name):
-    return fork(name, lambda: train.main([*given["killed"], "--out", str(out), "--name", name]))
-
-began = time.time()
-joined(start("whole"), "whole")
-wall, rng, kills = time.time() - began, random.Random(0), 0
-for attempt in range(40):
-    before, began = hub.last_checkpoint(out / "killed"), time.time()
-    pid = start("killed")
-    delay = rng.random() * wall / 2
-    while True:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        new = hub.last_checkpoint(out / "killed") != before
-        if done or (new if attempt < 4 else time.time() - began > delay):
-            break
-        time.sleep(0.0005)
-    if done:
-        assert status == 0, (out / "killed.log").read_text()
-        break
-    time.sleep(rng.random() * 0.03)
-    os.kill(pid, signal.SIGKILL)
-    killed = os.WIFSIGNALED(os.waitpid(pid, 0)[1])
-    kills += killed
-    if not killed:
-        break
-joined(start("killed"), "killed")
-print(kills)
-"""
-
-
-@pytest.fixture(scope="module")
-def forked(world, tmp_path_factory):
-    """The folder of what FORKS did, and how often it killed."""
-    out = tmp_path_factory.mktemp("forked")
-    # --no-decay: the cosine's length is --steps, and one of these runs ends early by it.
-    opd_run, grpo_run = [[*world.flags, "--no-decay", "--name", n, *EVERY_STAGE[n]] for n in ("opd", "grpo")]
-    two = [
-        [*opd_run, "--steps", "4"],
-        [*opd_run, "--name", "cut", "--steps", "2"],
-        [*opd_run, "--name", "cut", "--steps", "4"],
-        [*grpo_run, "--steps", "2"],
-    ]
-    given = {"ranks": two, "killed": [*world.flags, "--steps", "16", "--save-every", "1"]}
-    command = [sys.executable, "-c", FORKS.format(root=str(ROOT)), json.dumps(given), str(out)]
-    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert result.returncode == 0, result.stderr
-    return SimpleNamespace(out=out, kills=int(result.stdout.split()[-1]))
-
-
-def test_a_run_killed_at_random_instants_ends_with_the_bits_of_one_that_was_left_alone(forked):
-    assert forked.kills >= 4, "the first four attempts die right after a checkpoint"
-    whole, killed = forked.out / "whole", forked.out / "killed"
-    assert stored(whole)["step"] == 16 and same(stored(killed), stored(whole))
-    assert metrics(killed) == metrics(whole) and len(metrics(whole)) == 16
-    names = sorted(p.name for p in (killed / "checkpoints").iterdir())
-    assert names == ["step-000015", "step-000016"], "nothing half-written is left"
-
-
-def test_two_ranks_train_one_model_on_their_own_data_and_resume_exactly(forked):
-    zero, one = (json.loads((forked.out / f"rank{r}.json").read_text()) for r in (0, 1))
-    assert len(zero["prompts"]) > 20
-    for a, b in zip(zero["prompts"], one["prompts"], strict=True):
-        assert not set(a) & set(b), "two ranks never share a prompt of one step"
-    for name in ("opd", "cut", "grpo"):
-        first, second = (torch.load(forked.out / f"{name}-{r}.pt") for r in (0, 1))
-        assert same(first, second), "one model"
-        state = stored(forked.out / name)
-        assert same(first, {key: state[f"weights.{key}"] for key in first}) and first
-    assert same(stored(forked.out / "cut"), stored(forked.out / "opd"))
-    logged = metrics(forked.out / "opd", drop=("seconds", "step"))
-    assert len(logged) == 4
-    for line, a, b in zip(logged, zero["metrics"], one["metrics"]):
-        assert all(value == pytest.approx((a[k] + b[k]) / 2, rel=1e-5) for k, value in line.items())
-        assert a["gap"] != b["gap"] and a["grad_norm"] == b["grad_norm"], "the norm is that of the mean gradient"
 
 
 def test_training_stays_off_the_network_and_says_nothing_but_progress(go, monkeypatch, recwarn, capsys):
@@ -590,8 +444,6 @@ MISTAKES = {
     "a flag": (lambda w, d: ["--grup-size", "4"], "--grup-size"),
     "a prompt file": (broken_prompts, "bad.jsonl:1"),
     "an adapter": (broken_adapter, "/teacher"),
-    "a base": (lambda w, d: ["--model", str(w.teachers["text"])], "teacher-text"),
-    "a full cold start": (lambda w, d: ["--init", str(w.base)], "--parameters full"),
     "a full teacher to be merged": (lambda w, d: ["--stage", "merge", "--teachers", f"text={w.base}"], "base"),
     "a reward": (lambda w, d: ["--stage", "grpo", "--task", "text", "--rewards", "pikscore=1"], "pikscore"),
 }
@@ -604,36 +456,9 @@ def test_a_mistake_is_one_line_that_names_it_and_exit_code_2(go, world, tmp_path
     assert named in the_one_line(capsys)
 
 
-def test_sd35_without_an_accelerator_is_refused_before_anything_is_fetched(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(load, "locate_all", lambda s: pytest.fail("nothing may be fetched"))
-    assert train.main(["--train-prompts", "12", "--out", str(tmp_path)]) == 2
-    assert "--preset tiny" in the_one_line(capsys)
-
-
-def test_wandb_without_its_package_is_refused_before_anything_is_loaded(go, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(runtime, "find_spec", lambda name: None)
-    monkeypatch.setattr(models, "load", lambda *_: pytest.fail("nothing may be loaded"))
-    go("run", "--stage", "all", "--wandb", code=2)
-    assert "--wandb" in the_one_line(capsys) and not list(tmp_path.iterdir())
-
-
 def test_a_run_that_explodes_says_so(go, monkeypatch, capsys):
     """A planted bug: the gradient is nan, and no weight and no checkpoint is written."""
     monkeypatch.setitem(opd.ESTIMATORS, "analytic", lambda at, v: (v * math.nan).mean((1, 2, 3)))
     folder = go("run", code=2)
     assert "nan" in the_error(capsys)
     assert hub.last_checkpoint(folder) is None
-
-
-def test_a_broken_checkpoint_and_a_taken_name_say_what_to_do(go, capsys):
-    folder = go("run")
-    capsys.readouterr()
-    go("run", "--lr", "0.5", code=2)
-    assert "--no-resume" in the_one_line(capsys)
-    (shard,) = (folder / "checkpoints/step-000001/training").iterdir()
-    shard.write_bytes(shard.read_bytes()[:100])
-    go("run", "--steps", "2", code=2)
-    assert "--no-resume" in the_one_line(capsys)
-    go("run", "--steps", "2", "--no-resume")
-    assert stored(folder)["step"] == 2

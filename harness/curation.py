@@ -79,7 +79,7 @@ class Ranges:
 
 
 def key(prompt: Prompt) -> tuple[str, str, str]:
-    """What makes two prompts one: task, text and, of an edit, a hash of its source's entry, which may be the picture."""
+    """What makes two prompts one: task, text and, of an edit, a hash of its source, which may be the picture itself."""
     image = prompt.metadata.get("image", "")
     return prompt.task, prompt.text, hashlib.sha256(image.encode()).hexdigest()[:16] if image else ""
 

@@ -1,8 +1,8 @@
-"""Runs whose rewards come from a far judge, as a user starts them: every curve against the pictures themselves, a judge
-that fails, answers in any order and at any speed, a watched reward, and prompts that are worth their samples.
+"""Runs whose rewards come from a far scorer, as a user starts them: every curve against the pictures themselves, a
+scorer that fails, answers in any order and at any speed, a watched reward, prompts that are worth their samples.
 
-The judge is a real server on this machine with the OpenAI API. Its rating is the picture's brightness, so that a score
-that goes to another picture is seen.
+The far scorer is a real server on this machine. Its score is the picture's brightness, so that a score that goes to
+another picture is seen.
 """
 
 import base64
@@ -15,8 +15,7 @@ import re
 import signal
 import threading
 import time
-from contextlib import suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import ExitStack
 from itertools import count
 
 import numpy as np
@@ -29,112 +28,62 @@ import train
 from harness import curation, rollout
 from harness.run import Run
 from scorers import panel as scoring
+from tests.helpers.far import ABOUT, Far, says
 from tests.helpers.runs import TASKS, metrics, same, stored, the_error
 from tiny import drawings as tiny
 
-FAST = {"timeout": 5.0, "deadline": 1.5, "tries": 2, "rest": 0.01, "longest_rest": 0.05}
 TEXT = ["--stage", "grpo", "--task", "text"]
 NOT_WARM = ["--warmup", "0", "--lr", "0.01"]  # the first update already moves the policy
 
 
-# ------------------------------------------------------------------------------------------------------- the judge
-class Handler(BaseHTTPRequestHandler):
-    def do_POST(self):
-        judge, body = self.server, json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        picture, text = body["messages"][1]["content"]
-        value = brightness(base64.b64decode(picture["image_url"]["url"].partition(",")[2]))
-        said = judge.rate(value)
-        top = [{"token": token, "logprob": logprob} for token, logprob in said.items()]
-        word = max(said, key=said.get)
-        tokens = {"content": [{"token": word, "logprob": said[word], "top_logprobs": top}]}
-        judge.before((text["text"], value))
-        refused = any(words in text["text"] for words in judge.victims)
-        with judge.lock:
-            judge.asked.append((text["text"], value))
-        answer = json.dumps({"choices": [{"message": {"role": "assistant", "content": word}, "logprobs": tokens}]})
-        self.send_response(400 if refused else 200)
-        self.send_header("Content-Length", str(len(answer)))
-        self.end_headers()
-        self.wfile.write(answer.encode())
+@pytest.fixture
+def start():
+    """start(): a far scorer that is stopped when the test ends."""
+    with ExitStack() as stack:
 
-    def handle_one_request(self):
-        with suppress(OSError):  # clients may hang up
-            super().handle_one_request()
+        def start(port=0):
+            far = stack.enter_context(Far(port=port))
+            far.answer = lambda body: {"scores": values_of(body), **ABOUT}
+            return far
 
-    def log_message(self, *_):
-        pass
-
-
-class Judge(ThreadingHTTPServer):
-    """asked: (question, brightness) in the order of the answers; `before` may hold an answer back."""
-
-    request_queue_size = 64
-
-    def __init__(self, port=0):
-        self.lock, self.over, self.asked, self.victims = threading.Lock(), threading.Event(), [], []
-        self.rate, self.before = five_or_one, lambda asked: None
-        super().__init__(("localhost", port), Handler)
-        self.url = f"http://localhost:{self.server_port}/v1"
-        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
-
-    def handle_error(self, *_):
-        pass
-
-    def stop(self):
-        self.over.set()
-        self.shutdown()
-        self.server_close()
+        yield start
 
 
 @pytest.fixture
-def start(monkeypatch):
-    """start(): a judge that is stopped when the test ends."""
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    made = []
-
-    def start(port=0):
-        made.append(Judge(port))
-        return made[-1]
-
-    yield start
-    for judge in made:
-        judge.stop()
-
-
-@pytest.fixture
-def judge(start):
+def far(start):
     return start()
 
 
 @pytest.fixture
-def shuffled(judge):
-    """A judge that answers each picture after a delay of its own, up to 20 ms."""
-    chance = random.Random(0)
-    judge.before = lambda asked: time.sleep(0.02 * chance.random())
-    return judge
+def shuffled(far):
+    """It answers each picture after a delay of its own, up to 20 ms; `answered`: the scores in that order."""
+    chance, far.answered = random.Random(0), []
+
+    def plan(number, body):
+        time.sleep(0.02 * chance.random())
+        far.answered += values_of(body)
+
+    far.plan = plan
+    return far
 
 
-def five_or_one(value):
-    """A judge's log-probs: "5" with probability `value`, else "1"; its score is then (1 + 4 value) / 5."""
-    return {"5": math.log(value), "1": math.log(1 - value), "?": -9.0}
-
-
-def brightness(png):
-    """Mean of all pixels of a PNG, in (0, 1)."""
-    return float(np.clip(np.asarray(Image.open(io.BytesIO(png)), np.float64).mean() / 255, 0.01, 0.99))
+def values_of(body):
+    """The brightness of a request's pictures: the mean of all pixels."""
+    pictures = (Image.open(io.BytesIO(base64.b64decode(png))) for png in body["images"])
+    return [float(np.asarray(picture, np.float64).mean() / 255) for picture in pictures]
 
 
 def brightness_of(images):
     """The same of (B, 3, H, W) in [0, 1], after the 8 bits of a PNG."""
-    return ((images * 255).round().double().mean((1, 2, 3)) / 255).clamp(0.01, 0.99).numpy()
+    return ((images * 255).round().double().mean((1, 2, 3)) / 255).numpy()
 
 
-def asks(folder, judge, weights=None, near=None, watch=(), **more):
-    """--rewards FILE: the judge as "vlm" beside `near` scorers; weights: {category: {name: weight}}."""
-    vlm = {"kind": "judge", "rubric": "alignment", "model": "m", "endpoints": [judge.url], **FAST, **more}
-    file = folder / "rewards.json"
-    weights = weights or {"default": {"vlm": 1.0}}
-    file.write_text(json.dumps({"scorers": {"vlm": vlm, **(near or {})}, "weights": weights, "watch": list(watch)}))
+def asks(folder, far, weights=None, near=None, **more):
+    """--rewards FILE: "far", asked picture by picture, beside `near` scorers; weights: {category: {name: weight}}."""
+    fast = {"timeout": 5.0, "deadline": 1.5, "tries": 2, "rest": 0.01, "longest_rest": 0.05, "batch": 1}
+    entry = {"kind": "served", "scorer": "far", "endpoints": [far.url], **fast, **more}
+    file, weights = folder / "rewards.json", weights or {"default": {"far": 1.0}}
+    file.write_text(json.dumps({"scorers": {"far": entry, **(near or {})}, "weights": weights}))
     return ["--rewards", str(file)]
 
 
@@ -160,77 +109,77 @@ def terminate():
 
 
 # ------------------------------------------------------------------------------------------- what is asked, and logged
-def test_near_and_far_scorers_are_mixed_by_category_and_each_has_its_curve(go, tmp_path, judge, spy):
-    weights = {"counting": {"near": 0.5, "vlm": 2.0}, "default": {"near": 1.0}}
+def test_near_and_far_scorers_are_mixed_by_category_and_each_has_its_curve(go, tmp_path, far, spy):
+    weights = {"counting": {"near": 0.5, "far": 2.0}, "default": {"near": 1.0}}
     drawn, near = spy(rollout, "roll_out"), {"near": {"kind": "quality"}}
     flags = ["--stage", "grpo", "--task", "composition", "--updates", "3", "--steps", "3"]
-    folder = go("mixed", *flags, *asks(tmp_path, judge, weights, near))
+    folder = go("mixed", *flags, *asks(tmp_path, far, weights, near))
     counted, questions = [], []
     for step, line in enumerate(metrics(folder)):
         calls = drawn[3 * step : 3 * step + 3]
         prompts = [row.prompt for call in calls for row in call.args[1]]
         images = torch.cat([call.result[1] for call in calls])
-        quality, vlm = tiny.quality(images).double().numpy(), (1 + 4 * brightness_of(images)) / 5
+        quality, bright = tiny.quality(images).double().numpy(), brightness_of(images)
         counts = np.array([p.metadata["tag"] == "counting" for p in prompts])
-        total = np.where(counts, 0.5 * quality + 2 * vlm, quality)
+        total = np.where(counts, 0.5 * quality + 2 * bright, quality)
         expected = {"reward": total.mean(), "group_std": total.reshape(3, 2).std(1).mean(), "lost": 0.0}
-        expected |= {"reward/near": quality.mean()} | ({"reward/vlm": vlm[counts].mean()} if counts.any() else {})
+        expected |= {"reward/near": quality.mean()} | ({"reward/far": bright[counts].mean()} if counts.any() else {})
         found = {key: value for key, value in line.items() if key in ("reward", "group_std", "lost") or "/" in key}
         assert found == pytest.approx(expected, rel=2e-4, abs=1e-6)
         counted.append(int(counts.sum()))
-        questions += [(p.text, v) for p, v, c in zip(prompts, brightness_of(images), counts, strict=True) if c]
+        questions += [(p.text, round(v, 9)) for p, v, c in zip(prompts, bright, counts, strict=True) if c]
     assert 0 < sum(counted) < 18, "both categories came up"
-    assert len(judge.asked) == len(questions)
-    for text, value in questions:
-        assert text in min(judge.asked, key=lambda pair: abs(pair[1] - value))[0], "each picture with its own prompt"
+    asked = [(body["prompts"][0]["text"], round(*values_of(body), 9)) for _, _, body in far.requests]
+    assert sorted(asked) == sorted(questions), "each picture with its own prompt, and no other"
     events = EventAccumulator(str(folder), {"histograms": 0}).Reload()
-    assert {"reward", "reward/near", "reward/vlm"} <= set(events.Tags()["scalars"])
-    sizes = {name: [e.histogram_value.num for e in events.Histograms(f"rewards/{name}")] for name in ("near", "vlm")}
-    assert sizes == {"near": [6] * 3, "vlm": [n for n in counted if n]}
+    assert {"reward", "reward/near", "reward/far"} <= set(events.Tags()["scalars"])
+    sizes = {name: [e.histogram_value.num for e in events.Histograms(f"rewards/{name}")] for name in ("near", "far")}
+    assert sizes == {"near": [6] * 3, "far": [n for n in counted if n]}
 
 
 # What a scorer answers; none of it may reach the weights.
 NO_SCORES = {
-    "near": lambda j, m: m.setitem(tiny.SCORERS, "quality", lambda i, p: [1.5] * len(i)),  # out of its range
-    "vlm": lambda j, m: setattr(j, "rate", lambda value: {"7": -0.1}),  # no mark at all
-    "vlm, nan": lambda j, m: setattr(j, "rate", lambda value: {"5": math.nan, "1": -1.0}),
+    "near": lambda far, m: m.setitem(tiny.SCORERS, "quality", lambda i, p: [1.5] * len(i)),  # out of its range
+    "far": lambda far, m: setattr(far, "answer", lambda body: {"scores": [-0.5], **ABOUT}),
+    "far, nan": lambda far, m: setattr(far, "answer", lambda body: {"scores": [math.nan], **ABOUT}),
 }
 
 
 @pytest.mark.parametrize("what", NO_SCORES)
 def test_what_is_no_score_ends_the_run_and_names_scorer_and_prompt(
-    go, tmp_path, judge, monkeypatch, updates, capsys, what
+    go, tmp_path, far, monkeypatch, updates, capsys, what
 ):
-    NO_SCORES[what](judge, monkeypatch)
+    NO_SCORES[what](far, monkeypatch)
     name = what.split(",")[0]
     near = {"near": {"kind": "quality"}}
-    folder = go("run", *TEXT, *asks(tmp_path, judge, {"default": {"near": 1, "vlm": 1}}, near), code=2)
+    folder = go("run", *TEXT, *asks(tmp_path, far, {"default": {"near": 1, "far": 1}}, near), code=2)
     line = the_error(capsys)
     assert f"'{name}'" in line and re.search(r"prompt 'a sign that says \"[A-Z]+\"'", line)
     assert not updates and stored(folder)["step"] == 0 and not (folder / "metrics.jsonl").exists()
 
 
-def test_a_run_whose_judge_is_gone_is_saved_and_goes_on_when_it_is_back(go, tmp_path, start, monkeypatch, capsys):
-    judge = start()
-    flags = [*TEXT, "--steps", "4", "--save-every", "9", *NOT_WARM, *asks(tmp_path, judge)]
+def test_a_run_whose_scorer_is_gone_is_saved_and_goes_on_when_it_is_back(go, tmp_path, start, monkeypatch, capsys):
+    far = start()
+    flags = [*TEXT, "--steps", "4", "--save-every", "9", *NOT_WARM, *asks(tmp_path, far)]
     whole = go("whole", *flags)
     with monkeypatch.context() as patch:
-        after(patch, 2, judge.stop)
+        after(patch, 2, far.__exit__)
         cut = go("cut", *flags, code=2)
-    assert "'vlm'" in (line := the_error(capsys)) and judge.url.removesuffix("/v1") in line
+    assert "'far'" in (line := the_error(capsys)) and far.url in line
     assert [p.name for p in (cut / "checkpoints").iterdir()] == ["step-000002"], "the last whole step"
     assert not (cut / "report.md").exists()
-    start(judge.server_port)
+    start(far.server_port)
     go("cut", *flags)
     assert same(stored(cut), stored(whole)) and metrics(cut) == metrics(whole) and len(metrics(whole)) == 4
 
 
-def test_dropping_loses_the_group_of_the_prompt_that_cannot_be_scored_and_nothing_else(go, tmp_path, judge, spy):
+def test_dropping_loses_the_group_of_the_prompt_that_cannot_be_scored_and_nothing_else(go, tmp_path, far, spy):
     taught, drawn = spy(train, "update_policy"), spy(rollout, "roll_out")
-    weights, near = {"default": {"near": 1, "vlm": 1}}, {"near": {"kind": "quality"}}
-    flags = [*TEXT, *asks(tmp_path, judge, weights, near), "--advantage-std", "none"]
+    weights, near = {"default": {"near": 1, "far": 1}}, {"near": {"kind": "quality"}}
+    flags = [*TEXT, *asks(tmp_path, far, weights, near), "--advantage-std", "none"]
     whole = go("whole", *flags)
-    judge.victims.append(drawn[0].args[1][2].prompt.text)  # the second group of three
+    victim = drawn[0].args[1][2].prompt.text  # of the second group of three
+    far.plan = lambda number, body: says("no", 400) if body["prompts"][0]["text"] == victim else None
     half = go("half", "--on-reward-failure", "drop", *flags)
     all_of_it, what_is_left = (call.args[2] for call in taught)
     assert all_of_it.shape == (3, 2) and (all_of_it != 0).all()
@@ -252,40 +201,39 @@ def test_every_score_goes_to_its_own_picture_whatever_the_order_of_the_answers(g
     for call in taught:
         run, parts, advantages, _ = call.args
         images = torch.cat([run.model.decode(part.x0) for part in parts])
-        scores = torch.from_numpy((1 + 4 * brightness_of(images)) / 5).reshape(advantages.shape)
+        scores = torch.from_numpy(brightness_of(images)).reshape(advantages.shape)
         assert scores.unique().numel() == scores.numel(), "a picture is known by its score"
         assert torch.allclose(advantages.double(), scores - scores.mean(1, keepdim=True), rtol=0, atol=1e-6)
-    answered = [value for _, value in shuffled.asked]
     in_order = brightness_of(torch.cat([call.result[1] for call in drawn]))
-    assert sorted(answered) == pytest.approx(sorted(in_order), abs=1e-9)
-    assert answered != pytest.approx(list(in_order), abs=1e-9), "the answers came in another order"
+    assert sorted(shuffled.answered) == pytest.approx(sorted(in_order), abs=1e-9)
+    assert shuffled.answered != pytest.approx(list(in_order), abs=1e-9), "the answers came in another order"
     assert [line["step"] for line in metrics(folder)] == [1, 2, 3, 4]
 
 
-def test_what_is_learnt_depends_on_whether_a_judge_is_waited_for_and_not_on_how_long_it_thinks(go, tmp_path, shuffled):
+def test_what_is_learnt_depends_on_whether_a_scorer_is_waited_for_and_not_on_how_long_it_takes(go, tmp_path, shuffled):
     flags = [*TEXT, "--steps", "4", "--save-every", "9", "--updates", "3", *NOT_WARM, *asks(tmp_path, shuffled)]
     slow = go("slow", *flags, "--overlap")
-    shuffled.before = lambda asked: None
+    shuffled.plan = lambda number, body: None
     quick = go("quick", *flags, "--overlap")
     assert same(stored(quick), stored(slow)) and metrics(quick) == metrics(slow)
     assert not same(stored(go("waited-for", *flags, "--no-overlap")), stored(quick))
 
 
-def test_the_next_batch_is_drawn_while_the_judge_thinks_of_this_one(go, tmp_path, judge, monkeypatch):
+def test_the_next_batch_is_drawn_while_this_one_is_scored(go, tmp_path, far, monkeypatch):
     begun, waits, real = threading.Semaphore(0), [], rollout.roll_out
 
     def roll_out(*args):
         begun.release()
         return real(*args)
 
-    def before(asked):  # no answer about a batch before the one after it is being drawn
+    def plan(number, body):  # no answer about a batch before the one after it is being drawn
         if not waits:
             waits.append(begun.acquire(timeout=5) and begun.acquire(timeout=5))
 
     monkeypatch.setattr(rollout, "roll_out", roll_out)
-    judge.before = before
+    far.plan = plan
     flags = [*TEXT, "--overlap", "--steps", "2", "--save-every", "9"]
-    go("run", *flags, *asks(tmp_path, judge, concurrency=1, deadline=20.0))
+    go("run", *flags, *asks(tmp_path, far, concurrency=1, deadline=20.0))
     assert waits == [True]
 
 
@@ -320,29 +268,29 @@ def test_an_overlapped_run_that_is_interrupted_ends_with_the_bits_of_one_that_wa
 
 
 @pytest.mark.parametrize("overlap", ["--no-overlap", "--overlap"])
-def test_a_run_that_is_told_to_stop_does_not_wait_for_a_judge(go, tmp_path, judge, overlap):
+def test_a_run_that_is_told_to_stop_does_not_wait_for_a_scorer(go, tmp_path, far, overlap):
     flags = [*TEXT, overlap, "--steps", "3", "--save-every", "1", *NOT_WARM]  # at each step, so that --overlap rests
-    flags += asks(tmp_path, judge, deadline=20.0)
+    flags += asks(tmp_path, far, deadline=20.0)
     whole = go("whole", *flags)
-    judge.asked.clear()
+    done = len(far.requests)
 
-    def before(asked):
-        if len(judge.asked) >= 6 * 2 - 1:  # in the second step
+    def plan(number, body):
+        if number >= done + 6 * 2 - 1:  # in the second step
             terminate()
-            judge.over.wait(5)
+            far.over.wait(5)
 
-    judge.before = before
+    far.plan = plan
     began = time.monotonic()
     cut = go("cut", *flags)
-    assert time.monotonic() - began < 4, "the judge has not answered yet"
+    assert time.monotonic() - began < 4, "the scorer has not answered yet"
     assert stored(cut)["step"] == 1
-    judge.before = lambda asked: None
+    far.plan = lambda number, body: None
     go("cut", *flags)
     assert same(stored(cut), stored(whole)) and metrics(cut) == metrics(whole)
 
 
 def test_a_watched_reward_that_falls_while_the_trained_one_rises_has_a_column_and_one_warning(
-    go, tmp_path, judge, monkeypatch, capsys
+    go, tmp_path, monkeypatch, capsys
 ):
     def says(first, slope):
         steps = count(1)
@@ -454,5 +402,5 @@ def test_other_rewards_give_other_ranges_and_another_way_to_a_scorer_does_not(go
 
     assert run(*asks(tmp_path, first)) > 0
     assert run(*asks(tmp_path, second, timeout=3.0)) == 0, "the same scorer, elsewhere"
-    assert run(*asks(tmp_path, second, {"default": {"vlm": 2.0}})) > 0
+    assert run(*asks(tmp_path, second, {"default": {"far": 2.0}})) > 0
     assert run("--rewards", "quality=1") > 0

@@ -139,6 +139,7 @@ def test_policy_loss_by_hand():
     assert {key: value.item() for key, value in stats.items()} == pytest.approx(by_hand)
     wide, stats = grpo.policy_loss(old, old, advantage, 0.2, advantage_clip=2.5)
     assert wide.tolist() == [-2.0, 2.5, -2.5, -1.0] and "kl" not in stats
+    assert torch.equal(grpo.policy_loss(old, old, advantage, 0.2, 2.5, kl=kl)[0], wide)  # beta is 0 unless it is given
 
 
 def test_first_ratio_is_exactly_one_and_its_gradient_is_reinforce():
@@ -401,7 +402,9 @@ def test_collateral_impact_by_hand():
 def test_collateral_impact_predicts_the_change_of_the_other_task(seed):
     reward_k, advantage = randn(5, seed=seed), grpo.group_advantages(randn(1, 5, seed=seed + 50))[0]
     grad_k, _, grad_log_prob = softmax_policy(reward_k, advantage)
-    predicted = grpo.collateral_impact(grad_k, advantage, grad_log_prob).item()
+    predicted = grpo.collateral_impact(grad_k.requires_grad_(), advantage, grad_log_prob)
+    assert not predicted.requires_grad
+    predicted = predicted.item()
     lr, step = 1e-5, (advantage[:, None] * grad_log_prob).mean(0)  # dtheta / lr: task 1's policy gradient
     change = (torch.softmax(lr * step, 0) * reward_k).sum() - reward_k.mean()
     assert change.item() / lr == pytest.approx(predicted, abs=1e-4)

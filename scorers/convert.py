@@ -34,7 +34,7 @@ def convert(kind: str, file: str | Path, out: str | Path, like: str = "") -> Pat
     something else, a weight too many or too few, or a folder that exists.
     """
     if kind not in CONVERTERS:
-        raise RewardError(f"nothing to convert for {kind!r}{'; choose from ' + ', '.join(CONVERTERS)}")
+        raise RewardError(f"nothing to convert for {kind!r}; choose from {', '.join(CONVERTERS)}")
     out = Path(out)
     if out.exists():
         raise RewardError(f"{out}: exists already; give a new folder")

@@ -20,8 +20,8 @@ face; all three are this project's choices.
 """
 
 import hashlib
-import importlib.util
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +31,7 @@ from torch import Tensor
 
 from data.pictures import to_picture
 from rewards import Face, RewardError, Scorer, identity
+from scorers.common import require
 
 # "skip" gives this to every sample of a faceless source. All samples of a prompt share their source, so the whole
 # group gets it, and group normalisation (Q Eq. 4, 13) takes a constant away: it is neutral whatever its value. It is 1
@@ -39,6 +40,7 @@ NEUTRAL = 1.0
 SIDE = 640  # faces are looked for on a copy of at most this size: the time that it takes grows with the pixels
 CONFIDENCE = 0.5  # dlib's fast detector gives true faces about 1, and a badge or a knot in wood about 0.1
 DLIB_STRANGER = 0.8  # see `dlib_engine`
+PACKAGE = "face_recognition_models"  # it has the files, in dlib's own format, no pickles
 DLIB_FILES = (
     "shape_predictor_5_face_landmarks.dat", "dlib_face_recognition_resnet_model_v1.dat",
     "mmod_human_face_detector.dat",
@@ -90,20 +92,19 @@ def face(engine: Engine | None = None, no_face: str = "error", folder: str = "")
 def dlib_engine(folder: str = "") -> Engine:
     """dlib's ResNet, which describes a face by 128 numbers (99.4 % on Labeled Faces in the Wild), on the CPU.
 
-    folder: where the files of `DLIB_FILES` lie; by default where the package face-recognition-models, which has them,
-    is installed (they are in dlib's own format, no pickles). dlib calls two faces one person if their embeddings
-    are nearer than 0.6, which at their usual length of 1.4 is a cosine of 0.91, and cosines of strangers lie about
-    0.88; so 0.8 is taken for the zero of the score, and 0.5 divides same from other. Raises RewardError if dlib or
-    a file is missing.
+    folder: where the files of `DLIB_FILES` lie; by default in the package face-recognition-models. dlib calls two
+    faces one person if their embeddings are nearer than 0.6, which at their usual length of 1.4 is a cosine of 0.91,
+    and cosines of strangers lie about 0.88; so 0.8 is taken for the zero of the score, and 0.5 divides same from other.
+    Raises RewardError if dlib or a file is missing.
 
     A fast detector (0.1 s for 512 x 512 on a CPU core) finds frontal faces; only if it finds none does a network
     look again (1.5 s), so that a turned head is not taken for a lost one.
     """
-    try:
-        import dlib
-    except ImportError:
-        raise RewardError("scorer 'identity' needs the extra 'face': pip install -e '.[face]'") from None
-    root = Path(folder) if folder else _packaged_files()
+    require("face", "dlib", *(() if folder else (PACKAGE,)))
+    import dlib
+
+    # The package is found without importing it: it imports pkg_resources, which setuptools no longer has.
+    root = Path(folder) if folder else Path(find_spec(PACKAGE).origin).parent / "models"
     for name in DLIB_FILES:
         if not (root / name).is_file():
             raise RewardError(f"{root / name}: no such file; give the folder that holds dlib's {', '.join(DLIB_FILES)}")
@@ -135,11 +136,3 @@ def _shrunk(pixels: np.ndarray, scale: float) -> np.ndarray:
 
     height, width = (max(1, round(side * scale)) for side in pixels.shape[:2])
     return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC))
-
-
-def _packaged_files() -> Path:
-    # Found without importing the package: it imports pkg_resources, which setuptools no longer has.
-    spec = importlib.util.find_spec("face_recognition_models")
-    if spec is None:
-        raise RewardError("scorer 'identity' needs the extra 'face': pip install -e '.[face]'")
-    return Path(spec.origin).parent / "models"

@@ -12,6 +12,7 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from data.files import Prompt
 from rewards import Face, RewardError
+from scorers import common
 from scorers import faces as F
 
 
@@ -79,12 +80,10 @@ def test_what_cannot_be_scored_is_named():
 
 
 def test_a_missing_engine_names_the_extra_and_missing_files_their_folder(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "dlib", None)
-    assert "[face]" in refusal(F.face)
+    monkeypatch.setattr(common, "find_spec", lambda name: name == "dlib" or None)
     monkeypatch.setitem(sys.modules, "dlib", type(sys)("dlib"))
+    assert "[face]" in refusal(F.face), "the package with its files is missing"
     assert str(tmp_path / F.DLIB_FILES[0]) in refusal(F.dlib_engine, str(tmp_path))
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert "[face]" in refusal(F.dlib_engine)
 
 
 # ------------------------------------------------------------------------------------------------ real photographs

@@ -15,17 +15,12 @@ from models.hub import ModelError
 from rewards import LEVELS, RewardError
 from scorers import rubrics as J
 from scorers.vlm import vlm
-from tests.helpers.qwen_hub import tokenizer
-
-WIDTH = 32
+from tests.helpers.qwen_hub import WIDTH, build_vlm
+from tests.helpers.refusals import refusal as _refusal
 
 
 def refusal(call, *arguments):
-    """The message of the RewardError that a call gives; it is one line."""
-    with pytest.raises(RewardError) as error:
-        call(*arguments)
-    assert "\n" not in str(error.value)
-    return str(error.value)
+    return _refusal(call, *arguments, error=RewardError)
 
 
 def picture(height, width, seed):
@@ -158,44 +153,16 @@ def test_log_probs_that_hold_no_score_are_an_error_with_the_reply():
 
 
 # ------------------------------------------------------------------------------------------- tiny models, offline
-def build(folder, change, kind="qwen2_5_vl", seed=0):
+def build(folder, change, family="qwen2_5_vl"):
     """A random Qwen-VL of the real classes in the Hub's layout; `change(model, tokenizer)` may edit it before."""
-    import transformers
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+    from transformers import AutoModelForImageTextToText, AutoTokenizer
 
-    tok = tokenizer(LEVELS)
-    ids = {name: tok.convert_tokens_to_ids(f"<|{name}|>") for name in ("image_pad", "video_pad", "im_end", "endoftext")}
-    text = {
-        "vocab_size": len(tok), "hidden_size": WIDTH, "intermediate_size": 40, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 4096,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
-        "bos_token_id": None, "eos_token_id": ids["im_end"],
-    }  # fmt: skip
-    vision = {"depth": 2, "hidden_size": 24, "intermediate_size": 28, "num_heads": 2, "out_hidden_size": WIDTH}
-    if kind == "qwen2_5_vl":
-        vision |= {"patch_size": 14, "fullatt_block_indexes": [1], "window_size": 56}
-        config, cls = transformers.Qwen2_5_VLConfig, transformers.Qwen2_5_VLForConditionalGeneration
-    else:
-        text |= {"head_dim": 16}
-        vision |= {"patch_size": 16, "deepstack_visual_indexes": [0], "num_position_embeddings": 64}
-        config, cls = transformers.Qwen3VLConfig, transformers.Qwen3VLForConditionalGeneration
+    build_vlm(folder, family, words=LEVELS)
+    model = AutoModelForImageTextToText.from_pretrained(folder)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = cls(
-            config(
-                text_config=text, vision_config=vision, image_token_id=ids["image_pad"],
-                video_token_id=ids["video_pad"], vision_start_token_id=tok.convert_tokens_to_ids("<|vision_start|>"),
-                vision_end_token_id=tok.convert_tokens_to_ids("<|vision_end|>"),
-            )
-        )  # fmt: skip
-        for name, p in model.named_parameters():
-            if p.ndim > 1:
-                p.data = torch.randn(p.shape) / (1.0 if "embed" in name else p[0].numel() ** 0.5)
-        change(model, tok)
+        torch.manual_seed(0)
+        change(model, AutoTokenizer.from_pretrained(folder))
     model.save_pretrained(folder)
-    tok.save_pretrained(folder)
-    size = {"shortest_edge": 56 * 56, "longest_edge": 112 * 112}
-    Qwen2VLImageProcessorPil(patch_size=vision.get("patch_size", 16), merge_size=2, size=size).save_pretrained(folder)
     return folder
 
 
@@ -304,6 +271,8 @@ def chain(text):
         for name, p in model.named_parameters():
             if name.endswith(("self_attn.o_proj.weight", "mlp.down_proj.weight")):
                 p.data.zero_()  # what comes next then depends on the last token alone
+            elif p.ndim == 1 and name.endswith("weight"):
+                p.data.fill_(1.0)
         embeddings, head = model.get_input_embeddings().weight.data, model.lm_head.weight.data
         head.zero_()
         for place, (now, after) in enumerate(zip(letters, (*letters[1:], tok.convert_tokens_to_ids("<|im_end|>")))):
@@ -335,7 +304,7 @@ def test_a_written_reply_is_generated_and_an_unreadable_one_named(tmp_path, monk
 
 
 def test_qwen3_vl_and_bfloat16_are_asked_the_same_way(tmp_path, monkeypatch):
-    folder = build(tmp_path / "qwen3", always_one_of("12345"), kind="qwen3_vl")
+    folder = build(tmp_path / "qwen3", always_one_of("12345"), family="qwen3_vl")
     image, rubric = picture(64, 96, 0), J.RUBRICS["portrait"]
     expected = oracle(folder, rubric, "a man", [image], monkeypatch)
     exact = vlm(rubric, str(folder)).score(image[None], prompts("a man"), None).item()

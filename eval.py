@@ -3,11 +3,11 @@
     python eval.py --preset tiny --compare merged=runs/tiny-merge student=runs/tiny-opd
     torchrun --nproc_per_node=8 eval.py --compare student=runs/flow-opd-opd --rewards jpeg=1
 
-Every model draws the same test prompts from the same noise with the ODE sampler (Q Eq. 3); under torchrun each rank
-draws its share of them. In the tiny world, composition is the GenEval score, the unweighted mean of per-tag
-accuracies; text the OCR reward; quality the print quality on the open prompts. The average is the plain mean of the
-three: the tiny world's counterpart of F Table 2's Avg (`rewards.table2_average` is the paper's own, over its four
-metrics). Pictures of other models are scored by what `--rewards` names, and drawn without scores if it names nothing.
+Every model draws the same test prompts from the same noise with the ODE sampler (Q Eq. 3). Under torchrun each rank
+draws its share of them. In the tiny world, composition is the GenEval score (the unweighted mean of per-tag
+accuracies), text the OCR reward, and quality the print quality on the open prompts. Their average is the plain mean of
+the three. Pictures of other models are scored by what `--rewards` names, and drawn without scores if it names nothing.
+Strict GenEval, OCR, DeQA and PickScore together make F Table 2's Avg.
 """
 
 import sys
@@ -36,21 +36,19 @@ from scorers import panel as scoring
 from tiny import drawings as tiny
 from tiny import edits as tiny_edit
 
+# F Table 2's columns: each task's test prompts under its own scorers. The paper does not say on which prompts it
+# measures DeQA and PickScore.
+TABLE2 = ("composition geneval", "text ocr", "quality deqa", "quality pickscore")
+
 
 # ---------------------------------------------------------------------------------------------------------- scoring
 def score(images: Tensor, prompts: Sequence[Prompt], task: str, panel: scoring.Panel | None, tiny_world: bool):
-    """(named scores of the batch, one score per image, accuracies by tag) of images drawn for test prompts of a task.
+    """(named scores of the batch, one score for each image, accuracies by tag) of images of a task's test prompts.
 
-    The tiny worlds are scored by their tasks' own rules; elsewhere every scorer of the panel has a column a task, and a
-    task for which the panel has no weights has none.
+    The tiny worlds are scored by their own rules. Elsewhere every scorer of the panel that is asked has a column.
     """
     if not tiny_world:
-        if panel is None or any(panel.category(p) is None for p in prompts):  # a teacher's rewards: its own task's only
-            return {}, [], {}
-        found = panel.ask(images, prompts, 1, rollout.sources(prompts))
-        asked = {name: row[~np.isnan(row)] for name, row in zip(found.names, found.values, strict=True)}
-        named = {f"{task} {name}": float(row.mean()) for name, row in asked.items() if len(row)}
-        return named, list(scoring.totals(found)), {}
+        return score_by_panel(images, prompts, task, panel) if panel else ({}, [], {})
     if task in settings.QWEN_TASKS:
         return score_two_sides(images, prompts, task)
     if task != "composition":
@@ -61,11 +59,29 @@ def score(images: Tensor, prompts: Sequence[Prompt], task: str, panel: scoring.P
     return {task: rewards.geneval_score(verdicts, tags)}, each, rewards.per_tag_accuracy(verdicts, tags)
 
 
-def score_two_sides(images: Tensor, prompts: Sequence[Prompt], task: str):
-    """As `score`, of Q's tasks in the tiny world: what was asked for, what it costs, and the mean of the two.
+def score_by_panel(images: Tensor, prompts: Sequence[Prompt], task: str, panel: scoring.Panel):
+    """As `score`: the mean of each scorer's answers; of GenEval's strict verdicts, the mean over tags.
 
-    t2i: alignment by strict rules, and print quality; edit: instruction following, and identity of the rest. By
-    category, or by kind of edit, stands the first of the two.
+    A task for which the panel has no weights is not scored: a teacher's rewards are for its own task.
+    """
+    if any(panel.category(p) is None for p in prompts):
+        return {}, [], {}
+    found, named, by_tag = panel.ask(images, prompts, 1, rollout.sources(prompts)), {}, {}
+    tags = [p.metadata.get("tag") for p in prompts]
+    for name, row in zip(found.names, found.values, strict=True):  # (B,), nan for a picture that was not asked about
+        if not np.isnan(row).all():
+            named[f"{task} {name}"] = float(row[~np.isnan(row)].mean())
+        if name == "geneval" and all(tags) and set(row) <= {0.0, 1.0}:
+            named[f"{task} {name}"] = rewards.geneval_score(list(row == 1), tags)
+            by_tag = rewards.per_tag_accuracy(list(row == 1), tags)
+    return named, list(scoring.totals(found)), by_tag
+
+
+def score_two_sides(images: Tensor, prompts: Sequence[Prompt], task: str):
+    """As `score`, of Q's tasks in the tiny world: two sides of a picture, and their mean.
+
+    t2i: alignment by strict rules, and print quality. edit: instruction following, and identity of the rest. The
+    accuracies by category, or by kind of edit, are of the first side.
     """
     if task == "edit":
         sides = {"instruction": tiny_edit.score_instruction(images, prompts)}
@@ -82,7 +98,7 @@ def score_two_sides(images: Tensor, prompts: Sequence[Prompt], task: str):
 
 
 def panel_of(s: Settings, device: torch.device) -> scoring.Panel | None:
-    """The scorers that --rewards names for an evaluation; None in the tiny world and where it names none."""
+    """The scorers that --rewards names for an evaluation; None in the tiny worlds and if it names none."""
     if is_tiny(s) or not s.rewards:
         return None
     return scoring.build(registry.read(s.rewards, settings.rewarded_tasks(s), is_tiny(s)), device)
@@ -92,19 +108,19 @@ def evaluate(
     model: flow.FlowModel, prompts: Mapping[str, Sequence[Prompt]], s: Settings, cfg: float,
     panel: scoring.Panel | None = None,
 ) -> dict | None:  # fmt: skip
-    """Scores of the selected expert, on rank 0 (None elsewhere; every rank must call it, since all draw).
+    """Scores of the selected expert on rank 0; None on the other ranks, which call this too, since all of them draw.
 
-    cfg: the guidance scale it draws with. {"scores": {column: number}, "tags": {tag: accuracy}, "images": {task:
-    (images, one score each)}, "sources": {task: source pictures of edits}}; in the tiny worlds the columns are the
-    tasks and their average.
+    cfg is the guidance scale that it draws with. Returns {"scores": {column: number}, "tags": {tag: accuracy},
+    "images": {task: (images, one score each)}, "sources": {task: source pictures of edits}}.
     """
+    first = ranks.rank_and_world()[0] == 0
     result: dict = {"scores": {}, "tags": {}, "images": {}, "sources": {}}
     rollout.encode_all(model, (p for some in prompts.values() for p in some), cfg != 1)
-    if panel is None and ranks.rank_and_world()[0] == 0:
+    if panel is None and first:
         panel = panel_of(s, model.device)
     for task, some in prompts.items():
         latents = rollout.draw(model, some, s.eval_steps, s.micro_batch, data.seed_for("eval", s.seed, task), cfg)
-        if ranks.rank_and_world()[0] > 0:
+        if not first:
             continue
         images = model.decode(latents)
         numbers, each, tags = score(images, some, task, panel, is_tiny(s))
@@ -113,19 +129,22 @@ def evaluate(
             result["sources"][task] = shown
         result["scores"] |= numbers
         result["tags"] |= tags
-    if ranks.rank_and_world()[0] > 0:
-        return None
-    if is_tiny(s):
-        result["scores"]["average"] = sum(result["scores"][task] for task in prompts) / len(prompts)
-    return result
+    scores = result["scores"]
+    if is_tiny(s) and first:
+        scores["average"] = sum(scores[task] for task in prompts) / len(prompts)
+    elif result["tags"] and set(TABLE2) <= set(scores):  # scorers give DeQA / 5 and PickScore / 26
+        geneval, ocr, deqa, pickscore = (scores[column] for column in TABLE2)
+        printed = (deqa * rewards.HIGHEST_RATING, pickscore * rewards.PICKSCORE_SCALE)
+        scores["Avg"] = rewards.table2_average(geneval, ocr, *printed)
+    return result if first else None
 
 
 # --------------------------------------------------------------------------------------------------- whole models
 def compare(s: Settings) -> tuple[dict[str, dict], Path]:
-    """Base, every teacher and every --compare student on the test prompts -> (rows on rank 0, report)."""
+    """Base, every teacher and every --compare student on the test prompts -> (rows on rank 0, the report's path)."""
     if not s.eval_prompts:
         raise settings.SettingsError("--eval-prompts 0: nothing would be compared; ask for at least one a task")
-    device = ranks.start(s)
+    device, first = ranks.start(s), ranks.rank_and_world()[0] == 0
     load.locate_all(s)
     folder = Path(s.out) / s.name
     prompts = load.load_prompts(s, "test", s.eval_prompts, settings.test_tasks(s))
@@ -135,9 +154,9 @@ def compare(s: Settings) -> tuple[dict[str, dict], Path]:
     for name, where in s.compare.items():
         names[name] = f"compare:{name}"
         model.add_expert(names[name], where)
-    rows, panel = {}, panel_of(s, device) if ranks.rank_and_world()[0] == 0 else None
+    rows, panel = {}, panel_of(s, device) if first else None
     for name, expert in names.items():
-        if ranks.rank_and_world()[0] == 0:
+        if first:
             print(f"evaluating {name} ...", file=sys.stderr)
         model.keep([expert] if expert else [])
         with model.adapter(expert):

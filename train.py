@@ -8,13 +8,14 @@
     sft        cold start: flow matching on images of the routed teachers (F 5.1)
     merge      cold start: one adapter out of the teachers' (F 5.1)
     opd        multi-teacher on-policy distillation (F Eq. 7-12, Q Eq. 14)
+    reward     a reward model from marks of people or their preferences (Q 3.1, Eq. 10-12)
     all        the presets' own order: F merges, distils and compares; Q trains teachers and distils them
 
     torchrun --nproc_per_node=8 train.py --stage opd                     # SD3.5-M, F App. A
     torchrun --nproc_per_node=8 train.py --preset qwen-rl --stage grpo --task t2i
     python train.py --preset tiny --stage opd                            # a laptop, minutes; also --preset tiny-qwen
 
-The mathematics is in sde, kl, grpo, nft, opd and merge. harness/rollout.py draws a step's rows, noise and
+The mathematics is in sde, kl, grpo, nft, opd, merge and reward_model. harness/rollout.py draws a step's rows, noise and
 micro-batches; harness/load.py says what a student and a teacher are. A name with _B has a value for each row, with
 _PG for each sample of each prompt. Every backward takes its rows' share of the mean over a step's rows and trained
 transitions. A loop's `load` loads its model and scorers; `--dry-run` hands in one whose models only count.
@@ -48,9 +49,11 @@ import kl
 import merge
 import nft
 import opd
+import reward_model
 import rewards
 import sde
 from data import files as data
+from data.preferences import Pair, Sample
 from harness import curation, load, plan, ranks, report, rollout
 from harness import run as runtime
 from harness.ranks import USER_ERRORS
@@ -58,6 +61,7 @@ from harness.rollout import Row, Trajectories, batches, micro_batches, prompts_o
 from harness.run import Run
 from models import flow, hub, lora
 from scorers import panel as scoring
+from scorers import vlm_trained
 from scorers.panel import Panel
 from tiny import drawings, edits
 
@@ -440,6 +444,45 @@ def learn(s: Settings, at: opd.Visit, v: Tensor, v_anchor: Tensor | None, weight
     return shares_of(found, weight)
 
 
+# ------------------------------------------------------------------------------------------------------ reward model
+def reward(s: Settings) -> Path:
+    """A reward model from marks of pictures, or from preferences between two (Q 3.1) -> the last checkpoint.
+
+    Agreement with people is measured at every checkpoint, on prompts that are never trained on.
+    """
+    run, training, held = load.reward_run(s)
+    pictures = {"pointwise": 1, "pairwise": 2}[s.objective]  # of an item
+    count, together = s.batch_size // pictures, s.micro_batch or s.batch_size
+    for step in run.steps("loss"):
+        began, loss = time.time(), 0.0
+        items = data.prompt_batch(training, count, s.seed, step, run.rank, run.world)
+        for part in batches(items, together // pictures):
+            run.stop_if_asked()
+            mean = reward_loss(run.model, part) * (len(part) / count)
+            mean.backward()
+            loss += mean.item()
+        metrics = {"loss": loss, "grad_norm": run.update()}
+        if (step + 1) % s.save_every == 0 or step + 1 == s.steps:
+            with run.exported():
+                metrics |= vlm_trained.agreement(run.model, held, together)
+        run.log({**metrics, "seconds": time.time() - began})
+    logged = {f"step {row['step']}": row for row in runtime.read_metrics(run.folder) if "held_pair_accuracy" in row}
+    rows = {name: {key: row[key] for key in row if key.startswith("held_")} for name, row in logged.items()}
+    note = f"Objective: {s.objective}; {len(training)} items to train on, {len(held)} held out, of other prompts."
+    return tell(run, {name: {"scores": row, "tags": {}} for name, row in rows.items()}, [note])
+
+
+def reward_loss(judge: vlm_trained.Judge, items: Sequence[Sample] | Sequence[Pair]) -> Tensor:
+    """The mean over samples of Q Eq. 11, or over pairs of Q Eq. 10, a scalar; one forward, also for pairs."""
+    prompts = [item.prompt for item in items]
+    if isinstance(items[0], Sample):
+        R_B = judge.scores([item.image for item in items], prompts)  # Q Eq. 12
+        y_B = torch.tensor([item.score for item in items], device=R_B.device)
+        return reward_model.pointwise_loss(R_B, y_B)  # Q Eq. 11
+    pictures = [item.winner for item in items] + [item.loser for item in items]
+    return reward_model.pairwise_loss(*judge.scores(pictures, prompts + prompts).chunk(2))  # Q Eq. 10, 12
+
+
 # ------------------------------------------------------------------------------------------------ the whole pipeline
 def finish(run: Run, panel: Panel | None = None) -> Path:
     """Evaluate the exported weights, write the report, say where everything is -> the last checkpoint.
@@ -456,10 +499,16 @@ def finish(run: Run, panel: Panel | None = None) -> Path:
             report.save_samples(run.folder, "final", result, prompts)
             rows = {s.name: {key: result[key] for key in ("scores", "tags")}}
             run.write_card(run.checkpoint, result["scores"])
+    return tell(run, rows)
+
+
+def tell(run: Run, rows: Mapping[str, dict], notes: Sequence[str] = ()) -> Path:
+    """Write the report, say where everything is and what its last row has -> the last checkpoint."""
     if run.rank == 0:
-        where = report.write_report(run.folder, s.name, rows)
-        shown = "  ".join(f"{key} {value:.3f}" for row in rows.values() for key, value in row["scores"].items())
-        print(f"{s.name}: {shown or 'done'}\n  checkpoint {run.checkpoint}\n  report     {where}")
+        name, where = run.s.name, report.write_report(run.folder, run.s.name, rows, notes)
+        last = list(rows.values())[-1]["scores"] if rows else {}
+        shown = "  ".join(f"{key} {value:.3f}" for key, value in last.items())
+        print(f"{name}: {shown or 'done'}\n  checkpoint {run.checkpoint}\n  report     {where}")
     ranks.wait()
     return run.checkpoint
 
@@ -469,7 +518,7 @@ LOOPS = {"pretrain": pretrain, "curate": curate, "grpo": train_teacher, "nft": t
 STAGES = {
     "pretrain": lambda s: finish(pretrain(s)), "curate": curate, "sft": lambda s: finish(sft(s)),
     "merge": lambda s: finish(merge_teachers(s)), "grpo": lambda s: finish(*train_teacher(s)),
-    "nft": lambda s: finish(*train_teacher(s)), "opd": lambda s: finish(distil(s)),
+    "nft": lambda s: finish(*train_teacher(s)), "opd": lambda s: finish(distil(s)), "reward": reward,
 }  # fmt: skip
 
 

@@ -266,7 +266,6 @@ def judges(*steps: str) -> None:
     For every seed: train both on graded prints of the tiny world, then a quality teacher from the shipped base on each;
     the table has what the true rules say of its pictures. Finished runs are not repeated.
     """
-    import reward_model
     import train
 
     more = ["--steps", *steps] if steps else []
@@ -274,7 +273,8 @@ def judges(*steps: str) -> None:
     for objective in ("pointwise", "pairwise"):
         for seed in SEEDS:
             folder, name = f"runs/bench-rm-{objective}-{seed}", f"bench-judged-{objective}-{seed}"
-            if reward_model.main(["--tiny", "--objective", objective, "--seed", str(seed), "--out", folder]):
+            flags = ["--preset", "tiny", "--stage", "reward", "--objective", objective, "--name", Path(folder).name]
+            if train.main([*flags, "--seed", str(seed)]):
                 raise SystemExit(2)
             recipe = Path(folder, "reward.json")
             scorer = {"kind": "trained", "model": folder}

@@ -8,6 +8,7 @@
     base_model      the frozen base
     student_run     the frozen base and the student: a LoRA on it, or a transformer of its own
     load_teachers   the teachers of F Eq. 7 (Q 4.3) and the anchor of F Eq. 12
+    reward_run      a judge to be trained (Q 3.1), what it learns from, and what is held out
 """
 
 from collections.abc import Sequence
@@ -17,15 +18,17 @@ import torch
 
 import settings
 from data import files as data
-from data import written
+from data import preferences, written
 from data.files import Prompt
 from harness import ranks
+from harness.reward import RewardRun
 from harness.run import Run
-from models import flow, hub, lora, tiny
+from models import flow, hub, lora, qwen_vl, tiny
 from models import load as models
-from scorers import panel, registry
+from scorers import panel, registry, vlm_trained
 from settings import Settings, is_tiny, rewarded_tasks, task_list
 from tiny import drawings, edits
+from tiny import judge as tiny_judge
 
 
 # --------------------------------------------------------------------------------------------- worlds and prompts
@@ -95,7 +98,7 @@ def locate_all(s: Settings) -> None:
     """
     if ranks.local_rank() > 0:
         ranks.wait()
-    hub.locate(s.model, models.BASE_FILES)
+    hub.locate(s.model, qwen_vl.FILES if s.stage == "reward" else models.BASE_FILES)
     teachers = s.teachers.values() if s.stage in ("opd", "sft", "merge", "eval") else ()
     for where in (*teachers, *anchors(s), *([s.init] if s.init else []), *s.compare.values()):
         hub.kind(hub.locate(where))
@@ -158,3 +161,23 @@ def load_teachers(model: flow.FlowModel, s: Settings) -> dict[str, str]:
         if experts["anchor"] == "anchor":
             model.add_expert("anchor", s.anchor)
     return experts
+
+
+# ------------------------------------------------------------------------------------------------------ reward model
+def reward_run(s: Settings) -> tuple[RewardRun, list, list]:
+    """A judge to be trained, the items that it learns from, and those that are held out.
+
+    A tiny world's learns from prints that are drawn here, a VLM from --data, which is read before the model.
+    """
+    device = ranks.start(s)
+    if is_tiny(s):
+        items = tiny_judge.marked_prints(tiny_judge.PROMPTS, s.objective, s.seed, s.holdout)
+        return RewardRun(s, tiny_judge.TinyJudge(seed=s.seed).to(device)), *items
+    training, held = preferences.split(preferences.read(s.data, s.objective), s.holdout)
+    if not training or not held:
+        missing = "held out" if training else "to train on"
+        raise data.DataError(f"{s.data}:0: no prompt is {missing} at --holdout {s.holdout}; change it, or add prompts")
+    locate_all(s)
+    judge = vlm_trained.VLMJudge(s.model, device, getattr(torch, s.precision))
+    judge.add_lora(lora.lora_config(s.rank, s.alpha, vlm_trained.TARGETS), seed=s.seed)
+    return RewardRun(s, judge), training, held

@@ -36,7 +36,7 @@ KINDS = {
     "geneval": "scorers.geneval:geneval", "ocr": "scorers.ocr:ocr", "pickscore": "scorers.clip:pickscore",
     "clipscore": "scorers.clip:clipscore", "aesthetic": "scorers.clip:aesthetic", "hps": "scorers.clip:hps",
     "imagereward": "scorers.clip:imagereward", "jpeg": "scorers.ocr:jpeg", "vlm": "scorers.vlm:vlm",
-    "face": "scorers.faces:face", "trained": "reward_model:scorer", "judge": "scorers.remote:judge",
+    "face": "scorers.faces:face", "trained": "scorers.vlm_trained:scorer", "judge": "scorers.remote:judge",
     "served": "scorers.remote:served",
 }  # fmt: skip
 # The tiny worlds' own, which are asked there instead of a kind of the same name. They have no options.

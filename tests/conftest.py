@@ -49,7 +49,6 @@ def sd35(tmp_path_factory):
     import torch
     from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
-    from models import hub, lora
     from tests.helpers.sd3 import build_sd35, random_lora
 
     torch.set_num_threads(1)
@@ -58,17 +57,12 @@ def sd35(tmp_path_factory):
     teachers = {task: root / f"teacher-{task}" for task in TASKS}
     transformer = SD3Transformer2DModel.from_pretrained(base / "transformer")
     for number, folder in enumerate((teachers["composition"], root / "lora")):
-        state, config = random_lora(transformer, 4, 8.0, seed=number)
-        lora.save_adapter(folder, state, config, str(base), hub.fingerprint(base / "transformer"))
+        _save_lora(transformer, folder, base, number)
     state, config = random_lora(transformer, 3, 9.0, seed=2)
     StableDiffusion3Pipeline.save_lora_weights(
         teachers["text"], transformer_lora_layers=state, transformer_lora_adapter_metadata=config.to_dict()
     )
-    with torch.no_grad():
-        rng = torch.Generator().manual_seed(3)
-        for p in transformer.parameters():
-            p.add_(0.1 * torch.randn(p.shape, generator=rng))
-    transformer.save_pretrained(teachers["quality"] / "transformer")
+    _save_moved(transformer, teachers["quality"])
     flags = flags_of(root, teachers, SMALL_SD35)
     return SimpleNamespace(root=root, base=base, teachers=teachers, lora=root / "lora", flags=flags)
 
@@ -82,26 +76,38 @@ def qwen(tmp_path_factory):
     import torch
     from diffusers import QwenImageTransformer2DModel
 
-    from models import hub, lora
     from tests.helpers.qwen_hub import build_qwen
-    from tests.helpers.sd3 import random_lora
 
     torch.set_num_threads(1)
     root = tmp_path_factory.mktemp("qwen")
     base = build_qwen(root / "base", "plus")
     teachers = {task: root / f"teacher-{task}" for task in ("t2i", "edit")}
     transformer = QwenImageTransformer2DModel.from_pretrained(base / "transformer")
-    state, config = random_lora(transformer, 4, 8.0, seed=0)
-    lora.save_adapter(teachers["t2i"], state, config, str(base), hub.fingerprint(base / "transformer"))
-    with torch.no_grad():
-        rng = torch.Generator().manual_seed(3)
-        for p in transformer.parameters():
-            p.add_(0.1 * torch.randn(p.shape, generator=rng))
-    transformer.save_pretrained(teachers["edit"] / "transformer")
+    _save_lora(transformer, teachers["t2i"], base, 0)
+    _save_moved(transformer, teachers["edit"])
     prompts = {"t2i": root / "t2i.txt", "edit": _edits(root)}
     prompts["t2i"].write_text("a red cat\ntwo dogs on a bench\na sign\nthe sea at night, from above\n")
     flags = [*flags_of(root, teachers, SMALL_QWEN), "--prompts", *(f"{task}={path}" for task, path in prompts.items())]
     return SimpleNamespace(root=root, base=base, teachers=teachers, prompts=prompts, flags=flags)
+
+
+def _save_lora(transformer, folder, base, seed):
+    from models import hub, lora
+    from tests.helpers.sd3 import random_lora
+
+    state, config = random_lora(transformer, 4, 8.0, seed=seed)
+    lora.save_adapter(folder, state, config, str(base), hub.fingerprint(base / "transformer"))
+
+
+def _save_moved(transformer, folder):
+    """A full checkpoint: the transformer with noise on every parameter."""
+    import torch
+
+    rng = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in transformer.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=rng))
+    transformer.save_pretrained(folder / "transformer")
 
 
 def _edits(root):
@@ -131,17 +137,40 @@ def no_pictures(monkeypatch):
     monkeypatch.setattr(report, "save_samples", lambda *args: None)
 
 
-@pytest.fixture
-def go(world, tmp_path, no_pictures):
-    """go(NAME, flags...): one call of train.py on the small world, one step, unevaluated -> the run's folder."""
+def _runner(world, tmp_path, *short):
+    """run(NAME, flags...): one call of train.py, of one step -> the run's folder."""
     import train
 
-    def go(name, *flags, code=0):
-        short = ["--out", str(tmp_path), "--name", name, "--steps", "1", "--eval-prompts", "0"]
-        assert train.main(command([*world.flags, *short], *flags)) == code
+    def run(name, *flags, code=0):
+        small = [*world.flags, "--out", str(tmp_path), "--name", name, "--steps", "1", *short]
+        assert train.main(command(small, *flags)) == code
         return tmp_path / name
 
-    return go
+    return run
+
+
+@pytest.fixture
+def go(world, tmp_path, no_pictures):
+    """Runs of the small world, unevaluated."""
+    return _runner(world, tmp_path, "--eval-prompts", "0")
+
+
+@pytest.fixture
+def go2(world2, tmp_path, no_pictures):
+    """Runs of the small tiny-qwen world, unevaluated."""
+    return _runner(world2, tmp_path, "--eval-prompts", "0")
+
+
+@pytest.fixture
+def real(sd35, tmp_path, no_pictures):
+    """Runs of a small SD3.5, with a teacher of each kind."""
+    return _runner(sd35, tmp_path)
+
+
+@pytest.fixture
+def real2(qwen, tmp_path, no_pictures):
+    """Runs of a small Qwen-Image-Edit."""
+    return _runner(qwen, tmp_path)
 
 
 @pytest.fixture
@@ -209,19 +238,6 @@ def updates(monkeypatch):
     return found
 
 
-@pytest.fixture
-def real(sd35, tmp_path, no_pictures):
-    """real(NAME, flags...): one call of train.py on a small SD3.5, a teacher of each kind -> the run's folder."""
-    import train
-
-    def real(name, *flags, code=0):
-        short = ["--out", str(tmp_path), "--name", name, "--steps", "1"]
-        assert train.main(command([*sd35.flags, *short], *flags)) == code
-        return tmp_path / name
-
-    return real
-
-
 @pytest.fixture(scope="session")
 def world2(tmp_path_factory):
     """As `world`, in the tiny-qwen world: a random base, and a random adapter for each of Q's two tasks."""
@@ -240,32 +256,6 @@ def world2(tmp_path_factory):
         save_random_adapter(root / "base", folder, seed=number)
     torch.set_num_threads(1)
     return SimpleNamespace(root=root, base=root / "base", teachers=teachers, flags=flags_of(root, teachers, SMALL2))
-
-
-@pytest.fixture
-def go2(world2, tmp_path, no_pictures):
-    """go2(NAME, flags...): one call of train.py on the small tiny-qwen world, as `go` -> the run's folder."""
-    import train
-
-    def go2(name, *flags, code=0):
-        short = ["--out", str(tmp_path), "--name", name, "--steps", "1", "--eval-prompts", "0"]
-        assert train.main(command([*world2.flags, *short], *flags)) == code
-        return tmp_path / name
-
-    return go2
-
-
-@pytest.fixture
-def real2(qwen, tmp_path, no_pictures):
-    """real2(NAME, flags...): one call of train.py on a small Qwen-Image-Edit, as `real` -> the run's folder."""
-    import train
-
-    def real2(name, *flags, code=0):
-        short = ["--out", str(tmp_path), "--name", name, "--steps", "1"]
-        assert train.main(command([*qwen.flags, *short], *flags)) == code
-        return tmp_path / name
-
-    return real2
 
 
 @pytest.fixture

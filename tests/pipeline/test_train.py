@@ -247,12 +247,6 @@ def test_teachers_that_cannot_be_merged_end_the_pipeline_before_it_trains(real, 
     assert "teacher-quality" in the_error(capsys) and not updates
 
 
-def test_qwens_plan_ends_in_an_evaluation_of_both_tasks(real2, capsys):
-    folder = real2("all", "--stage", "all", "--rewards", "jpeg=1")
-    assert rows_of_table(capsys) == ["model", *QWEN_SHOWN]
-    assert sorted(p.name for p in folder.parent.iterdir()) == ["all", "all-grpo-edit", "all-grpo-t2i", "all-opd"]
-
-
 # ------------------------------------------------------------------------------- every stage of every model, from disk
 STAGES = {
     "tiny-qwen": {

@@ -424,10 +424,9 @@ def check_scores(
 def composite(scores_KB: np.ndarray, weights_KB: np.ndarray) -> np.ndarray:
     """Weighted sum of rewards: R_b = sum over k of w_kb R_kb -> float64 (B,). F §6.1, App. A; w_kb by category Q §4.2.
 
-    A score whose weight is 0 does not count, also if it is nan because nobody was asked. Weights are taken as given:
+    A score of weight 0 does not count, also if it is nan because its scorer was not asked. Weights are taken as given:
     3:1:1 and 0.6:0.2:0.2 differ by a factor that group normalisation removes. This mixes *before* normalisation, so a
-    reward with a wide range dominates; Q Eq. 13 mixes after it (`grpo.multi_reward_advantages`). Raises ValueError for
-    unequal shapes.
+    reward with a wide range dominates; Q Eq. 13 mixes after it. Raises ValueError for unequal shapes.
 
     ERRATUM: F contradicts itself on both of its mixes. GRPO-Mix 3:1:1 is a ratio of rewards in §6.1 but of
     epochs, each with one reward, in App. A; the DeQA teacher blends DeQA and PickScore 4:6 in §6.1 but 1:1

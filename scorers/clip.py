@@ -43,7 +43,7 @@ def clip_features(
 ) -> tuple[Callable, Callable, float]:
     """(images, texts, scale): unit features (B, D) float32 of B pictures and of B texts, and exp(logit_scale).
 
-    `processor` is where the tokenizer and the preprocessing are; "" where they lie beside the model.
+    `processor`: the place of the tokenizer and the preprocessing; "" if they lie beside the model.
     """
     folder = folder_of(name, model, MODEL_FILES)
     clip = load_part(name, "CLIPModel", folder, dtype=dtype).to(device)

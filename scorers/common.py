@@ -85,7 +85,7 @@ def folder_of(name: str, where: str, patterns: Sequence[str]) -> Path:
 def how_to_convert(name: str) -> str:
     if name not in PICKLED:
         return "have the weights saved as safetensors"
-    option, call = "head" if name == "aesthetic" else "model", f"convert.convert({name!r}, FILE, FOLDER)"
+    option, call = "head" if name == "aesthetic" else "model", f"scorers.convert.convert({name!r}, FILE, FOLDER)"
     return f"its weights are published as a pickle, {PICKLED[name]}; run {call} on it and give {option}=FOLDER"
 
 

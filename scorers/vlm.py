@@ -93,7 +93,7 @@ def _candidates(tokenizer, rubric: Rubric) -> dict[int, str]:
 def _ask(judge: qwen_vl.VLM, questions: Sequence[qwen_vl.Question], candidates: Mapping[int, str], max_tokens: int):
     """Greedy replies to questions: for each its tokens [(text, {candidate: log-prob})] and its text.
 
-    The tokens are left out if there are no candidates, since nobody looks at them then.
+    The tokens are left out if there are no candidates: only those are looked up.
     """
     seen: list[Tensor] = []  # a step's log-probs of the candidates, (B, candidates): those of all tokens are too many
 

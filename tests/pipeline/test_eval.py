@@ -157,16 +157,6 @@ def test_evaluation_repeats_exactly_and_scores_the_adapter_that_is_selected(mode
     assert base["scores"]["quality"] != scores["quality"]
 
 
-def test_only_rank_zero_decodes_and_scores_but_all_draw(model, prompts, monkeypatch):
-    drawn, real = [], rollout.draw
-    monkeypatch.setattr(rollout, "draw", lambda *args: drawn.append(args[4]) or real(*args))
-    whole = evaluation.evaluate(model, prompts, SMALL, 1.0)
-    monkeypatch.setattr(evaluation.ranks, "rank_and_world", lambda: (1, 2))
-    monkeypatch.setattr(model, "decode", lambda x: pytest.fail("another rank's pictures are nobody's"))
-    assert whole and evaluation.evaluate(model, prompts, SMALL, 1.0) is None
-    assert drawn[:3] == drawn[3:] and len(set(drawn)) == 3, "the same three draws"
-
-
 # -------------------------------------------------------------------------------------------------------- whole tables
 @pytest.fixture
 def no_pictures(monkeypatch):

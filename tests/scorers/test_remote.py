@@ -223,7 +223,7 @@ def test_retry_after_is_waited_for_and_a_wait_beyond_the_deadline_is_not_begun(f
     server = far(lambda number, body: says("", 429, Retry_After="100"))
     with pytest.raises(RewardError, match="90 s were not enough"):
         served(server, limits=LIMITS._replace(deadline=90.0)).score(*pictures(1))
-    assert len(server.requests) == 1
+    assert len(server.requests) == 1 and time.monotonic() - start < 20
 
 
 @pytest.mark.parametrize(
@@ -291,11 +291,10 @@ def test_endpoints_are_a_list_of_different_addresses(endpoints):
     assert str(error.value).isprintable()
 
 
-@pytest.mark.parametrize("field", LIMITS._fields)
-@pytest.mark.parametrize("value", [0, -1, math.nan, math.inf])
-def test_limits_are_positive_and_finite(field, value):
+@pytest.mark.parametrize("limits", [{"tries": 0}, {"rest": -1}, {"deadline": math.nan}, {"timeout": math.inf}])
+def test_limits_are_positive_and_finite(limits):
     with pytest.raises(RewardError, match="scorer 'far': limits must be positive"):
-        remote.served(["http://localhost:1"], "far", limits=FAST._replace(**{field: value}))
+        remote.served(["http://localhost:1"], "far", limits=FAST._replace(**limits))
 
 
 # --------------------------------------------------------------------------------------------------- what is asked

@@ -112,8 +112,6 @@ def broken(file, at=-14):  # a byte of the pixels' checksum
 
 BAD = {
     "no JSON": b"{",
-    "no UTF-8": b'{"images": "\xff"}',
-    "nothing": b"",
     "pickle": b"\x80\x04\x95",
     "deep JSON": b"[" * 15_000,
     "rather deep JSON": b"[" * 900 + b"]" * 900,
@@ -123,31 +121,21 @@ BAD = {
     "no prompts": {"images": []},
     "an unknown field": question(source=[]),
     "no images": question(images=[], prompts=[]),
-    "images that are none": question(images="x"),
     "two prompts": question(prompts=[PROMPT] * 2),
     "two sources": question(sources=["x"] * 2),
-    "no sources": question(sources=[]),
     "a prompt of text": question(prompts=["a dog"]),
-    "a prompt without task": question(prompts=[{"text": "", "metadata": {}}]),
     "an unknown task": question(prompts=[PROMPT | {"task": "x"}]),
     "a task of lists": question(prompts=[PROMPT | {"task": [1]}]),
-    "a text of number": question(prompts=[PROMPT | {"text": 1}]),
     "metadata of list": question(prompts=[PROMPT | {"metadata": []}]),
     "no base64": question(images=["@@@"]),
     "an image of number": question(images=[math.nan]),
-    "no PNG": question(b"hello"),
-    "an empty image": question(b""),
     "JPEG": question(picture(kind="JPEG")),
-    "TIFF": question(picture(kind="TIFF")),
     "half a PNG": question(picture()[:-15]),
     "a PNG of wrong checksum": question(broken(picture())),
     "too few pixels": question(crafted((4, 3))),
-    "no pixels": question(crafted((0, 3))),
     "grey": question(picture(mode="L")),
     "transparent": question(picture(mode="RGBA")),
-    "palette": question(picture(mode="P")),
     "too wide": question(picture(33, 1)),
-    "too high": question(picture(1, 33)),
     "too many pixels": question(*[picture(32, 32)] * 17),
     "a bomb": question(crafted((60_000, 60_000))),
     "a bomb behind": question(crafted((4, 3), (60_000, 60_000))),
@@ -229,6 +217,10 @@ def test_a_connection_that_is_slow_is_closed(run, start, trickles):
     assert 0.2 < time.monotonic() - begin < 2 and is_up(server)
 
 
+def test_an_answer_may_take_longer_than_a_request(run):
+    assert is_up(run(lambda *batch: time.sleep(0.6) or red(*batch), bounds=SMALL._replace(seconds=0.3)))
+
+
 # ------------------------------------------------------------------------------------------------------- the token
 def test_without_the_token_nothing_is_told(run):
     server = run(token="s3cr3t")
@@ -255,13 +247,6 @@ def test_64_slow_connections_without_the_token_do_not_keep_an_honest_client_out(
         )
         prompts = [Prompt("p", "quality", {}, "f:1")] * 8
         assert scorer.score(torch.ones(8, 3, 2, 2), prompts).tolist() == [1.0] * 8 and time.monotonic() - start < 2
-
-
-def test_another_token_is_an_error_of_the_run(run, monkeypatch):
-    monkeypatch.setenv("REWARD_TOKEN", "other")
-    with pytest.raises(RewardError, match="status 401") as error:
-        remote.served([run(token="s3cr3t").url], "red", key_env="REWARD_TOKEN", limits=FAST)
-    assert "other" not in str(error.value)
 
 
 # ------------------------------------------------------------------------------------------------ scorers that fail

@@ -128,6 +128,20 @@ def tiny_settings(**changes):
     return cli.resolve({"preset": "tiny", "eval_steps": 2, "eval_prompts": 5, "threads": 1, **changes})
 
 
+def write_marks(root):
+    """Twelve pictures with marks (pointwise.jsonl) and eight preferences (pairwise.jsonl): bright is good -> root."""
+    import numpy as np
+    from PIL import Image
+
+    for i in range(12):
+        Image.fromarray(np.full((40, 60, 3), 255 * i // 11, np.uint8)).save(root / f"{i}.png")
+    marks = [{"image": f"{i}.png", "prompt": f"prompt {i}", "score": 1 + 4 * i / 11} for i in range(12)]
+    pairs = [{"image_w": f"{i + 4}.png", "image_l": f"{i}.png", "prompt": f"prompt {i}"} for i in range(8)]
+    for name, lines in (("pointwise", marks), ("pairwise", pairs)):
+        (root / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return root
+
+
 def the_one_line(capsys):
     """What a user reads: a single line that begins "error:", and no stack."""
     err = capsys.readouterr().err

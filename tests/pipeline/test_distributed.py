@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from settings import FIELDS
+from tests.helpers.qwen_hub import build_vlm
+from tests.helpers.runs import write_marks
 
 ROOT = Path(__file__).resolve().parents[2]
 # Runs jobs one after another in this rank: {"argv": [...], "env": {...}, "code": the exit code expected,
@@ -120,6 +122,8 @@ QUIET = ["--eval-prompts", "0", "--save-every", "2"]
 OPD = ["opd", *QUIET, "--steps", "3"]
 GRPO = ["grpo", *QUIET, *"--steps 3 --task text --advantage-std group --lr 1e-3 --rewards jpeg=1".split()]
 FULL = [*OPD, "--parameters", "full", "--lr", "1e-3"]
+REWARD = "--stage reward --objective pairwise --steps 2 --micro-batch 2 --rank 4 --holdout 0.3".split()
+REWARD += "--precision float32 --threads 1 --device cpu --save-every 2".split()
 CURATE = ["curate", *"--tasks text --threshold 0.0045 --prompts-per-step 2 --rewards jpeg=1".split()]
 
 
@@ -138,6 +142,8 @@ def pair(sd35, tmp_path_factory):
         job(sd35, out, "merge-2", "merge", "--eval-prompts", "0", "--teachers", f"quality={sd35.lora}"),
         job(sd35, out, "curate-2", *CURATE),
     ]
+    marks = ["--data", str(write_marks(out) / "pairwise.jsonl"), "--model", str(build_vlm(out / "vlm"))]
+    jobs.append([*REWARD, *marks, "--out", str(out), "--name", "reward-2", "--batch-size", "4"])
     jobs = [{"argv": argv} for argv in jobs]
     jobs.append({"argv": job(sd35, out, "told", *OPD, *HALF), "told": 0})
     torn = job(sd35, out, "torn", *GRPO, "--prompts-per-step", "1")
@@ -168,6 +174,13 @@ def test_two_ranks_reinforce_what_one_rank_does_with_the_same_global_batch(sd35,
     one, two = lines(pair / "grpo-1", "reward", "grad_norm"), lines(pair / "grpo-2", "reward", "grad_norm")
     assert two[0] == pytest.approx(one[0], rel=1e-4)
     assert furthest(tensors(pair / "grpo-1"), tensors(pair / "grpo-2")) < 1e-5
+
+
+def test_two_ranks_train_the_reward_model_that_one_rank_trains(pair):
+    marks = ["--data", str(pair / "pairwise.jsonl"), "--model", str(pair / "vlm")]
+    alone([*REWARD, *marks, "--out", str(pair), "--name", "reward-1", "--batch-size", "8"])
+    assert alike(pair / "reward-2", pair / "reward-1", "loss", "grad_norm")
+    assert furthest(tensors(pair / "reward-1"), tensors(pair / "reward-2")) < 1e-5
 
 
 @pytest.mark.parametrize("other", ["full-fsdp", "full-hsdp"])

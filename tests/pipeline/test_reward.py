@@ -6,7 +6,6 @@ import types
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import train
 from data.files import Prompt
@@ -16,7 +15,7 @@ from harness.run import Run
 from models import hub
 from scorers import vlm_trained
 from tests.helpers.qwen_hub import build_vlm
-from tests.helpers.runs import metrics, same, stored, the_error
+from tests.helpers.runs import metrics, same, stored, the_error, write_marks
 from tiny import drawings
 from tiny import judge as tiny_judge
 
@@ -87,15 +86,7 @@ def test_micro_batches_add_up_to_the_batch(tmp_path):
 # --------------------------------------------------------------------------------------------- VLMs from a data file
 @pytest.fixture(scope="module")
 def marked(tmp_path_factory):
-    """Twelve pictures with marks and eight preferences, of twelve prompts: bright is good."""
-    root = tmp_path_factory.mktemp("marked")
-    for i in range(12):
-        Image.fromarray(np.full((40, 60, 3), 255 * i // 11, np.uint8)).save(root / f"{i}.png")
-    marks = [{"image": f"{i}.png", "prompt": f"prompt {i}", "score": 1 + 4 * i / 11} for i in range(12)]
-    pairs = [{"image_w": f"{i + 4}.png", "image_l": f"{i}.png", "prompt": f"prompt {i}"} for i in range(8)]
-    for name, lines in (("pointwise", marks), ("pairwise", pairs)):
-        (root / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    return root
+    return write_marks(tmp_path_factory.mktemp("marked"))
 
 
 VLM = "--steps 14 --save-every 7 --batch-size 6 --micro-batch 4 --lr 5e-3 --rank 3 --warmup 0 --holdout 0.3".split()

@@ -6,7 +6,7 @@
     source pictures    an edit's source becomes more tokens behind those of the picture that is being made
                        (`Cond.source`); the velocity of the first ones alone counts. It is read twice: by the VAE,
                        which keeps every pixel, and by the text encoder, a Qwen2.5-VL, which says what is in it.
-    time in [0, 1]     where SD3 embeds [0, 1000]
+    time in [0, 1]     SD3 embeds [0, 1000]
     rescaled guidance  the guided velocity keeps the length of the one with the prompt: `QwenFlow.guide`
     a grid by size     the scheduler's shift grows with the number of tokens: `shift_of`
 
@@ -33,7 +33,7 @@ from models.flow import Cond, FlowModel, joined
 from models.hub import ModelError, fingerprint, read_part, read_transformer, require_parts
 
 DRAWS = "QwenImagePipeline"
-# Pipeline -> what it puts before an edit's prompt (where its template has no place for the picture), and the side of a
+# Pipeline -> what it puts before an edit's prompt (if its template has no place for the picture), and the side of a
 # square picture as its text encoder sees it: 1024 x 1024 and 384 x 384 pixels, whatever the source's size.
 EDITS = {
     "QwenImageEditPipeline": ("", 1024),
@@ -60,8 +60,8 @@ def unpack(tokens: Tensor, p: int, height: int, width: int) -> Tensor:
 def shift_of(config: Mapping, tokens: int) -> float:
     """mu of a picture of that many tokens: linear between a small and a large picture's shift, and on beyond them.
 
-    exp(mu) takes the place of SD3's 3: t -> exp(mu) t / (1 + (exp(mu) - 1) t). A large picture needs more noise
-    before as little of it is left to be seen.
+    exp(mu) takes the place of SD3's 3: t -> exp(mu) t / (1 + (exp(mu) - 1) t). The larger a picture, the more noise it
+    takes to hide it.
     """
     small, large = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
     low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
@@ -108,9 +108,9 @@ class QwenFlow(FlowModel):
     def guide(self, v_uncond: Tensor, v_cond: Tensor, cfg: float) -> Tensor:
         """Guidance; with `rescale` every token of it is as long as v_cond's, as in the stock pipeline.
 
-        What that does to velocity matching (Q Eq. 14) with a guided teacher: its target has the length of the velocity
-        with the prompt, guidance changes the direction alone. It is affine in the two branches no more, so that it is
-        not the velocity of any tilted density; it is a function of (x, t, c) all the same, which a student can learn.
+        Velocity matching (Q Eq. 14) with a guided teacher then has a target of the length of the velocity with the
+        prompt: guidance changes the direction alone. The target is no longer affine in the two branches, so it is not
+        the velocity of any tilted density. It is still a function of (x, t, c), which a student can learn.
         """
         v = super().guide(v_uncond, v_cond, cfg)
         if not self.rescale:
@@ -120,9 +120,9 @@ class QwenFlow(FlowModel):
         return unpack(tokens * (length / tokens.norm(dim=-1, keepdim=True).clamp_min(1e-12)), p, height, width)
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """As any model's, but for what the last block does to the text after the attention: nobody reads that.
+        """As any model's, without what the last block does to the text after its attention, which nothing reads.
 
-        TRAP: such parameters never get a gradient, and DDP would wait for it.
+        TRAP: such parameters never get a gradient, and DDP would wait for one.
         """
         last = f"transformer_blocks.{self.transformer.config.num_layers - 1}."
         unread = tuple(last + part for part in ("attn.to_add_out.", "txt_mlp."))
@@ -153,7 +153,7 @@ class QwenModel(QwenFlow):
 
         One prompt at a time: a row computed in another batch differs in its last bits, and a resumed run, which
         has fewer prompts left to encode, would not be the same run. `images` may be made one by one, for none is kept.
-        ModelError where a picture cannot be used.
+        ModelError if a picture cannot be used.
         """
         self._rows(prompts, images)
 

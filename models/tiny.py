@@ -44,7 +44,7 @@ class TinyModel(FlowModel):
         self.text_encoder = text_encoder.to(self.device)
 
     def encode(self, prompts: Sequence[str], images: Sequence[Tensor | None] | None = None) -> Cond:
-        """Prompts -> Cond, without gradient; ValueError where a prompt lies outside the vocabulary."""
+        """Prompts -> Cond, without gradient; ValueError if a prompt lies outside the vocabulary."""
         with torch.no_grad():
             return self.encode_tokens(torch.tensor([self.tokenize(p) for p in prompts]), images)
 

@@ -19,7 +19,7 @@ from models.hub import PEFT_FILES, fingerprint, read_transformer
 from models.qwen import QwenFlow, pack, unpack
 from models.tiny import new_tiny
 from tests.helpers import qwen_hub, sd3
-from tests.helpers.refusals import refusal
+from tests.helpers.checks import gap, refusal
 from tests.helpers.runs import same
 
 RANK, ALPHA = 4, 12.0  # alpha / rank = 3: an adapter that loses its alpha is seen
@@ -126,10 +126,6 @@ def velocity(model, name="unchanged"):
             return model.velocity(x, t, cond)
         with model.adapter(name):
             return model.velocity(x, t, cond)
-
-
-def gap(a, b):
-    return (a - b).abs().max().item()
 
 
 # -------------------------------------------------------------------------------------------------- velocity
@@ -334,13 +330,6 @@ def test_leaving_an_expert_restores_the_student_whatever_happened(experts):
         assert torch.equal(velocity(model), before) and trained(model) == student and torch.is_grad_enabled()
 
 
-def test_an_unknown_expert_is_refused_and_changes_nothing(experts):
-    before = velocity(experts)
-    with pytest.raises(KeyError, match=r"no adapter 'words'; there are \['student', 'text', 'whole'\]"):
-        velocity(experts, "words")
-    assert torch.equal(velocity(experts), before)
-
-
 def test_without_a_student_the_base_is_restored(base):
     model = load(base)
     plain = velocity(model)
@@ -400,14 +389,6 @@ def test_planted_a_teacher_that_stays_selected_takes_the_gradient_away(model):
         layer.set_adapter("text")
     loss.backward()
     assert student and all(p.grad is None for p in student.values())
-
-
-def test_the_student_trains_alone_and_by_name(model):
-    trainable = model.trainable()
-    names = set(model.adapter_state())
-    assert model.trains == "lora" and len(trainable) == len(names - unread(model, names))
-    assert all(f".{STUDENT}.weight" in name for name in trainable)
-    assert all(model.transformer.get_parameter(name) is p for name, p in trainable.items())
 
 
 def test_a_new_lora_is_gaussian_in_a_and_zero_in_b_and_float32_on_any_backbone(base):
@@ -628,11 +609,6 @@ def test_experts_of_both_kinds_beside_a_full_student_leave_it_its_gradients(base
     assert torch.equal(found["part"], velocity(alone, "part")) and torch.equal(found["whole"], velocity(load(other)))
     assert torch.equal(found[None], velocity(load(base)))
     assert torch.equal(velocity(model), found[None]), "the student is selected again, and has not moved yet"
-
-
-def test_a_full_student_comes_before_the_adapters(model):
-    with pytest.raises(ValueError, match=r"train_fully must come before the adapters \['student', 'text'\]"):
-        model.train_fully()
 
 
 # ------------------------------------------------------------------------------------------------------- files

@@ -18,8 +18,8 @@ from models import hub
 from models.hub import ADAPTER_FILES, LORA_FILE, PEFT_FILES, TRANSFORMER_FILES, ModelError
 from models.load import BASE_FILES
 from tests.helpers import sd3
+from tests.helpers.checks import refusal
 from tests.helpers.qwen_hub import build_qwen
-from tests.helpers.refusals import refusal
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import ProcessorMixin, Qwen2_5_VLProcessor
 
 from models import qwen_vl
-from models.lora import ModelError
+from models.hub import ModelError
 from tests.helpers.qwen_hub import build_vlm
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")

@@ -15,8 +15,8 @@ from models import sd3 as ours
 from models.experts import STUDENT
 from models.tiny import TinyModel, TinyQwenModel, new_tiny
 from tests.helpers import sd3
+from tests.helpers.checks import gap, parity, refusal
 from tests.helpers.qwen_hub import build_qwen
-from tests.helpers.refusals import refusal
 
 PROMPTS = ["a photo of a red circle", 'a sign that says "CAT"', "a photo of two crosses"]
 # Findings, 2: ten steps with shift 3, on the grid of a thousand training times.
@@ -28,10 +28,6 @@ def velocity(model):
     """v of three fixed samples and prompts."""
     x = torch.randn(3, *model.latent_shape, generator=torch.Generator().manual_seed(0))
     return model.velocity(x, torch.tensor([0.9, 0.5, 0.1]), model.encode(PROMPTS))
-
-
-def gap(a, b):
-    return (a - b).abs().max().item()
 
 
 @pytest.fixture(scope="module")
@@ -190,8 +186,7 @@ def test_drawing_with_guidance_is_the_stock_pipelines_drawing(folder, tmp_path, 
     options = {"num_inference_steps": 5, "guidance_scale": 4.5, "output_type": "latent", "height": 64, "width": 64}
     expected = pipe(prompts, latents=x.clone(), **options).images
     found = draw(model, x, prompts, 5, 4.5)
-    print(f"parity SD3.5 {'with LoRA ' * trained}{gap(found, expected):.2e} of {expected.abs().max().item():.2f}")
-    assert gap(found, expected) < 1e-5 * max(1, expected.abs().max().item())
+    parity(f"SD3.5 {'with a LoRA' if trained else 'base'}", found, expected)
     assert gap(draw(model, x, prompts, 5, 4.4), expected) > 1e-2, "guidance matters"
     with model.adapter(None):
         assert (gap(draw(model, x, prompts, 5, 4.5), expected) > 1e-2) == trained, "so does the adapter"

@@ -9,7 +9,7 @@ import torch
 from models import lora
 from models.experts import STUDENT
 from models.tiny import load_tiny, new_tiny
-from tests.helpers.refusals import refusal
+from tests.helpers.checks import gap, refusal
 from tests.helpers.runs import same
 from tiny import drawings as tiny
 from tiny import edits as tiny_edit
@@ -34,10 +34,6 @@ def velocity(model):
     """v of three fixed samples and prompts."""
     x = torch.randn(3, *model.latent_shape, generator=torch.Generator().manual_seed(0))
     return model.velocity(x, torch.tensor([0.9, 0.5, 0.1]), model.encode(PROMPTS))
-
-
-def gap(a, b):
-    return (a - b).abs().max().item()
 
 
 # ------------------------------------------------------------------------------------- the tiny model: text, pixels

@@ -15,8 +15,8 @@ from models.hub import ModelError
 from rewards import LEVELS, RewardError
 from scorers import rubrics as J
 from scorers.vlm import vlm
+from tests.helpers.checks import refusal as _refusal
 from tests.helpers.qwen_hub import WIDTH, build_vlm
-from tests.helpers.refusals import refusal as _refusal
 
 
 def refusal(call, *arguments):

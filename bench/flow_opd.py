@@ -79,7 +79,8 @@ def random_model(s, device, config: dict):
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     from models import qwen, sd3
-    from models.flow import TRANSFORMERS, Cond
+    from models.flow import Cond
+    from models.hub import TRANSFORMERS
 
     dtype, kind = getattr(torch, s.precision), TRANSFORMERS[config.get("_class_name", "SD3Transformer2DModel")]
     with torch.device(device):
@@ -127,7 +128,8 @@ def forward_flops(config: dict, resolution: int, text: int, source: int = 0) -> 
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from models.flow import TRANSFORMERS, Cond, FlowModel
+    from models.flow import Cond, FlowModel
+    from models.hub import TRANSFORMERS
     from models.qwen import QwenFlow
 
     kind = TRANSFORMERS[config.get("_class_name", "SD3Transformer2DModel")]

@@ -25,7 +25,6 @@ from torch import Tensor, nn
 
 import sde
 from models.experts import STUDENT, Experts  # noqa: F401
-from models.hub import TRANSFORMERS, fingerprint  # noqa: F401  for callers that have not moved yet
 
 
 class Cond(NamedTuple):

@@ -30,18 +30,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from data.common import first_line
-from models.hub import (  # noqa: F401  some for callers that have not moved to models.hub yet
-    FILE_ENDINGS,
-    LORA_FILE,
-    PEFT_FILES,
-    PICKLES,
-    ModelError,
-    base_and_revision,
-    hub_id,
-    kind,
-    last_checkpoint,
-    locate,
-)
+from models.hub import LORA_FILE, PEFT_FILES, ModelError, base_and_revision, hub_id, kind
 
 # Every projection of SD3's (and Qwen-Image's) joint attention, as Flow-GRPO publishes its LoRAs. PEFT matches whole
 # dotted endings, so `attn.` keeps out `attn2`, the second attention of SD3.5's first blocks, which Flow-GRPO leaves be.

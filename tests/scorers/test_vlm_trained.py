@@ -16,8 +16,8 @@ from models import lora
 from models.hub import ModelError
 from rewards import RewardError, check_scores
 from scorers import vlm_trained as V
+from tests.helpers.checks import refusal
 from tests.helpers.qwen_hub import SPECIAL, build_vlm
-from tests.helpers.refusals import refusal
 from tiny.judge import TinyJudge
 
 PROMPTS = ["a red fox", "a much longer prompt, 12 words or so", "x"]

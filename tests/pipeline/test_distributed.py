@@ -320,7 +320,7 @@ def test_the_default_line_ends_with_one_sentence_where_there_is_no_accelerator(t
     home = tmp_path / "hub"
     done = subprocess.run(
         [sys.executable, "train.py", "--stage", "opd", "--out", str(tmp_path)], cwd=ROOT, capture_output=True,
-        text=True, env={**os.environ, "HF_HOME": str(home)}, timeout=120,
+        text=True, env={**os.environ, "HF_HOME": str(home)}, timeout=300,
     )  # fmt: skip
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and "--preset tiny" in done.stderr
@@ -353,8 +353,8 @@ HANG = "signal.signal(signal.SIGTERM, signal.SIG_DFL), time.sleep(3600)"
 def test_a_rank_that_fails_or_hangs_ends_the_job_with_a_message(sd35, tmp_path, fault, message):
     (tmp_path / "faulty.py").write_text(FAULTY.format(root=str(ROOT), fault=fault))
     argv = job(sd35, tmp_path, "faulty", *OPD, *HALF, "--timeout", "0.1")
-    code, output, seconds = torchrun(tmp_path / "faulty.py", *argv, timeout=120)
-    assert code != 0 and message in output and seconds < 90
+    code, output, seconds = torchrun(tmp_path / "faulty.py", *argv, timeout=300)
+    assert code != 0 and message in output and seconds < 240
 
 
 def test_train_py_survives_kill_9_before_a_sample_of_its_writes(world):

@@ -26,6 +26,7 @@ import random
 import sys
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -390,9 +391,9 @@ def distil_part(
     x, noise = rollout.pure_noise(model, rows)
     level, window = rollout.noise_of(s)
     walk = sde.rollout(student, x, model.time_grid(s.num_steps), level, window=window, generator=noise)  # F Eq. 5-6
-    stats = []
+    last, stats = max(trained), []  # no picture is needed: the walk ends at the last trained state
     if not stored:
-        for n in range(s.num_steps):
+        for n in range(last + 1):
             with torch.set_grad_enabled(n in trained):  # no graph where nothing is trained
                 tr = next(walk)
             if n in trained:
@@ -400,7 +401,7 @@ def distil_part(
                 stats.append(learn(s, visit, tr.v, v_anchor, weight))
         return stats
     with torch.no_grad():
-        path = [tr for tr in walk if tr.index in trained]
+        path = [tr for tr in islice(walk, last + 1) if tr.index in trained]
     visits, anchors = zip(*(label(run, tr, cond, uncond, routed, experts.get("anchor")) for tr in path), strict=True)
     credit = opd.futures(s.estimator, visits, [tr.v for tr in path])
     for visit, v_anchor, future in zip(visits, anchors, credit, strict=True):

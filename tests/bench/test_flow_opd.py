@@ -67,8 +67,8 @@ def test_a_step_of_real_shapes_is_timed_on_random_weights(capsys, more):
     found = bench.step(*flags, config=SMALL, rounds=1)
     a_row = bench.forward_flops(SMALL, 64, 77 + 10)
     # 12 rows (6 trajectories with guidance), three steps of which two train: the student's, the teachers' 4 rows of 6
-    # that the anchor does not teach, and the anchor's 6; in a stored trajectory the student walks all three before.
-    free = 3 if "path" in more else 1
+    # that the anchor does not teach, and the anchor's 6; in a stored trajectory the student walks those two before.
+    free = 2 if "path" in more else 0
     back = 2 if "full" in more else 1
     assert found["flops"] == a_row * 2 * (6 * 2 * (1 + back) + 6 * free + 4 * 2 + 6 * 2)
     assert 0 < found["seconds"] < 60 and math.isfinite(found["seconds"])

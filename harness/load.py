@@ -171,12 +171,14 @@ def reward_run(s: Settings) -> tuple[RewardRun, list, list]:
     """
     device = ranks.start(s)
     if is_tiny(s):
-        items = tiny_judge.marked_prints(tiny_judge.PROMPTS, s.objective, s.seed, s.holdout)
-        return RewardRun(s, tiny_judge.TinyJudge(seed=s.seed).to(device)), *items
-    training, held = preferences.split(preferences.read(s.data, s.objective), s.holdout)
+        training, held = tiny_judge.marked_prints(tiny_judge.PROMPTS, s.objective, s.seed, s.holdout)
+    else:
+        training, held = preferences.split(preferences.read(s.data, s.objective), s.holdout)
     if not training or not held:
         missing = "held out" if training else "to train on"
-        raise data.DataError(f"{s.data}:0: no prompt is {missing} at --holdout {s.holdout}; change it, or add prompts")
+        raise data.DataError(f"--holdout {s.holdout}: no prompt is {missing}; change it, or add prompts to --data")
+    if is_tiny(s):
+        return RewardRun(s, tiny_judge.TinyJudge(seed=s.seed).to(device)), training, held
     locate_all(s)
     judge = vlm_trained.VLMJudge(s.model, device, getattr(torch, s.precision))
     judge.add_lora(lora.lora_config(s.rank, s.alpha, vlm_trained.TARGETS), seed=s.seed)

@@ -20,6 +20,7 @@ from safetensors import safe_open
 
 import rewards
 import settings
+from data import preferences
 from data.common import first_line
 from data.files import DataError
 from harness import checkpoints, load, ranks, rollout
@@ -180,6 +181,8 @@ def missing(s: Settings) -> list[str]:
         attempt(load.load_prompts, s, "test", min(s.eval_prompts, 8), settings.test_tasks(s))
     if asked:
         attempt(registry.check, asked, is_tiny(s))
+    if s.data:
+        attempt(preferences.read, s.data, s.objective)
     for extra in dict.fromkeys(extras) if not is_tiny(s) or s.wandb else ():
         if names := lacking(extra):
             found.append(f"{', '.join(names)}: pip install -e '.[{extra}]'")

@@ -130,8 +130,11 @@ def test_a_vlm_of_each_family_learns_and_resumes_to_the_same_bits(marked, tmp_pa
 
 def test_a_holdout_without_prompts_and_a_picture_that_breaks_off_end_in_one_line(marked, tmp_path, capsys):
     for share, missing in ((1e-6, "held out"), (1 - 1e-6, "to train on")):
-        go(tmp_path / "run", "--data", marked / "pointwise.jsonl", "--holdout", share, preset="qwen-rl", code=2)
-        assert f"pointwise.jsonl:0: no prompt is {missing}" in the_error(capsys)
+        for preset, where in (("qwen-rl", ["--data", marked / "pointwise.jsonl"]), ("tiny", [])):
+            go(tmp_path / "run", *where, "--holdout", share, preset=preset, code=2)
+            assert f"no prompt is {missing}" in the_error(capsys)
+    go(tmp_path / "run", "--data", marked / "none.jsonl", "--dry-run", preset="qwen-rl", code=2)
+    assert "none.jsonl:0: " in capsys.readouterr().out
     assert not (tmp_path / "run").exists(), "and nothing was written"
     broken = tmp_path / "half.png"
     broken.write_bytes((marked / "3.png").read_bytes()[:-40])

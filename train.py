@@ -436,6 +436,7 @@ def learn(s: Settings, at: opd.Visit, v: Tensor, v_anchor: Tensor | None, weight
     loss_B = opd.ESTIMATORS[s.estimator](at, v)  # F Eq. 9-11, Q Eq. 14
     found = {"loss": loss_B, "gap": sde.flat_reduce((v - at.v_target).square(), "mean")}
     if v_anchor is not None:
+        # DEVIATION (F Eq. 12): w(t) is infinite on the ODE's states; MAR has the estimator's weight, 1 for Q Eq. 14.
         found["mar"] = opd.mar_penalty(v, v_anchor, at.t, at.dt, at.sigma, at.reduce, at.weight)
         loss_B = loss_B + s.mar * found["mar"]  # F Eq. 12
     if at.sigma > 0:

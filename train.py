@@ -468,10 +468,10 @@ def reward(s: Settings) -> Path:
             with run.exported():
                 metrics |= vlm_trained.agreement(run.model, held, together)
         run.log({**metrics, "seconds": time.time() - began})
-    logged = {f"step {row['step']}": row for row in runtime.read_metrics(run.folder) if "held_pair_accuracy" in row}
-    rows = {name: {key: row[key] for key in row if key.startswith("held_")} for name, row in logged.items()}
+    rows = {f"step {row.pop('step')}": row for row in runtime.read_metrics(run.folder)}
+    rows = {name: {key: row[key] for key in row if key.startswith("held_")} for name, row in rows.items()}
     note = f"Objective: {s.objective}; {len(training)} items to train on, {len(held)} held out, of other prompts."
-    return tell(run, {name: {"scores": row, "tags": {}} for name, row in rows.items()}, [note])
+    return tell(run, {name: {"scores": row, "tags": {}} for name, row in rows.items() if row}, [note])
 
 
 def reward_loss(judge: vlm_trained.Judge, items: Sequence[Sample] | Sequence[Pair]) -> Tensor:

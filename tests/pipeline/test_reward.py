@@ -118,6 +118,8 @@ def test_a_vlm_of_each_family_learns_and_resumes_to_the_same_bits(marked, tmp_pa
     assert np.mean(losses[-3:]) < 0.6 * np.mean(losses[:2])
     keys = {"held_pair_accuracy"} if objective == "pairwise" else {"held_pearson", "held_spearman", "held_error"}
     assert {key for key in lines[-1] if key.startswith("held_")} == keys, "a prompt has one picture: no pair of marks"
+    text = (whole / "report.md").read_text()
+    assert "| step 7 |" in text and all(f"{lines[-1][key]:.3f}" in text for key in keys)
     interrupt(8)
     cut = go(tmp_path / "cut", *flags, "--precision", "float32", preset="flow-opd", code=130)
     assert hub.last_checkpoint(cut).name == "step-000007"

@@ -96,7 +96,7 @@ class Settings:
     text_length: int = _option(256, "most text tokens: of SD3.5's T5 (256 in the stock pipeline), of Qwen-Image (1024)",
                                LOADED, low=1)
     prompts: dict = _option({}, "your own prompts (.txt, GenEval .jsonl, or a folder of them); TASK auto routes each "
-                            "prompt by itself (F Eq. 7)", LOADED, metavar="TASK=PATH")
+                            "prompt by itself (F Eq. 7)", ("pretrain", *LOADED), metavar="TASK=PATH")
     tasks: str = _option(",".join(FLOW_TASKS), "comma-separated tasks that are trained and evaluated",
                          ("pretrain", *LOADED))
     train_prompts: int = _option(20000, "prompts generated for training, per task without --prompts",

@@ -389,8 +389,8 @@ def distil_part(
     routed = opd.route([row.prompt.task for row in rows], experts)  # F Eq. 7: k = R(c)
     student = rollout.field(model, cond, uncond, settings.student_cfg(s))  # v_theta(x, t)
     x, noise = rollout.pure_noise(model, rows)
-    level, window = rollout.noise_of(s)
-    walk = sde.rollout(student, x, model.time_grid(s.num_steps), level, window=window, generator=noise)  # F Eq. 5-6
+    level, window, kernel = rollout.noise_of(s)
+    walk = sde.rollout(student, x, model.time_grid(s.num_steps), level, kernel, window, noise)  # F Eq. 5-6
     last, stats = max(trained), []  # no picture is needed: the walk ends at the last trained state
     if not stored:
         for n in range(last + 1):
@@ -556,8 +556,6 @@ def everything(s: Settings, chosen: dict) -> Path:
 
 
 def run_stage(s: Settings, chosen: dict) -> None:
-    if s.wandb:
-        runtime.require_extra("wandb", "wandb", "--wandb")
     if s.stage == "all":
         everything(s, chosen)
     elif s.stage in ("grpo", "nft") and not s.task:
@@ -574,6 +572,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         registry.read(s.rewards, rewarded_tasks(s), is_tiny(s))
         if s.dry_run:
             return plan.show(s, LOOPS)
+        if s.wandb:
+            runtime.require_extra("wandb", "wandb", "--wandb")
         run_stage(s, chosen)
         return 0
     except USER_ERRORS as fault:

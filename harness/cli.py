@@ -60,7 +60,7 @@ def parse(argv: Sequence[str], prog: str = "train.py") -> tuple[Settings, dict]:
         given["stage"] = "eval"
     elif given.get("stage") == "eval":
         raise SettingsError("--stage eval is a program of its own: python eval.py")
-    values = _values({name: given[name] for name in ("preset", "stage", "tasks") if name in given})
+    values = unchecked({name: given[name] for name in ("preset", "stage", "tasks") if name in given})
     _check_values(values)
     readable = read_by(values)
     flags, unknown = _parser(prog, values, readable).parse_known_args(argv)
@@ -69,13 +69,18 @@ def parse(argv: Sequence[str], prog: str = "train.py") -> tuple[Settings, dict]:
         hint = f"did you mean {near[0]}?" if near else "see --help"
         raise SettingsError(f"unknown flag {unknown[0]}; {hint}")
     flags = {name: _pairs(name, v) if FIELDS[name].type is dict else v for name, v in vars(flags).items()}
+    for name in [name for name in (*file, *flags) if name not in readable]:
+        where = _flag(name) if name in flags else f"--config {given['config']}: {name}"
+        stages = ", ".join("eval.py" if stage == "eval" else stage for stage in FIELDS[name].metadata["stages"])
+        by = prog if values.stage == "eval" else f"--stage {values.stage}"
+        raise SettingsError(f"{where}: {by} does not read it; it is for {stages}")
     given |= flags
     return resolve(given), given
 
 
 def resolve(given: dict) -> Settings:
     """Values that are given, over those of the preset and its stage -> checked settings with a name."""
-    s = _values(given)
+    s = unchecked(given)
     _check(s)
     if s.stage == "all":  # refuse now what a part would refuse after the others have trained for hours
         for part in (*parts_of(s), "eval"):
@@ -90,7 +95,7 @@ def for_stage(given: dict, stage: str, **more) -> Settings:
     return resolve({**own, "stage": stage, **more})
 
 
-def _values(given: dict) -> Settings:
+def unchecked(given: dict) -> Settings:
     """Unchecked settings: what is given, over the preset's values for the stage, over the preset's for all."""
     preset, stage = given.get("preset", Settings.preset), given.get("stage", Settings.stage)
     if preset not in PRESETS:

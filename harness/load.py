@@ -99,11 +99,21 @@ def locate_all(s: Settings) -> None:
     if ranks.local_rank() > 0:
         ranks.wait()
     hub.locate(s.model, qwen_vl.FILES if s.stage == "reward" else models.BASE_FILES)
-    teachers = s.teachers.values() if s.stage in ("opd", "sft", "merge", "eval") else ()
-    for where in (*teachers, *anchors(s), *([s.init] if s.init else []), *s.compare.values()):
+    for where in checkpoints_of(s).values():
         hub.kind(hub.locate(where))
     if ranks.local_rank() == 0:
         ranks.wait()
+
+
+def checkpoints_of(s: Settings) -> dict[str, str]:
+    """What the stage reads beside its base: {"teacher TASK", "anchor", "init" or "compare NAME": where it is}."""
+    found = {}
+    if s.stage in ("sft", "merge", "opd", "eval"):
+        found |= {f"teacher {task}": where for task, where in s.teachers.items()}
+    found |= {"anchor": where for where in anchors(s)}  # noqa: B035
+    if s.stage in ("curate", *settings.LORA) and s.init:
+        found["init"] = s.init
+    return found | {f"compare {name}": where for name, where in (s.compare if s.stage == "eval" else {}).items()}
 
 
 def anchors(s: Settings) -> list[str]:
@@ -118,7 +128,8 @@ def new_base_run(s: Settings) -> Run:
 
 def base_model(s: Settings, device: torch.device | str = "cpu") -> flow.FlowModel:
     """The frozen base that the settings describe, on `device`."""
-    more = (s.precision, s.resolution, s.text_length, s.source_resolution, s.cfg_rescale, s.gradient_checkpointing)
+    checkpointing = s.stage in settings.LORA and s.gradient_checkpointing
+    more = (s.precision, s.resolution, s.text_length, s.source_resolution, s.cfg_rescale, checkpointing)
     return models.load(s.model, device, is_tiny(s), *more)
 
 
@@ -156,7 +167,7 @@ def load_teachers(model: flow.FlowModel, s: Settings) -> dict[str, str]:
     for task, where in s.teachers.items():
         experts[task] = f"teacher:{task}"
         model.add_expert(experts[task], where)
-    if s.mar > 0 and s.stage == "opd":
+    if s.stage == "opd" and s.mar > 0:
         experts["anchor"] = experts.get(s.anchor, "anchor")
         if experts["anchor"] == "anchor":
             model.add_expert("anchor", s.anchor)

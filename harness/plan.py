@@ -109,15 +109,6 @@ def numbers_in(folder: Path) -> int:
 
 
 # --------------------------------------------------------------------------------------------------- what is needed
-def checkpoints_of(s: Settings) -> dict[str, str]:
-    """Every checkpoint that the run reads beside its base, by what it is for."""
-    found = {"init": s.init} if s.init else {}
-    if s.stage in ("sft", "merge", "opd", "eval"):
-        found |= {f"teacher {task}": where for task, where in s.teachers.items()}
-    found |= dict(zip(("anchor",), load.anchors(s)))
-    return found | {f"compare {name}": where for name, where in s.compare.items()}
-
-
 def cached(where: str, patterns: Sequence[str]) -> bool:
     """Is a Hub id in the local cache?"""
     revision = hub.base_and_revision(where)[1] or None
@@ -249,8 +240,8 @@ def _step_lines(s: Settings) -> list[tuple[str, str]]:
         total = f", {s.steps * rows:,} in {s.steps} steps" if s.stage != "curate" else " at a time"
         shape = f"{world} ranks x {s.prompts_per_step} prompts x {s.group_size} samples"
         found.append(("batch", f"{shape} = {rows:,} trajectories{total}; --micro-batch {s.micro_batch}"))
-        level, (start, stop) = rollout.noise_of(s)
-        noisy = f"{start}..{stop - 1} stochastic ({s.kernel}, level {level:g})" if level and stop > start else "an ODE"
+        level, (start, stop), kernel = rollout.noise_of(s)
+        noisy = f"{start}..{stop - 1} stochastic ({kernel}, level {level:g})" if level and stop > start else "an ODE"
         learnt = ""
         if s.stage != "curate":
             learnt = f", {len(rollout.trained_steps(s, torch.Generator()))} trained ({s.train_steps})"
@@ -292,7 +283,8 @@ def _forward_lines(s: Settings, found: Mapping[tuple[str, str, bool], list[int]]
 def _model_lines(s: Settings) -> tuple[list[tuple[str, str]], list[str]]:
     """Checkpoints, parameters and memory -> (lines, what is missing)."""
     wanted = {"model": (s.model, models.BASE_FILES)} if s.stage != "pretrain" else {}
-    wanted |= {name: (where, (*hub.ADAPTER_FILES, *hub.TRANSFORMER_FILES)) for name, where in checkpoints_of(s).items()}
+    others = load.checkpoints_of(s)
+    wanted |= {name: (where, (*hub.ADAPTER_FILES, *hub.TRANSFORMER_FILES)) for name, where in others.items()}
     far = {where: patterns for where, patterns in wanted.values() if hub.hub_id(where) and not cached(where, patterns)}
     fetched, lines, lost, found = download_sizes(far), [], [], {}
     for name, (where, _) in wanted.items():
@@ -339,7 +331,7 @@ def memory(s: Settings, whole: int, trained: int, found: Mapping[str, int]) -> d
     experts = {name: n for name, n in found.items() if name != "init" and s.stage != "merge"}
     loras, full = [n for n in experts.values() if n < whole], sum(n >= whole for n in experts.values())
     fully = s.stage == "pretrain" or (s.parameters == "full" and s.stage in settings.LORA)
-    asked = s.beta > 0 if s.stage in RL else full < len(checkpoints_of(s))  # the base carries LoRAs
+    asked = s.beta > 0 if s.stage in RL else full < len({*load.checkpoints_of(s)} - {'init'})  # the base carries LoRAs
     shards = {"fsdp": ranks.rank_and_world()[1], "hsdp": ranks.local_world()}.get(s.parallel, 1) if fully else 1
     parts = {
         "base": b * whole * (not fully or (asked and s.stage != "pretrain")),

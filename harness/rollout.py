@@ -136,9 +136,11 @@ def walks_ode(s: Settings) -> bool:
     return s.stage == "nft" or (s.stage == "opd" and s.states == "ode")
 
 
-def noise_of(s: Settings) -> tuple[float, tuple[int, int]]:
-    """(level, window) of the stage's `sde.rollout`: which transitions are stochastic, and how much."""
-    return (0.0, (0, 0)) if walks_ode(s) else (s.noise_level, settings.window_of(s))
+def noise_of(s: Settings) -> tuple[float, tuple[int, int], str]:
+    """(level, window, kernel) of the stage's `sde.rollout`: which transitions are stochastic, how much, and how."""
+    if walks_ode(s):
+        return 0.0, (0, 0), "sde"
+    return s.noise_level, settings.window_of(s), s.kernel if s.stage in ("curate", "grpo") else "sde"
 
 
 def trained_steps(s: Settings, generator: torch.Generator) -> list[int]:
@@ -202,12 +204,12 @@ def roll_out(model: FlowModel, rows: Sequence[Row], s: Settings) -> tuple[Trajec
     cond, uncond = conditions(model, prompts_of(rows), drawn)
     hybrid = HybridField(model, cond, uncond, drawn) if drawn != trained else None
     x, noise = pure_noise(model, rows)
-    level, window = noise_of(s)
+    level, window, kernel = noise_of(s)
     policy, path = hybrid or field(model, cond, uncond, drawn), []
-    for step in sde.rollout(policy, x, model.time_grid(s.num_steps), level, s.kernel, window, noise):
+    for step in sde.rollout(policy, x, model.time_grid(s.num_steps), level, kernel, window, noise):
         x = step.x_next
         if s.stage == "grpo":
-            path.append(grpo.hybrid_transition(step, hybrid.v_cond, level, s.kernel) if hybrid else step)
+            path.append(grpo.hybrid_transition(step, hybrid.v_cond, level, kernel) if hybrid else step)
     return Trajectories(path, x, field(model, cond, uncond, trained), noise), model.decode(x)
 
 

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 import nft
 from harness.ranks import average, own
 from models.flow import FlowModel
-from settings import Settings
+from settings import TRAINED, Settings
 
 
 def optimizers(model: FlowModel, s: Settings) -> list[torch.optim.Optimizer]:
@@ -40,7 +40,7 @@ class Weights:
         self.average = {n: p.detach().clone() for n, p in self.parameters.items()}  # the EMA: what is exported
         # DiffusionNFT's old policy, which draws (Q Eq. 7): it follows the student at a distance
         self.old = {n: p.detach().clone() for n, p in self.parameters.items()} if s.stage == "nft" else {}
-        self.optimizers = optimizers(model, s)
+        self.optimizers = optimizers(model, s) if s.stage in TRAINED else []
 
     def update(self, step: int) -> float:
         """Average the gradients over ranks, clip them, step the optimizers and the averages -> the gradient's norm.

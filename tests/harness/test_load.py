@@ -29,8 +29,9 @@ def test_everything_is_found_before_anything_is_loaded(world, monkeypatch, what)
     monkeypatch.setattr(models, "load", lambda *_: pytest.fail("nothing may be loaded yet"))
     missing = {"teachers": {"text": "./no"}, "compare": {"x": "./no"}}.get(what, "./no")
     load.locate_all(tiny_settings(**good, mar=0.0, anchor="./no"))  # an anchor that nobody asks for
+    stage = "eval" if what == "compare" else "opd"
     with pytest.raises(hub.ModelError, match="^./no"):
-        load.locate_all(tiny_settings(**{**good, "anchor": "text", what: missing}))
+        load.locate_all(tiny_settings(**{**good, "stage": stage, "anchor": "text", what: missing}))
 
 
 @pytest.mark.parametrize("local, expected", [(0, ["locate"] * 4 + ["wait"]), (1, ["wait"] + ["locate"] * 4)])

@@ -207,6 +207,58 @@ def test_help_and_a_wrong_flag_need_nothing_but_the_standard_library():
     assert done.stdout.strip() == "[]", done.stderr
 
 
+# ------------------------------------------------------------------------------------------- who reads what, observed
+READS = {  # for each stage runs whose conditions, together, reach every line that reads a setting
+    "pretrain": [""], "merge": [""], "sft": ["", "--parameters full"], "curate": ["", "--init TEACHER"],
+    "grpo": ["--task mix", "--task text --parameters full --beta 0.1"],
+    "nft": ["--task mix", "--task text --parameters full"], "opd": ["--mar 0.1", "--parameters full"], "reward": [""],
+    "eval": [""],
+}  # fmt: skip
+NAMES = {"preset", "stage", "name", "task", "config", "dry_run"}  # they say which run it is, and seed its noise
+ELSEWHERE = {"timeout", "rewards"}  # read by several ranks; by an evaluation outside of the tiny worlds
+OF_A_VLM = {"data", "model", "precision", "rank", "alpha"}
+UNUSED = {"merge": {"keep"}, "curate": {"rank", "alpha"}}  # one checkpoint; a LoRA that does not train is zero
+
+
+@pytest.mark.parametrize("stage", READS)
+def test_a_stage_reads_what_its_settings_say(stage, go, world, tmp_path, monkeypatch):
+    import eval as evaluation
+    import train
+    from tests.helpers.runs import command
+
+    found, resolve = set(), cli.resolve
+
+    class Recorder(S.Settings):
+        def __getattribute__(self, name):
+            caller = sys._getframe(1)
+            copied = caller.f_globals["__name__"] == "dataclasses" or caller.f_code.co_name == "read_by"
+            if name in S.FIELDS and not copied:
+                found.add(name)
+            return super().__getattribute__(name)
+
+    def started(work):
+        return lambda *given: (before.update(found), found.clear(), work(*given))[-1]
+
+    before, read = set(), set()
+    monkeypatch.setattr(cli, "resolve", lambda given: Recorder(**asdict(resolve(given))))
+    monkeypatch.setattr(train, "run_stage", started(train.run_stage))  # what is read before is for the command line
+    monkeypatch.setattr(evaluation, "compare", started(evaluation.compare))
+    for number, more in enumerate(READS[stage]):
+        more = more.replace("TEACHER", str(world.teachers["text"])).split()
+        if stage == "eval":
+            argv = command(world.flags, "--out", str(tmp_path), *more, stage="eval")
+            assert evaluation.main([*argv, "--compare", f"one={world.teachers['text']}"]) == 0
+        elif stage in ("curate", "reward"):
+            go(f"run{number}", "--stage", stage, *more)
+        else:
+            go(f"run{number}", "--stage", stage, "--eval-prompts", "2", *more)
+        read |= found
+    said = {name for name, f in S.FIELDS.items() if stage in f.metadata["stages"]}
+    unread = said - read - NAMES - ELSEWHERE - (OF_A_VLM if stage == "reward" else set())
+    unsaid = read - said - NAMES - UNUSED.get(stage, set())
+    assert (unread, unsaid) == (set(), set()), "said to be read and is not; read and not said"
+
+
 # ----------------------------------------------------------------------------------------------- the refusals
 REFUSED = [  # the flag or word that the message names first, then a command line
     # the command line itself

@@ -37,15 +37,16 @@ def flags_of(root, teachers, small):
 
 def command(small, *flags, stage=""):
     """A command line: what the stage of `flags` reads of the flags `small`, then `flags`."""
-    from settings import FIELDS
+    from harness import cli
+    from settings import read_by
 
-    stage = stage or (flags[flags.index("--stage") + 1] if "--stage" in flags else "opd")
-    found = []
+    preset = small[small.index("--preset") + 1] if "--preset" in small else "flow-opd"
+    stage = stage or ["opd", *(value for name, value in zip(flags, flags[1:]) if name == "--stage")][-1]
+    read, found = read_by(cli.unchecked({"preset": preset, "stage": stage})), []
     for flag in small:
         if flag.startswith("--"):
-            stages = FIELDS[flag[2:].replace("-", "_").removeprefix("no_")].metadata["stages"]
-        if stage == "all" or stage in stages:
-            found.append(flag)
+            mine = flag[2:].replace("-", "_").removeprefix("no_") in read
+        found += [flag] if mine else []
     return [*found, *flags]
 
 

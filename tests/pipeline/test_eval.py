@@ -15,7 +15,7 @@ from data import files as data
 from data import written
 from harness import report, rollout
 from scorers import panel as scoring
-from tests.helpers.runs import TASKS, the_one_line, tiny_settings, with_adapter
+from tests.helpers.runs import TASKS, command, the_one_line, tiny_settings, with_adapter
 from tiny import drawings as tiny
 from tiny import edits as tiny_edit
 
@@ -169,7 +169,7 @@ def test_eval_py_scores_base_teachers_and_whatever_is_compared(world, tmp_path, 
     run = tmp_path / "run/checkpoints/step-000007"
     run.parent.mkdir(parents=True)
     run.symlink_to(world.teachers["text"])
-    flags = [*world.flags, "--out", str(tmp_path), "--name", "table"]
+    flags = command(world.flags, "--out", str(tmp_path), "--name", "table", stage="eval")
     flags += ["--compare", f"a run={tmp_path / 'run'}", f"adapter={world.teachers['text']}"]
     assert evaluation.main(flags) == 0
     out, text = capsys.readouterr().out, (tmp_path / "table/report.md").read_text()
@@ -195,7 +195,7 @@ def test_eval_py_draws_and_scores_sd35_with_teachers_of_every_kind(sd35, tmp_pat
         return result
 
     monkeypatch.setattr(evaluation, "evaluate", evaluate)
-    flags = [*sd35.flags, "--out", str(tmp_path), "--compare", f"lora={sd35.lora}"]
+    flags = command(sd35.flags, "--out", str(tmp_path), "--compare", f"lora={sd35.lora}", stage="eval")
     assert evaluation.main([*flags, "--name", "scored", "--rewards", "jpeg=1"]) == 0
     rows = json.loads((tmp_path / "scored/results.json").read_text())
     assert list(rows) == ["base", *(f"teacher {task}" for task in TASKS), "lora"]
@@ -214,7 +214,7 @@ def test_eval_py_draws_and_scores_sd35_with_teachers_of_every_kind(sd35, tmp_pat
 
 
 def test_eval_py_refuses_in_one_line(world, tmp_path, capsys):
-    flags = [*world.flags, "--out", str(tmp_path)]
+    flags = command(world.flags, "--out", str(tmp_path), stage="eval")
     for wrong, named in (["--compare", f"x={tmp_path / 'no'}"], "/no: "), (["--eval-prompts", "0"], "--eval-prompts 0"):
         assert evaluation.main([*flags, *wrong]) == 2
         assert named in the_one_line(capsys)
@@ -314,9 +314,10 @@ def test_eval_py_guides_base_and_teachers_and_a_compared_student_only_where_it_i
     cfgs, real = [], evaluation.evaluate
     monkeypatch.setattr(evaluation, "evaluate", lambda *args: cfgs.append(args[3]) or real(*args))
     compared = ["--compare", f"student={world2.teachers['t2i']}"]
+    base = command(world2.flags, "--out", str(tmp_path), stage="eval")
     for name, flags, expected in (("a", [], [2.0] * 3 + [1.0]), ("b", ["--guidance", "both"], [2.0] * 4)):
         cfgs.clear()
-        assert evaluation.main([*world2.flags, "--out", str(tmp_path), "--name", name, *flags, *compared]) == 0
+        assert evaluation.main([*base, "--name", name, *flags, *compared]) == 0
         assert cfgs == expected
     rows = json.loads((tmp_path / "b/results.json").read_text())
     assert list(rows) == ["base", "teacher t2i", "teacher edit", "student"]

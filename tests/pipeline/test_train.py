@@ -31,6 +31,7 @@ from tests.helpers.runs import (
     SMALL2,
     TASKS,
     close,
+    command,
     flat,
     metrics,
     same,
@@ -219,7 +220,7 @@ def test_qs_pipeline_trains_its_own_teachers_and_distils_them(
     tmp_path, monkeypatch, small_pretraining, updates, capsys
 ):
     """pretrain, a GRPO teacher for each task, OPD, the table: no cold start, a student that draws without guidance."""
-    flags = [*SMALL2, "--stage", "all", "--out", str(tmp_path), "--name", "all", "--steps", "2"]
+    flags = command(SMALL2, "--stage", "all", "--out", str(tmp_path), "--name", "all", "--steps", "2")
     cfgs, real = [], evaluation.evaluate
     monkeypatch.setattr(report, "plot_metrics", lambda folder: [])
     monkeypatch.setattr(evaluation, "evaluate", lambda *args: cfgs.append(args[3]) or real(*args))
@@ -300,7 +301,8 @@ def test_every_stage_trains_every_model_with_teachers_of_every_kind(request, mon
         panel = scoring.Panel([rewards.Scorer("like", like, 0.0, 1.0)], {"edit": {"like": 1.0}})
         monkeypatch.setattr(scoring, "build", lambda *_: panel)
         flags = ["jpeg=1" if flag == "FILE" else flag for flag in flags]
-    folder = run("run", *flags, "--steps", "2", "--lr", "0.01", "--eval-prompts", "0")
+    longer = [] if stage in ("curate", "merge") else ["--steps", "2", "--lr", "0.01"]
+    folder = run("run", *flags, *longer, *([] if stage == "curate" else ["--eval-prompts", "0"]))
     if stage == "curate":
         kept = {p.parent.name: p.read_text() for p in (folder / "prompts").rglob("train*.*")}
         assert set(kept) == set(QWEN_TASKS) and not updates

@@ -33,8 +33,8 @@ reproduce: .venv/installed
 
 bench: .venv/installed
 	$(PY) -m bench.flow_opd estimators
-	$(PY) -m bench.flow_opd speed
-	$(PY) -m bench.flow_opd overlap
+	$(PY) -m bench.speed passes
+	$(PY) -m bench.speed overlap
 	$(PY) -m bench.qwen_rl w2
 
 # The shipped checkpoints, from nothing: what `assets` holds came out of this.

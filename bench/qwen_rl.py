@@ -1,4 +1,4 @@
-"""Where do the README's figures about Q come from? Every question of Q that the tiny-qwen world can answer.
+"""Where do the figures about Q in docs/RESULTS.md come from? Every question of Q that the tiny-qwen world can answer.
 
     python -m bench.qwen_rl merging    Fig. 5-6: base, teachers, Mix-RL and the OPD student on both tasks
     python -m bench.qwen_rl guidance   Fig. 3: guidance in rollout and objective, in the rollout alone, in neither
@@ -14,45 +14,35 @@ used by the others. Each prints a markdown table, mean ± sample standard deviat
 
 import json
 import math
-import statistics
-import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
-from bench.flow_opd import SEEDS, spread
+import torch
+
+import eval as evaluation
+import kl
+import settings
+import train
+from bench.runs import SEEDS, ends, parsed, run_job, scores_of, table, trained
+from harness import load, ranks, rollout
+from models import hub
 
 COLUMNS = ("t2i alignment", "t2i aesthetic", "t2i", "edit instruction", "edit identity", "edit", "average")
 QWEN = ["--preset", "tiny-qwen"]
 
 
-def trained(name: str, seed: int, *flags: str) -> Path:
-    """The run bench-q-NAME-SEED, trained (or trained on) unless it has been evaluated."""
-    import train
-
-    run = Path("runs", f"bench-q-{name}-{seed}")
-    if not (run / "results.json").exists() and train.main([*QWEN, "--name", run.name, "--seed", str(seed), *flags]):
-        raise SystemExit(2)
-    return run
+def seeded(name: str, seed: int, *flags: str) -> Path:
+    """The run bench-q-NAME-SEED, trained unless it has been evaluated."""
+    return trained(f"bench-q-{name}-{seed}", *QWEN, "--seed", str(seed), *flags)
 
 
 def teacher(task: str, seed: int) -> Path:
-    return trained(f"grpo-{task}", seed, "--stage", "grpo", "--task", task)
-
-
-def scores_of(run: Path) -> dict[str, float]:
-    """What a run's own evaluation found."""
-    return json.loads((run / "results.json").read_text())[run.name]["scores"]
+    return seeded(f"grpo-{task}", seed, "--stage", "grpo", "--task", task)
 
 
 def scores_at(run: Path | None, guidance: str) -> dict[str, float]:
     """Scores of a run (None: the base) on all test prompts, drawn with guidance ("both") or without ("neither")."""
-    import eval as evaluation
-    import settings
-    from harness import load, ranks
-    from models import hub
-
-    s, _ = settings.parse([*QWEN, "--stage", "opd", "--guidance", guidance])
+    s = parsed(*QWEN, "--stage", "opd", "--guidance", guidance)
     model = load.base_model(s, ranks.start(s))
     if run:
         model.add_expert("expert", str(hub.last_checkpoint(run)))
@@ -61,34 +51,18 @@ def scores_at(run: Path | None, guidance: str) -> dict[str, float]:
         return evaluation.evaluate(model, prompts, s, settings.student_cfg(s))["scores"]
 
 
-def curve(run: Path, key: str, first: bool) -> float:
-    """Mean of a metric over a run's first or last five steps."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return statistics.mean(row[key] for row in (rows[:5] if first else rows[-5:]))
-
-
-def table(rows: dict[str, list[dict[str, float]]], columns: Sequence[str]) -> None:
-    """rows: {name: one dict of scores a seed}; a row of one dict has no spread."""
-    print("\n| | " + " | ".join(columns) + " |\n|---|" + "---:|" * len(columns))
-    for name, found in rows.items():
-        cells = [[row[c] for row in found] for c in columns]
-        print(f"| {name} | " + " | ".join(spread(c) if len(c) > 1 else f"{c[0]:.3f}" for c in cells) + " |")
-
-
 def opd_student(seed: int) -> Path:
     """The OPD student of a seed's own two teachers."""
     teachers = [f"{task}={teacher(task, seed)}" for task in ("t2i", "edit")]
-    return trained("opd", seed, "--stage", "opd", "--teachers", *teachers)
+    return seeded("opd", seed, "--stage", "opd", "--teachers", *teachers)
 
 
 def mixed(seed: int, share: int) -> Path:
     """Mix-RL, both tasks in every step. share 1: as many steps as a teacher has, hence half as many trajectories of
     each task; 2: twice as many steps, as many trajectories of each task as its own teacher has seen."""
-    import settings
-
-    steps = share * settings.parse([*QWEN, "--stage", "grpo", "--task", "t2i"])[0].steps
+    steps = share * parsed(*QWEN, "--stage", "grpo", "--task", "t2i").steps
     name = "grpo-mix" if share == 2 else f"grpo-mix{steps}"
-    return trained(name, seed, "--stage", "grpo", "--task", "mix", "--steps", str(steps))
+    return seeded(name, seed, "--stage", "grpo", "--task", "mix", "--steps", str(steps))
 
 
 def merging() -> None:
@@ -110,12 +84,12 @@ def guidance() -> None:
     for strategy in ("both", "rollout", "neither"):
         for seed in SEEDS:
             own = ["--stage", "grpo", "--task", "t2i", "--guidance", strategy]
-            run = teacher("t2i", seed) if strategy == "rollout" else trained(f"guidance-{strategy}", seed, *own)
-            ends = {f"reward, {when} five steps": curve(run, "reward", when == "first") for when in ("first", "last")}
+            run = teacher("t2i", seed) if strategy == "rollout" else seeded(f"guidance-{strategy}", seed, *own)
+            reward = dict(zip(("reward, first five steps", "reward, last five steps"), ends(run, "reward")))
             for drawn in ("both", "neither"):
                 found = scores_at(run, drawn)
                 name = f"{strategy}, drawn {'guided' if drawn == 'both' else 'not guided'}"
-                rows.setdefault(name, []).append(found | ends)
+                rows.setdefault(name, []).append(found | reward)
     table(rows, ("reward, first five steps", "reward, last five steps", "t2i alignment", "t2i aesthetic", "edit"))
 
 
@@ -126,19 +100,16 @@ def timesteps() -> None:
     for name, flags in ways.items():
         for seed in SEEDS:
             own = ["--stage", "grpo", "--task", "t2i", "--rewards", "quality=1", *flags]
-            run = trained(f"steps-{name.split()[0]}", seed, *own)
-            ends = {when: curve(run, "reward", when == "first") for when in ("first", "last")}
-            rows.setdefault(name, []).append(scores_of(run) | ends)
+            run = seeded(f"steps-{name.split()[0]}", seed, *own)
+            first, last = ends(run, "reward")
+            rows.setdefault(name, []).append(scores_of(run) | {"first": first, "last": last})
     table(rows, ("first", "last", "t2i aesthetic", "t2i alignment", "edit"))
 
 
 def curation(share: float = 0.75) -> None:
     """Curated: the same number of GRPO steps less those that drawing the candidates cost."""
-    import settings
-    import train
-
-    s, _ = settings.parse([*QWEN, "--stage", "curate"])
-    full = settings.parse([*QWEN, "--stage", "grpo", "--task", "t2i"])[0]
+    s = parsed(*QWEN, "--stage", "curate")
+    full = parsed(*QWEN, "--stage", "grpo", "--task", "t2i")
     rows: dict[str, list] = {}
     for seed in SEEDS:
         run = f"bench-q-curate-{seed}"
@@ -149,7 +120,7 @@ def curation(share: float = 0.75) -> None:
         steps = full.steps - round(share * groups * s.group_size / (full.prompts_per_step * full.group_size))
         own = ["--stage", "grpo", "--task", "t2i", "--steps", str(steps), "--prompts", f"t2i=runs/{run}/prompts/t2i"]
         rows.setdefault("all prompts", []).append(scores_of(teacher("t2i", seed)))
-        rows.setdefault(f"curated, {steps} steps", []).append(scores_of(trained("curated", seed, *own)))
+        rows.setdefault(f"curated, {steps} steps", []).append(scores_of(seeded("curated", seed, *own)))
     table(rows, COLUMNS[:3])
 
 
@@ -158,17 +129,13 @@ def nft() -> None:
     rows: dict[str, list] = {}
     for seed in SEEDS:
         rows.setdefault("GRPO", []).append(scores_of(teacher("t2i", seed)))
-        rows.setdefault("NFT", []).append(scores_of(trained("nft-t2i", seed, "--stage", "nft", "--task", "t2i")))
+        rows.setdefault("NFT", []).append(scores_of(seeded("nft-t2i", seed, "--stage", "nft", "--task", "t2i")))
     table(rows, COLUMNS)
 
 
 def student() -> None:
     """How far pictures lie from the guided teacher's of the same noise, and what drawing them costs."""
-    import settings
-    from harness import load, ranks, rollout
-    from models import hub
-
-    s, _ = settings.parse([*QWEN, "--stage", "opd"])
+    s = parsed(*QWEN, "--stage", "opd")
     rows: dict[str, list] = {}
     prompts = load.load_prompts(s, "test", s.eval_prompts, settings.test_tasks(s))
     for seed in SEEDS:
@@ -201,10 +168,6 @@ def w2() -> None:
     The velocity is affine in x, v = a(t) x + b(t), the flow maps x_1 to m + c x_1, and the Euclidean W2 of two such
     Gaussians is sqrt(|m - m*|^2 + D (c - c*)^2). The student differs from the teacher by m, by c, or by both.
     """
-    import torch
-
-    import kl
-
     dims, ts = 3, torch.linspace(1, 0, 2001, dtype=torch.float64)
     inner = ts.clamp(1e-6, 1 - 1e-6)
 
@@ -227,8 +190,4 @@ def w2() -> None:
 
 
 if __name__ == "__main__":
-    jobs = {f.__name__: f for f in (merging, guidance, timesteps, curation, student, nft, w2)}
-    if len(sys.argv) != 2 or sys.argv[1] not in jobs:
-        print(f"usage: python -m bench.qwen_rl {{{','.join(jobs)}}}", file=sys.stderr)
-        sys.exit(2)
-    jobs[sys.argv[1]]()
+    run_job("qwen_rl", merging, guidance, timesteps, curation, student, nft, w2)

@@ -1,12 +1,13 @@
-"""bench.py makes the figures of the README: what it counts is counted here by hand, on shapes that take a blink."""
+"""bench/speed.py: what it counts is counted here by hand, on shapes that take a blink."""
 
 import math
 
 import pytest
 
-from bench import flow_opd as bench
+from bench import speed as bench
 
 SMALL = {
+    "_class_name": "SD3Transformer2DModel",
     "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16, "caption_projection_dim": 32,
     "joint_attention_dim": 48, "pooled_projection_dim": 32, "patch_size": 2, "in_channels": 16, "out_channels": 16,
     "dual_attention_layers": (), "qk_norm": None, "pos_embed_max_size": 12, "sample_size": 8,
@@ -73,23 +74,3 @@ def test_a_step_of_real_shapes_is_timed_on_random_weights(capsys, more):
     assert found["flops"] == a_row * 2 * (6 * 2 * (1 + back) + 6 * free + 4 * 2 + 6 * 2)
     assert 0 < found["seconds"] < 60 and math.isfinite(found["seconds"])
     assert "processor, 6 trajectories a step and rank" in capsys.readouterr().out
-
-
-def test_a_step_of_qwen_images_shapes_counts_edits_with_their_sources(capsys):
-    qwen = {
-        "_class_name": "QwenImageTransformer2DModel", "patch_size": 2, "in_channels": 64, "out_channels": 16,
-        "num_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": 24,
-        "axes_dims_rope": (4, 6, 6), "guidance_embeds": False,
-    }  # fmt: skip
-    flags = "--preset qwen-rl --resolution 64 --text-length 8 --num-steps 3 --prompts-per-step 2 --group-size 2"
-    flags = [*flags.split(), *"--micro-batch 2 --threads 1 --rank 4 --device cpu --precision float32".split()]
-    found = bench.step(*flags, config=qwen, rounds=1)
-    text, edit = bench.forward_flops(qwen, 64, 8), bench.forward_flops(qwen, 64, 8 + 196, 64)
-    assert edit > 2 * text, "twice the picture's tokens, and the source's own among those of the text"
-    # Two rows of each task and three steps: the student's without guidance, forward and back, the teachers' with it.
-    assert found["flops"] == (text + edit) * 2 * 3 * (1 + 1 + 2)
-    assert "processor, 4 trajectories a step and rank" in capsys.readouterr().out
-
-
-def test_a_spread_is_the_mean_and_the_sample_deviation():
-    assert bench.spread([1.0, 2.0, 3.0]) == "2.000 ± 1.000"

@@ -1,0 +1,59 @@
+"""What the benches share: runs that are trained once, their scores and curves, tables over seeds."""
+
+import json
+import statistics
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import train
+from harness import cli
+from settings import Settings
+
+SEEDS = (0, 1, 2)
+
+
+def parsed(*flags: str) -> Settings:
+    return cli.parse(flags)[0]
+
+
+def trained(name: str, *flags: str) -> Path:
+    """The run runs/NAME, trained or trained on, unless it has been evaluated: an interrupted bench goes on."""
+    run = Path("runs", name)
+    if not (run / "results.json").exists() and train.main([*flags, "--name", name]):
+        raise SystemExit(2)  # train.py has said why
+    return run
+
+
+def scores_of(run: Path) -> dict[str, float]:
+    """What a run's own evaluation found."""
+    return json.loads((run / "results.json").read_text())[run.name]["scores"]
+
+
+def ends(run: Path, key: str) -> tuple[float, float]:
+    """Mean of a metric over a run's first and its last five steps; nan where it was not logged."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    first, last = (statistics.mean(row.get(key, float("nan")) for row in part) for part in (rows[:5], rows[-5:]))
+    return first, last
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and sample standard deviation over seeds; a single number has no spread."""
+    mean = f"{statistics.mean(values):.3f}"
+    return f"{mean} ± {statistics.stdev(values):.3f}" if len(values) > 1 else mean
+
+
+def table(rows: Mapping[str, Sequence[Mapping[str, float]]], columns: Sequence[str], first: str = "") -> None:
+    """Print a markdown table. rows: {name: one dict of scores a seed}."""
+    print(f"\n| {first} | " + " | ".join(columns) + " |\n|---|" + "---:|" * len(columns))
+    for name, found in rows.items():
+        print(f"| {name} | " + " | ".join(spread([row[c] for row in found]) for c in columns) + " |")
+
+
+def run_job(module: str, *jobs: Callable) -> None:
+    """The command line of a bench: `python -m bench.MODULE JOB [words]`."""
+    named = {job.__name__: job for job in jobs}
+    if len(sys.argv) < 2 or sys.argv[1] not in named:
+        print(f"usage: python -m bench.{module} {{{','.join(named)}}}", file=sys.stderr)
+        raise SystemExit(2)
+    named[sys.argv[1]](*sys.argv[2:])

@@ -1,0 +1,218 @@
+"""Where do the speed figures in docs/RESULTS.md come from?
+
+    python -m bench.speed passes    single-pass against stored-trajectory OPD, as a ratio within one run
+    python -m bench.speed overlap   what a slow reward costs an iteration, waited for and overlapped, in one run
+    python -m bench.speed step      OPD steps on SD3.5-M's real shapes, or with --preset qwen-rl on Qwen-Image-Edit's:
+                                    random weights, no download; seconds, model-FLOPs utilisation, memory. Flags of
+                                    train.py may follow
+
+Things that are compared take turns in one run, so that the machine's other load meets them alike.
+"""
+
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from torch.utils.flop_counter import FlopCounterMode
+
+import opd
+import train
+from bench.runs import parsed, run_job
+from data.files import Prompt
+from harness import counting, load, plan, ranks, rollout
+from harness.run import Run
+from models import hub, lora, qwen, sd3
+from models.flow import Cond, FlowModel
+from scorers import panel
+from settings import Settings, task_list
+from tiny import drawings, edits
+
+# Dense bfloat16 FLOP/s of accelerators by a part of their name, as their makers state them.
+PEAKS = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "B200": 2250e12}
+CLIP_TOKENS = 77  # SD3: they stand before T5's in the text sequence
+PICTURE_TOKENS = (392 // 28) ** 2  # Qwen-Image-Edit reads the source into its text, a token for each 28 x 28 pixels
+
+
+def seconds_of(work: Callable) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def passes(rounds: int = 5, warmup: int = 2) -> None:
+    """Seconds of one OPD step, single pass and stored: medians, and the ratio pair by pair."""
+    s = parsed("--preset", "tiny", "--stage", "opd", "--no-resume", "--out", tempfile.mkdtemp())
+    prompts, run = load.load_prompts(s, "train", s.train_prompts, task_list(s)), load.student_run(s)
+    experts, rows = load.load_teachers(run.model, s), rollout.rows_of(run, prompts, 0)
+
+    def step(stored: bool) -> None:
+        train.distil_step(run, rows, experts, stored)
+        run.update()
+
+    pairs = [[seconds_of(lambda: step(stored)) for stored in (False, True)] for _ in range(warmup + rounds)]  # noqa: B023
+    single, stored = zip(*pairs[warmup:], strict=True)
+    ratio = statistics.median(a / b for a, b in pairs[warmup:])
+    print("| OPD step | seconds (median) |\n|---|---:|")
+    print(f"| single pass | {statistics.median(single):.2f} |\n| stored trajectory | {statistics.median(stored):.2f} |")
+    print(f"\nRatio, pair by pair: {ratio:.2f} ({len(rows)} trajectories, {rounds} rounds)")
+
+
+def overlap(steps: int = 8, rounds: int = 3) -> None:
+    """Seconds of a GRPO iteration with an instant reward, and with one as slow as the rollout, awaited or overlapped.
+
+    Medians over all steps but the first of each run, before which nothing was drawn ahead.
+    """
+    flags = ["--preset", "tiny", "--stage", "grpo", "--task", "text", "--out", "runs/bench-overlap", "--no-resume"]
+    flags += ["--steps", str(steps), "--save-every", str(steps), "--eval-prompts", "0"]
+    s = parsed(*flags)
+    run = load.student_run(s)
+    rows = rollout.rows_of(run, load.load_prompts(s, "train", s.train_prompts, ("text",)), 0)
+    parts = rollout.micro_batches(rows, s.micro_batch)
+    # A rollout's own time; the rest of each is the machine's other load.
+    latency = min(seconds_of(lambda: [rollout.roll_out(run.model, part, s) for part in parts]) for _ in range(5))
+    build, real = panel.build, drawings.scorer("ocr")
+
+    def slow(images, prompts, sources=None):
+        time.sleep(latency)
+        return real.score(images, prompts, sources)
+
+    times: dict[str, list[float]] = {"instant": [], "slow, awaited": [], "slow, overlapped": []}
+    try:
+        for _ in range(rounds):
+            for name, seconds in times.items():
+                scorer = real if name == "instant" else real._replace(score=slow)
+                panel.build = lambda *_, scorer=scorer: panel.Panel([scorer], {"default": {"ocr": 1.0}})
+                if train.main([*flags, "--name", "run", *(["--overlap"] if "overlapped" in name else [])]):
+                    raise SystemExit(2)
+                lines = Path("runs/bench-overlap/run/metrics.jsonl").read_text().splitlines()
+                seconds += [json.loads(line)["seconds"] for line in lines[1:-1]]
+    finally:
+        panel.build = build
+    found = {name: statistics.median(seconds) for name, seconds in times.items()}
+    print(f"a rollout, and the slow reward's latency: {latency:.2f} s\n\n| reward | seconds (median) | ratio |")
+    print("|---|---:|---:|")
+    for name, seconds in found.items():
+        print(f"| {name} | {seconds:.2f} | {seconds / found['instant']:.2f} |")
+
+
+# ------------------------------------------------------------------------------------------ a step of real shapes
+def transformer_of(config: dict, device: torch.device | str, dtype: torch.dtype) -> torch.nn.Module:
+    """A transformer of this configuration with random weights."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    with torch.device(device):
+        transformer = hub.TRANSFORMERS[config["_class_name"]].from_config(config)
+    torch.set_default_dtype(before)
+    return transformer.requires_grad_(False).eval()
+
+
+def text_tokens(s: Settings, config: dict, edit: bool) -> int:
+    """Tokens of a longest prompt; of an edit, the picture's too."""
+    if "pooled_projection_dim" in config:
+        return CLIP_TOKENS + s.text_length
+    return s.text_length + edit * PICTURE_TOKENS
+
+
+def random_model(s: Settings, device: torch.device, config: dict) -> FlowModel:
+    """SD3.5 or Qwen-Image-Edit with this transformer, random weights and random text."""
+    dtype = getattr(torch, s.precision)
+    transformer = transformer_of(config, device, dtype)
+    if "pooled_projection_dim" in config:
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+        model = sd3.SD35Model(Path(), transformer, scheduler, device, s.resolution, s.text_length)
+    else:
+        scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+        sides = s.resolution, s.source_resolution or s.resolution
+        kind = "QwenImageEditPlusPipeline"
+        model = qwen.QwenModel(Path(), kind, transformer, scheduler, device, *sides, s.text_length)
+        model.rescale = s.cfg_rescale
+    model.precision = s.precision
+    if s.gradient_checkpointing:
+        model.transformer.enable_gradient_checkpointing()
+
+    def encode(prompts, images=None):
+        edit = images is not None
+        tokens = torch.randn(len(prompts), text_tokens(s, config, edit), config["joint_attention_dim"], dtype=dtype)
+        pooled = tokens[:, 0, :1].expand(-1, config.get("pooled_projection_dim", 1))
+        source = torch.randn(len(prompts), config["out_channels"], *2 * (model.source_side // 8,)) if edit else None
+        return Cond(tokens, pooled, None, source).to(device)
+
+    model.encode = encode
+    return model
+
+
+def forward_flops(config: dict, resolution: int, text: int, source: int = 0) -> int:
+    """FLOPs of one row's forward with so many text tokens, counted by torch on tensors without memory.
+
+    source: pixels a side of an edit's source picture; 0: no edit.
+    """
+    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
+        kind = FlowModel if "pooled_projection_dim" in config else qwen.QwenFlow
+        model = kind(transformer_of(config, "meta", torch.float32), "meta")
+        channels, tokens = config["out_channels"], torch.empty(1, text, config["joint_attention_dim"])
+        before = torch.empty(1, channels, source // 8, source // 8) if source else None
+        cond = Cond(tokens, torch.empty(1, config.get("pooled_projection_dim", 1)), None, before)
+        model._run(torch.empty(1, channels, resolution // 8, resolution // 8), torch.empty(1), cond)
+    return counter.get_total_flops()
+
+
+def random_run(s: Settings, device: torch.device, config: dict) -> tuple[Run, dict[str, str]]:
+    """A student and a LoRA teacher for each task on `random_model`; MAR's anchor is one of the teachers."""
+    model, config_of_student = random_model(s, device, config), None
+    if s.parameters == "full":
+        model.train_fully(keep_base=True)
+        ranks.shard(model, s)
+    else:
+        config_of_student = lora.lora_config(s.rank, s.alpha)
+        model.add_adapter("student", config_of_student)
+    run = Run(s, model, config_of_student)
+    for task in s.teachers:
+        model.add_adapter(f"teacher:{task}", lora.lora_config(s.rank, s.alpha))
+    anchor = {"anchor": f"teacher:{s.anchor}"} if s.mar > 0 else {}
+    return run, {task: f"teacher:{task}" for task in s.teachers} | anchor
+
+
+def step(*flags: str, config: dict | None = None, rounds: int = 3) -> dict[str, float]:
+    """OPD steps with random weights: one warm-up, then `rounds` that count. Of Q's two tasks half the rows are edits.
+
+    Model FLOPs count a forward as 1, a backward as 1 for a LoRA (no gradient of frozen weights) and as 2 for full
+    parameters, and nothing for what gradient checkpointing computes again.
+    """
+    s = parsed("--stage", "opd", "--no-resume", "--out", tempfile.mkdtemp(), *flags)
+    device, tasks = ranks.start(s), task_list(s)
+    config = config or (plan.QWEN_IMAGE if "edit" in tasks else plan.SD35_MEDIUM)
+    run, experts = random_run(s, device, config)
+    picture = edits.make_prompts("edit", "train", 1)[0].metadata["image"]
+    prompts = {t: [Prompt("a prompt", t, {"image": picture} if t == "edit" else {}, "bench")] for t in tasks}
+    rows, cuda = rollout.rows_of(run, prompts, 0), device.type == "cuda"
+
+    def once() -> None:
+        train.distil_step(run, rows, experts, s.estimator in opd.NEEDS_FUTURE)
+        run.update()
+        if cuda:
+            torch.cuda.synchronize()
+
+    seconds = statistics.median([seconds_of(once) for _ in range(1 + rounds)][1:])
+    size, backward = s.source_resolution or s.resolution, 2 if s.parameters == "full" else 1
+    of = [forward_flops(config, s.resolution, text_tokens(s, config, t == "edit"), size * (t == "edit")) for t in tasks]
+    counted = counting.forwards(s, train.distil)
+    in_a_step = [(gradient, n) for (moment, _, gradient), (_, n) in counted.items() if moment == "step"]
+    flops = sum(n * statistics.mean(of) * (1 + backward * gradient) for gradient, n in in_a_step)
+    name = torch.cuda.get_device_name(device) if cuda else "processor"
+    said = f"{name}, {len(rows)} trajectories a step and rank: {seconds:.2f} s a step (of {rounds}, median), "
+    said += f"{flops / seconds / 1e12:.3g} TFLOP/s"
+    for part, peak in PEAKS.items():
+        said += f", utilisation {flops / seconds / peak:.2f} of {peak / 1e12:.0f}" if part in name else ""
+    if cuda:
+        said += f", peak memory {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB"
+    print(said)
+    return {"seconds": seconds, "flops": flops}
+
+
+if __name__ == "__main__":
+    run_job("speed", passes, overlap, step)

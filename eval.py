@@ -23,85 +23,21 @@ if __name__ == "__main__":
     threads.sleep_while_waiting()
     cli.answer_early(sys.argv[1:], "eval.py")
 
-import numpy as np
 import torch
-from torch import Tensor
 
-import rewards
-from data import files as data
+from data.batches import seed_for
 from data.files import Prompt
+from data.pictures import sources
 from harness import load, plan, ranks, report, rollout
 from models import flow
 from scorers import panel as scoring
-from tiny import drawings as tiny
-from tiny import edits as tiny_edit
-
-# F Table 2's columns: each task's test prompts under its own scorers. The paper does not say on which prompts it
-# measures DeQA and PickScore.
-TABLE2 = ("composition geneval", "text ocr", "quality deqa", "quality pickscore")
-
-
-# ---------------------------------------------------------------------------------------------------------- scoring
-def score(images: Tensor, prompts: Sequence[Prompt], task: str, panel: scoring.Panel | None, tiny_world: bool):
-    """(named scores of the batch, one score for each image, accuracies by tag) of images of a task's test prompts.
-
-    The tiny worlds are scored by their own rules. Elsewhere every scorer of the panel that is asked has a column.
-    """
-    if not tiny_world:
-        return score_by_panel(images, prompts, task, panel) if panel else ({}, [], {})
-    if task in settings.QWEN_TASKS:
-        return score_two_sides(images, prompts, task)
-    if task != "composition":
-        each = tiny.SCORERS[tiny.TASK_SCORER[task]](images, prompts)
-        return {task: sum(each) / len(each)}, each, {}
-    each = tiny.score_verdict(images, prompts)
-    verdicts, tags = [v == 1 for v in each], [p.metadata["tag"] for p in prompts]
-    return {task: rewards.geneval_score(verdicts, tags)}, each, rewards.per_tag_accuracy(verdicts, tags)
-
-
-def score_by_panel(images: Tensor, prompts: Sequence[Prompt], task: str, panel: scoring.Panel):
-    """As `score`: the mean of each scorer's answers; of GenEval's strict verdicts, the mean over tags.
-
-    A task for which the panel has no weights is not scored: a teacher's rewards are for its own task.
-    """
-    if any(panel.category(p) is None for p in prompts):
-        return {}, [], {}
-    found, named, by_tag = panel.ask(images, prompts, 1, rollout.sources(prompts)), {}, {}
-    tags = [p.metadata.get("tag") for p in prompts]
-    for name, row in zip(found.names, found.values, strict=True):  # (B,), nan for a picture that was not asked about
-        if not np.isnan(row).all():
-            named[f"{task} {name}"] = float(row[~np.isnan(row)].mean())
-        if name == "geneval" and all(tags) and set(row) <= {0.0, 1.0}:
-            named[f"{task} {name}"] = rewards.geneval_score(list(row == 1), tags)
-            by_tag = rewards.per_tag_accuracy(list(row == 1), tags)
-    return named, list(scoring.totals(found)), by_tag
-
-
-def score_two_sides(images: Tensor, prompts: Sequence[Prompt], task: str):
-    """As `score`, of Q's tasks in the tiny world: two sides of a picture, and their mean.
-
-    t2i: alignment by strict rules, and print quality. edit: instruction following, and identity of the rest. The
-    accuracies by category, or by kind of edit, are of the first side.
-    """
-    if task == "edit":
-        sides = {"instruction": tiny_edit.score_instruction(images, prompts)}
-        if all(p.metadata.get("keep") for p in prompts):  # a user's own edits need not say what they keep
-            sides["identity"] = tiny_edit.score_identity(images, prompts, rollout.sources(prompts))
-    else:
-        sides = {"alignment": tiny_edit.score_alignment(images, prompts)}
-        sides["aesthetic"] = tiny.score_quality(images, prompts)
-    values = np.array([*sides.values()])  # (1 or 2, B)
-    tags = np.array([p.metadata.get("tag" if task == "edit" else "category", task) for p in prompts])
-    by_tag = {str(tag): float(values[0][tags == tag].mean()) for tag in dict.fromkeys(tags)}
-    named = {f"{task} {name}": float(side.mean()) for name, side in zip(sides, values, strict=True)}
-    return {task: float(values.mean()), **named}, list(values.mean(0)), by_tag
 
 
 def panel_of(s: Settings, device: torch.device) -> scoring.Panel | None:
-    """The scorers that --rewards names for an evaluation; None in the tiny worlds and if it names none."""
-    if is_tiny(s) or not s.rewards:
+    """The scorers that --rewards names for an evaluation; None if it names none and if the world has its own rules."""
+    if load.world_of(s).OWN_RULES or not s.rewards:
         return None
-    return scoring.build(registry.read(s.rewards, settings.rewarded_tasks(s), is_tiny(s)), device)
+    return scoring.build(registry.read(s.rewards, settings.rewarded_tasks(s), False), device)
 
 
 def evaluate(
@@ -113,29 +49,24 @@ def evaluate(
     cfg is the guidance scale that it draws with. Returns {"scores": {column: number}, "tags": {tag: accuracy},
     "images": {task: (images, one score each)}, "sources": {task: source pictures of edits}}.
     """
-    first = ranks.rank_and_world()[0] == 0
+    first, world = ranks.rank_and_world()[0] == 0, load.world_of(s)
     result: dict = {"scores": {}, "tags": {}, "images": {}, "sources": {}}
     rollout.encode_all(model, (p for some in prompts.values() for p in some), cfg != 1)
     if panel is None and first:
         panel = panel_of(s, model.device)
     for task, some in prompts.items():
-        latents = rollout.draw(model, some, s.eval_steps, s.micro_batch, data.seed_for("eval", s.seed, task), cfg)
+        latents = rollout.draw(model, some, s.eval_steps, s.micro_batch, seed_for("eval", s.seed, task), cfg)
         if not first:
             continue
         images = model.decode(latents)
-        numbers, each, tags = score(images, some, task, panel, is_tiny(s))
+        numbers, each, tags = world.score(images, some, task, panel)
         result["images"][task] = (images, each)
-        if shown := rollout.sources(some):
+        if shown := sources(some):
             result["sources"][task] = shown
         result["scores"] |= numbers
         result["tags"] |= tags
-    scores = result["scores"]
-    if is_tiny(s) and first:
-        scores["average"] = sum(scores[task] for task in prompts) / len(prompts)
-    elif result["tags"] and set(TABLE2) <= set(scores):  # scorers give DeQA / 5 and PickScore / 26
-        geneval, ocr, deqa, pickscore = (scores[column] for column in TABLE2)
-        printed = (deqa * rewards.HIGHEST_RATING, pickscore * rewards.PICKSCORE_SCALE)
-        scores["Avg"] = rewards.table2_average(geneval, ocr, *printed)
+    if first:
+        result["scores"] |= world.average(result["scores"], result["tags"])
     return result if first else None
 
 
@@ -165,11 +96,10 @@ def compare(s: Settings) -> tuple[dict[str, dict], Path]:
         if result:
             report.save_samples(folder, name.replace(" ", "-"), result, prompts)
             rows[name] = {key: result[key] for key in ("scores", "tags")}
-    notes = []
-    if is_tiny(s) and rows:
-        own = [rows[f"teacher {t}"]["scores"][t] for t in prompts if t in experts]
-        notes = [f"Mean of the teachers' own-task scores: {sum(own) / max(1, len(own)):.3f}."]
     if rows:
+        teachers = {task: rows[f"teacher {task}"]["scores"] for task in prompts if task in experts}
+        own = [scores[task] for task, scores in teachers.items() if task in scores]
+        notes = [f"Mean of the teachers' own-task scores: {sum(own) / len(own):.3f}."] if own else []
         report.write_report(folder, f"Evaluation: {s.name}", rows, notes)
     return rows, folder / "report.md"
 

@@ -25,7 +25,7 @@ import concurrent.futures
 import random
 import sys
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -53,7 +53,8 @@ import opd
 import reward_model
 import rewards
 import sde
-from data import files as data
+from data.batches import prompt_batch, seed_for
+from data.pictures import sources
 from data.preferences import Pair, Sample
 from harness import curation, load, plan, ranks, report, rollout
 from harness import run as runtime
@@ -64,7 +65,6 @@ from models import flow, hub, lora
 from scorers import panel as scoring
 from scorers import vlm_trained
 from scorers.panel import Panel
-from tiny import drawings, edits
 
 
 # --------------------------------------------------------------------------------------------------------- pretrain
@@ -74,24 +74,14 @@ def pretrain(s: Settings, load=load) -> Run:
     for _ in run.steps("loss"):
         began, rng = time.time(), random.Random(run.generator("world", run.rank).initial_seed())
         noise, loss = run.generator("noise", run.rank), 0.0
-        for part in drawings_of(s, rng):
-            captions = ["" if rng.random() < s.caption_dropout else caption for caption in part["captions"]]
-            x0 = run.model.latents(torch.from_numpy(np.stack(part["images"])))
+        for images, captions, before in load.world_of(s).training_batch(rng, s.batch_size, task_list(s)):
+            captions = ["" if rng.random() < s.caption_dropout else caption for caption in captions]
+            x0 = run.model.latents(images)
             tokens = torch.tensor([run.model.tokenize(caption) for caption in captions])
-            cond = run.model.encode_tokens(tokens, part["sources"])  # with gradient: the embeddings train, too
+            cond = run.model.encode_tokens(tokens, before)  # with gradient: the embeddings train, too
             loss += flow_matching(run, x0, training_times(run, len(x0), noise), cond, noise, s.batch_size)
         run.log({"loss": loss, "grad_norm": run.update(), "seconds": time.time() - began})
     return run
-
-
-def drawings_of(s: Settings, rng: random.Random) -> Iterator[dict]:
-    """A step's drawings: {"images", "captions", "sources"}; of a world that edits too, half of them edits."""
-    changed = s.batch_size // 2 if "edit" in task_list(s) else 0
-    images, captions = zip(*(drawings.training_example(rng) for _ in range(s.batch_size - changed)), strict=True)
-    yield {"images": images, "captions": captions, "sources": None}
-    if changed:
-        sources, images, captions = zip(*(edits.training_edit(rng) for _ in range(changed)), strict=True)
-        yield {"images": images, "captions": captions, "sources": [torch.from_numpy(source) for source in sources]}
 
 
 def training_times(run: Run, count: int, noise: torch.Generator) -> Tensor:
@@ -129,9 +119,9 @@ def curate(s: Settings, load=load) -> Path:
     ranks.wait()  # nobody writes before everybody has read
     rollout.encode_all(run.model, mine, settings.student_cfg(s) != 1)
     for part in tqdm(batches(mine, s.prompts_per_step), s.name, disable=run.rank > 0):
-        rows = [Row(p, data.seed_for("row", s.seed, s.stage, p.text, g)) for p in part for g in range(s.group_size)]
+        rows = [Row(p, seed_for("row", s.seed, s.stage, p.text, g)) for p in part for g in range(s.group_size)]
         images = torch.cat([rollout.roll_out(run.model, some, s)[1] for some in micro_batches(rows, s.micro_batch)])
-        scores = panel.ask(images, prompts_of(rows), s.group_size, rollout.sources(prompts_of(rows)))
+        scores = panel.ask(images, prompts_of(rows), s.group_size, sources(prompts_of(rows)))
         known.add(part, scoring.totals(scores).reshape(len(part), -1))
     ranks.wait()
     if run.rank == 0:
@@ -154,7 +144,7 @@ def train_teacher(s: Settings, load=load) -> tuple[Run, Panel]:
     run = load.student_run(s)
     rollout.prepare(run, prompts)
     update = {"grpo": update_policy, "nft": update_forward}[s.stage]
-    later = scoring.Later(lambda images, some: panel.ask(images, some, s.group_size, rollout.sources(some)))
+    later = scoring.Later(lambda images, some: panel.ask(images, some, s.group_size, sources(some)))
     ahead, unsuspected = None, set(panel.watched)
     for step in run.steps("reward"):
         unsuspected -= warn_of_hacking(run, unsuspected)
@@ -301,7 +291,7 @@ def sft(s: Settings, load=load) -> Run:
     for task, some in chosen.items():
         run.model.keep([experts[task]])
         with run.model.adapter(experts[task]):
-            seed = data.seed_for(s.seed, "sft", task)  # latents: no VAE is needed
+            seed = seed_for(s.seed, "sft", task)  # latents: no VAE is needed
             drawn[task] = rollout.draw(run.model, some, s.eval_steps, s.micro_batch, seed, settings.teacher_cfg(s))
     run.model.keep([])
     for _ in run.steps("loss"):
@@ -457,7 +447,7 @@ def reward(s: Settings) -> Path:
     count, together = s.batch_size // pictures, s.micro_batch or s.batch_size
     for step in run.steps("loss"):
         began, loss = time.time(), 0.0
-        items = data.prompt_batch(training, count, s.seed, step, run.rank, run.world)
+        items = prompt_batch(training, count, s.seed, step, run.rank, run.world)
         for part in batches(items, together // pictures):
             run.stop_if_asked()
             mean = reward_loss(run.model, part) * (len(part) / count)

@@ -14,8 +14,9 @@ from typing import NamedTuple
 from PIL import Image
 from torch import Tensor
 
+from data.batches import seed_for
 from data.common import first_line
-from data.files import DataError, seed_for
+from data.files import DataError
 from rewards import HIGHEST_RATING as HIGHEST
 from rewards import LOWEST_RATING as LOWEST
 

@@ -1,7 +1,6 @@
-"""Prompts: where do they come from when nobody has written any?
+"""Prompts by rules, for real models: train and test one with no download.
 
-F §6.1 trains on three prompt sets that have to be fetched, and Q §4.2's are not public. Here rules write their like,
-so that a real model can be trained and tested with no download:
+F §6.1 trains on three prompt sets that have to be fetched, and Q §4.2's are not public. These are written like them:
 
     composition   "a photo of a cow right of a laptop"             GenEval's own rules, with its checklist
     text          'A film still of a dusty banner ... that reads "Open Market" in bold red letters, at dusk.'
@@ -11,16 +10,16 @@ so that a real model can be trained and tested with no download:
 
     python -m data.written FOLDER        writes them as files to look at and to edit; then --prompts text=FOLDER/text
 
-A prompt is a *key* (what it is about) and one choice from each of several lists (how it is put). A hash of the key
-alone decides the split, so train and test share no key, whatever the seed: no pair of classes (in either order, with
-any colours or relation), no counted or coloured class, no core of the quoted words, no subject in its setting, no
-person with the same looks. The tag `single_object` is only ever tested.
+A prompt is a *key* (its content) and one choice from each of several lists (its form). A hash of the key alone decides
+the split, so train and test share no key, whatever the seed: no pair of classes (in either order, with any colours or
+relation), no counted or coloured class, no core of the quoted words, no subject in its setting, no person with the same
+looks. The tag `single_object` is only ever tested.
 
-Test prompts never come twice. Train prompts do where a kind is used up: GenEval's rules know only 240 prompts that
-count, 175 of them for training, and at the training mix they are all seen after `TRAIN` lines; then they begin again.
+Test prompts never come twice. Train prompts do if a kind is used up: GenEval's rules know only 240 prompts that
+count, 175 of them for training, and at the training mix they are all seen after `TRAIN` lines. Then they begin again.
 
 DEVIATION: what is held out is a choice by hash, not GenEval's published file, whose prompts follow the same rules. Many
-of them, most of all those that count, are among ours for training; a score on that file then flatters the model.
+of them, most of all those that count, are among ours for training. A score on that file then flatters the model.
 """
 
 import argparse
@@ -35,9 +34,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from data.files import SPLITS, Prompt, seed_for
+from data.batches import seed_for
+from data.checklists import NUMBERS, TAG_MIX, TEST_TAGS, checklist, counting, in_test_split, include
+from data.files import SPLITS, Prompt, check_known
 from rewards import RELATIONS
-from tiny.drawings import NUMBERS, TAG_MIX, TEST_TAGS, in_test_split, include
 
 TASKS = ("composition", "text", "quality", "t2i")
 TRAIN, TEST = 595, 390  # the longest lists in which no composition prompt comes twice
@@ -98,7 +98,7 @@ LETTERS = _items("""
     bold red, hand-painted, glowing blue, elegant golden, plain black, chalky white, tall green, playful round,
     narrow capital, carved
 """)
-# Every template uses every field: otherwise two choices would give one prompt, and the count of prompts be wrong.
+# Every template uses every field. Otherwise two choices would give one prompt, and the count of prompts be wrong.
 TEMPLATES = (
     '{style} of {look} {thing} {place} that reads "{words}" in {letters} letters, {light}.',
     '{style}: {look} {thing} {place}, with the words "{words}" in {letters} lettering, {light}.',
@@ -179,56 +179,12 @@ class Space(NamedTuple):
     parts: Sequence[Sequence]
     write: Callable[..., tuple[str, dict]]
 
-
-# ------------------------------------------------------------------------------------------ GenEval's sentences
-def sentence(entries: Sequence[Mapping]) -> str:
-    """GenEval's prompt for its `include` list, e.g. "a photo of a cow right of a laptop". F §6.1.
-
-    One object with a `position` is named first, then the one it refers to; all others are joined by "and".
-    Reproduces every line of GenEval's file. Raises KeyError for a count without a word (above four).
-    """
-    for entry in entries:
-        if "position" in entry:
-            relation, other = entry["position"]
-            return f"a photo of {phrase(entry)} {relation} {phrase(entries[other])}"
-    return "a photo of " + " and ".join(map(phrase, entries))
+    @property
+    def size(self) -> int:
+        return len(self.keys) * math.prod(map(len, self.parts))
 
 
-def phrase(entry: Mapping) -> str:
-    """One object as GenEval names it: "a cow", "an orange tv", "three benchs".
-
-    ERRATUM: GenEval makes every plural with s, or es after an s, and so writes "four knifes" and "two sheeps".
-    Kept, since those are the sentences that models are tested on. It gives "a" to scissors and skis too.
-    """
-    name = f"{entry['color']} {entry['class']}" if "color" in entry else entry["class"]
-    if entry["count"] > 1:
-        return f"{NUMBERS[entry['count']]} {name}{'es' if name.endswith('s') else 's'}"
-    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
-
-
-def _checklist(tag: str, *entries: dict, **more: list) -> tuple[str, dict]:
-    text = sentence(entries)
-    return text, {"tag": tag, "include": list(entries), **more, "prompt": text}
-
-
-def _two_object(a: str, b: str, swap: bool) -> tuple[str, dict]:
-    return _checklist("two_object", *(map(include, (b, a) if swap else (a, b))))
-
-
-def _counting(name: str, count: int) -> tuple[str, dict]:
-    return _checklist("counting", include(name, count), exclude=[include(name, count + 1)])
-
-
-def _color_attr(a: str, b: str, swap: bool, colors: tuple[str, str]) -> tuple[str, dict]:
-    names = (b, a) if swap else (a, b)
-    return _checklist("color_attr", *(include(n, color=c) for n, c in zip(names, colors, strict=True)))
-
-
-def _position(a: str, b: str, swap: bool, relation: str) -> tuple[str, dict]:
-    a, b = (b, a) if swap else (a, b)
-    return _checklist("position", include(b), include(a, position=[relation, 0]))
-
-
+# ------------------------------------------------------------------------------------------------- the four spaces
 def _composition() -> dict[str, Space]:
     """GenEval's six tags. Pairs come sorted, one key for both orders: "a and b" and "b and a" are one content."""
     pairs = list(itertools.combinations(sorted(CLASSES), 2))
@@ -236,33 +192,44 @@ def _composition() -> dict[str, Space]:
     colored = [(name, color) for name in CLASSES if name != COLORLESS for color in COLORS]
     counted = [(name, count) for name in CLASSES for count in NUMBERS if count > 1]
     swap = (False, True)
+
+    def two_object(a, b, swapped):
+        return checklist("two_object", *map(include, (b, a) if swapped else (a, b)))
+
+    def color_attr(a, b, swapped, colors):
+        names = (b, a) if swapped else (a, b)
+        return checklist("color_attr", *(include(n, color=c) for n, c in zip(names, colors, strict=True)))
+
+    def position(a, b, swapped, relation):
+        a, b = (b, a) if swapped else (a, b)
+        return checklist("position", include(b), include(a, position=[relation, 0]))
+
     return {
-        "single_object": Space([(c,) for c in CLASSES], (), lambda c: _checklist("single_object", include(c))),
-        "position": Space(pairs, (swap, RELATIONS), _position),
-        "counting": Space(counted, (), _counting),
-        "color_attr": Space(colored_pairs, (swap, list(itertools.permutations(COLORS, 2))), _color_attr),
-        "colors": Space(colored, (), lambda c, color: _checklist("colors", include(c, color=color))),
-        "two_object": Space(pairs, (swap,), _two_object),
+        "single_object": Space([(c,) for c in CLASSES], (), lambda c: checklist("single_object", include(c))),
+        "position": Space(pairs, (swap, RELATIONS), position),
+        "counting": Space(counted, (), counting),
+        "color_attr": Space(colored_pairs, (swap, list(itertools.permutations(COLORS, 2))), color_attr),
+        "colors": Space(colored, (), lambda c, color: checklist("colors", include(c, color=color))),
+        "two_object": Space(pairs, (swap,), two_object),
     }
 
 
-# ------------------------------------------------------------------------------- text, quality and portraits
 def _text() -> dict[int, Space]:
     """One to four quoted words; the key is their core, ("Fresh", "Bread") or ("", "Bread"), without the ending."""
     cores = list(itertools.product(OPENERS, NOUNS))
     scene = (TEMPLATES, LOOKS, THINGS, LETTERS, LIGHTS, STYLES)
+
+    def sign(opener, noun, ending, template, look, thing, letters, light, style):
+        fields = {"look": look, "thing": thing[0], "place": thing[1], "letters": letters, "light": light}
+        text = template.format(words=" ".join(filter(None, (opener, noun, ending))), style=style, **fields)
+        return text[0].upper() + text[1:], {}
+
     return {
-        1: Space([("", noun) for noun in NOUNS], (("",), *scene), _sign),
-        2: Space(cores, (("",), *scene), _sign),
-        3: Space(cores, (ENDINGS, *scene), _sign),
-        4: Space(cores, (LONG_ENDINGS, *scene), _sign),
+        1: Space([("", noun) for noun in NOUNS], (("",), *scene), sign),
+        2: Space(cores, (("",), *scene), sign),
+        3: Space(cores, (ENDINGS, *scene), sign),
+        4: Space(cores, (LONG_ENDINGS, *scene), sign),
     }
-
-
-def _sign(opener, noun, ending, template, look, thing, letters, light, style) -> tuple[str, dict]:
-    fields = {"look": look, "thing": thing[0], "place": thing[1], "letters": letters, "light": light, "style": style}
-    text = template.format(words=" ".join(filter(None, (opener, noun, ending))), **fields)
-    return text[0].upper() + text[1:], {}
 
 
 def _quality() -> dict[str, Space]:
@@ -303,23 +270,21 @@ def make_prompts(task: str, split: str, count: int, seed: int = 0) -> list[Promp
     metadata, in train at its mix (each 17 prompts hold 7 position, 5 counting, 3 color_attr, 1 colors, 1 two_object),
     in test six tags alike. T2i has its category in the metadata, in train each 10 prompts at `T2I_MIX`, in test the
     four in turn. `source` is "generated TASK:NUMBER".
-    Raises ValueError for an unknown task or split, for "edit", whose pictures no rule can draw, for a negative count,
-    or for more test prompts than are distinct.
+    Raises ValueError for an unknown task or split ("edit" is one, because no rule can draw its pictures), for a
+    negative count, or for more test prompts than are distinct.
     """
-    if task == "edit":
-        raise ValueError("edits need pictures: give both with --prompts edit=FILE.jsonl")
-    for name, value, allowed in (("task", task, TASKS), ("split", split, SPLITS)):
-        if value not in allowed:
-            raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(allowed)}")
-    shares = T2I_MIX if split == "train" else dict.fromkeys(T2I_MIX, 1)
-    most = _most(_spaces(task, split)) if task != "t2i" else sum(shares.values()) * min(
-        _most(_spaces(part, split)) // shares[category] for category, part in CATEGORIES.items()
-    )  # fmt: skip
+    check_known("task", task, TASKS)
+    check_known("split", split, SPLITS)
+    if task == "t2i":
+        drawn, shares = _mixed(split, seed), T2I_MIX if split == "train" else dict.fromkeys(T2I_MIX, 1)
+        rooms = {kind: _most(_spaces(part, split)) for kind, part in CATEGORIES.items()}
+        most = sum(shares.values()) * min(room // shares[kind] for kind, room in rooms.items())
+    else:
+        drawn, most = _endless(task, split, seed), _most(_spaces(task, split))
     if count < 0 or (split == "test" and count > most):
-        room = "0 or more" if split == "train" else f"0 to {most}, the distinct ones"
-        raise ValueError(f"no list of {count} {task} prompts to {split} on; ask for {room}")
-    drawn = itertools.islice((_mixed if task == "t2i" else _endless)(task, split, seed), count)
-    return [Prompt(text, task, meta, f"generated {task}:{n}") for n, (text, meta) in enumerate(drawn, start=1)]
+        raise ValueError(f"no list of {count} {task} prompts to {split} on; there are {most} distinct ones")
+    first = enumerate(itertools.islice(drawn, count), start=1)
+    return [Prompt(text, task, meta, f"generated {task}:{n}") for n, (text, meta) in first]
 
 
 def _spaces(part: str, split: str) -> dict[object, tuple[Space, int]]:
@@ -333,35 +298,6 @@ def _spaces(part: str, split: str) -> dict[object, tuple[Space, int]]:
     return {kind: (_held(space, split, kind), mix[kind]) for kind, space in spaces().items() if kind in mix}
 
 
-def _room(space: Space) -> int:
-    return len(space.keys) * math.prod(map(len, space.parts))
-
-
-def _most(spaces: Mapping[object, tuple[Space, int]]) -> int:
-    """The longest list of these kinds, at these shares, in which nothing comes twice."""
-    return min(_room(space) // share for space, share in spaces.values()) * sum(share for _, share in spaces.values())
-
-
-def _endless(part: str, split: str, seed: int) -> Iterator[tuple[str, dict]]:
-    """Its prompts, for ever; a kind that is used up begins again."""
-    rng, spaces = random.Random(seed_for("generated", part, split, seed)), _spaces(part, split)
-    seen: dict[object, set[str]] = {kind: set() for kind in spaces}
-    for kind in _kinds({kind: share for kind, (_, share) in spaces.items()}, rng):
-        space = spaces[kind][0]
-        if len(seen[kind]) == _room(space):
-            seen[kind].clear()
-        yield _draw(space, seen[kind], rng)
-
-
-def _mixed(task: str, split: str, seed: int) -> Iterator[tuple[str, dict]]:
-    """The prompts of Q's categories, each with its own in the metadata: what a reward's weight goes by."""
-    rng = random.Random(seed_for("generated", task, split, seed))
-    lists = {category: _endless(part, split, seed) for category, part in CATEGORIES.items()}
-    for category in _kinds(T2I_MIX, rng) if split == "train" else itertools.cycle(CATEGORIES):
-        text, metadata = next(lists[category])
-        yield text, {**metadata, "prompt": text, "category": category}
-
-
 def _held(space: Space, split: str, kind: object) -> Space:
     """The part of a space that belongs to a split; `single_object` is all test."""
     if kind == "single_object":
@@ -369,81 +305,87 @@ def _held(space: Space, split: str, kind: object) -> Space:
     return space._replace(keys=[key for key in space.keys if in_test_split(*key) == (split == "test")])
 
 
+def _most(spaces: Mapping[object, tuple[Space, int]]) -> int:
+    """The longest list of these kinds, at these shares, in which nothing comes twice."""
+    return min(space.size // share for space, share in spaces.values()) * sum(share for _, share in spaces.values())
+
+
+def _endless(part: str, split: str, seed: int) -> Iterator[tuple[str, dict]]:
+    """Its prompts, without end. A kind that is used up begins again, so that there is always one that is not seen."""
+    rng, spaces = random.Random(seed_for("generated", part, split, seed)), _spaces(part, split)
+    seen: dict[object, set[str]] = {kind: set() for kind in spaces}
+    for kind in _kinds({kind: share for kind, (_, share) in spaces.items()}, rng):
+        space = spaces[kind][0]
+        if len(seen[kind]) == space.size:
+            seen[kind].clear()
+        text = None
+        while text is None or text in seen[kind]:
+            text, metadata = space.write(*rng.choice(space.keys), *map(rng.choice, space.parts))
+        seen[kind].add(text)
+        yield text, metadata
+
+
+def _mixed(split: str, seed: int) -> Iterator[tuple[str, dict]]:
+    """The prompts of Q's categories, each with its own in the metadata, by which the weights of rewards are chosen."""
+    rng = random.Random(seed_for("generated", "t2i", split, seed))
+    lists = {category: _endless(part, split, seed) for category, part in CATEGORIES.items()}
+    for category in _kinds(T2I_MIX, rng) if split == "train" else itertools.cycle(CATEGORIES):
+        text, metadata = next(lists[category])
+        yield text, {**metadata, "prompt": text, "category": category}
+
+
 def _kinds(mix: Mapping, rng: random.Random) -> Iterator:
-    """What kind each prompt is of, for ever: shuffled blocks at exactly the mix."""
+    """The kind of each prompt, without end: shuffled blocks at exactly the mix."""
     block = [kind for kind, share in mix.items() for _ in range(share)]
     while True:
         rng.shuffle(block)
         yield from block
 
 
-def _draw(space: Space, seen: set[str], rng: random.Random) -> tuple[str, dict]:
-    """One prompt that is not in `seen`, which it joins. Ends, because a used-up `seen` is emptied before."""
-    while True:
-        text, metadata = space.write(*rng.choice(space.keys), *map(rng.choice, space.parts))
-        if text not in seen:
-            seen.add(text)
-            return text, metadata
-
-
 # ------------------------------------------------------------------------------------------------------- files
 def write(folder: Path, train: int = TRAIN, test: int = TEST, seed: int = 0) -> dict[str, list[Prompt]]:
     """Write FOLDER/TASK/{train,test}.txt or, of composition and t2i, {train,test}_metadata.jsonl. F §6.1, Q §4.2.
 
-    Returns the prompts by file name. All are made before anything is written, and a task's folder appears complete
-    or not at all. Raises ValueError as `make_prompts`, for a count of 0, which would give a file that no run can
-    read, and for a folder that is a file or not empty; OSError where the disk refuses.
+    Returns the prompts by file name. The folder appears complete or not at all. Raises ValueError as `make_prompts`
+    and for a count below 1, and OSError for a folder that is a file, not empty or not writable.
     """
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder}: not an empty folder; name a new one, so that no edited prompt is lost")
     if min(train, test) < 1:
         raise ValueError(f"--train {train} --test {test}: both must be 1 or more")
     files = {}
     for task, (split, count) in itertools.product(TASKS, (("train", train), ("test", test))):
         ending = "_metadata.jsonl" if task in ("composition", "t2i") else ".txt"
         files[f"{task}/{split}{ending}"] = make_prompts(task, split, count, seed)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".", dir=folder) as hidden:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".", dir=folder.parent) as hidden:
         for name, prompts in files.items():
-            file = Path(hidden, name)
-            file.parent.mkdir(exist_ok=True)
+            file = Path(hidden, "whole", name)
+            file.parent.mkdir(parents=True, exist_ok=True)
             lines = (json.dumps(p.metadata) if p.metadata else p.text for p in prompts)
             file.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-        for task in TASKS:
-            Path(hidden, task).rename(folder / task)
+        Path(hidden, "whole").rename(folder)  # OSError unless it is new or empty: no edited prompt is lost
     return files
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; 0, or 2 after one line that says what is wrong."""
-    parser = argparse.ArgumentParser("prompts.py", description="Write prompts for four tasks.", allow_abbrev=False)
+    """The command line; exits with 2 after one line that says what is wrong."""
+    parser = argparse.ArgumentParser("data.written", description="Write prompts for four tasks.", allow_abbrev=False)
     parser.add_argument("folder", metavar="FOLDER", help="a new or empty folder", type=Path)
     parser.add_argument("--train", metavar="N", type=int, default=TRAIN, help=f"train prompts a task ({TRAIN})")
     parser.add_argument("--test", metavar="N", type=int, default=TEST, help=f"test prompts a task ({TEST})")
     parser.add_argument("--seed", metavar="S", type=int, default=0, help="other seeds give other prompts (0)")
-    parser.error = _refuse  # argparse's own would print its usage, too
+    parser.error = lambda message: parser.exit(2, f"error: {message}\n")  # argparse's own prints its usage, too
+    given = parser.parse_args(argv)
     try:
-        given = parser.parse_args(argv)
         files = write(**vars(given))
     except OSError as fault:
-        return _fail(f"{given.folder}: cannot be written ({fault.strerror}); name a folder that can")
+        parser.error(f"{given.folder}: cannot be written ({fault.strerror}); name a new or empty folder")
     except ValueError as fault:
-        return _fail(str(fault))
+        parser.error(str(fault))
     for name, prompts in files.items():
         tags = Counter(p.metadata.get("category") or p.metadata["tag"] for p in prompts if p.metadata)
         shown = ", ".join(f"{tag} {number}" for tag, number in tags.most_common())
         print(f"{given.folder / name}: {len(prompts)} prompts" + (f" ({shown})" if shown else ""))
     return 0
-
-
-def _refuse(message: str) -> None:
-    raise ValueError(f"{message}; see --help")
-
-
-def _fail(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    return 2
 
 
 if __name__ == "__main__":

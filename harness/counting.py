@@ -16,8 +16,9 @@ from torch import Tensor
 import rewards
 import sde
 import settings
-from data.files import Prompt, seed_for
-from harness import ranks, rollout
+from data.batches import seed_for
+from data.files import Prompt
+from harness import load, ranks, rollout
 from models import flow
 from scorers import panel
 from settings import Settings, student_cfg, teacher_cfg
@@ -117,6 +118,8 @@ class CountingRun:
 
 class CountingLoad:
     """Stands where a loop has `harness.load`: prompts that say nothing, scorers that say 0, a model that counts."""
+
+    world_of = staticmethod(load.world_of)
 
     def __init__(self, s: Settings, model: CountingModel, folder: Path):
         self.s, self.model, self.folder = s, model, folder

@@ -19,8 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
+from data.batches import seed_for
 from data.common import write_atomic
-from data.files import Prompt, is_open, seed_for
+from data.files import Prompt, is_open
 from harness.checkpoints import FREE
 from scorers import registry
 from scorers.remote import Limits

@@ -1,6 +1,6 @@
 """What does a stage load? Its prompts, its scorers, the frozen base, the student and the teachers beside it.
 
-    world_of        where prompts and drawings come from: a tiny world or the real one
+    world_of        a tiny world, or the one of published models
     load_prompts    the prompts of each task, the user's own or the world's
     panel_of        the scorers of the run
     locate_all      find or fetch every checkpoint before any of them is loaded
@@ -18,14 +18,16 @@ import torch
 
 import settings
 from data import files as data
-from data import preferences, written
+from data import preferences
+from data.batches import seed_for
 from data.files import Prompt
+from data.pictures import check_source
 from harness import ranks
 from harness.reward import RewardRun
 from harness.run import Run
 from models import flow, hub, lora, qwen_vl, tiny
 from models import load as models
-from scorers import panel, registry, vlm_trained
+from scorers import panel, registry, vlm_trained, world
 from settings import Settings, is_tiny, rewarded_tasks, task_list
 from tiny import drawings, edits
 from tiny import judge as tiny_judge
@@ -33,8 +35,8 @@ from tiny import judge as tiny_judge
 
 # --------------------------------------------------------------------------------------------- worlds and prompts
 def world_of(s: Settings) -> ModuleType:
-    """The module that writes the run's prompts: of a tiny world, or for real models."""
-    return {"tiny": drawings, "tiny-qwen": edits}.get(s.preset, written)
+    """The world of a run: it makes and checks prompts, draws what a base learns from, and scores an evaluation."""
+    return {"tiny": drawings, "tiny-qwen": edits}.get(s.preset, world)
 
 
 def load_prompts(s: Settings, split: str, count: int, tasks: Sequence[str]) -> dict[str, list[Prompt]]:
@@ -44,7 +46,7 @@ def load_prompts(s: Settings, split: str, count: int, tasks: Sequence[str]) -> d
     DataError names file and line.
     """
     mine, found = read_own_prompts(s, split), {}
-    if "edit" in tasks and "edit" not in mine and not is_tiny(s):
+    if "edit" in tasks and "edit" not in mine and "edit" not in world_of(s).TASKS:
         if split == "train":
             needed = "--prompts edit=FILE.jsonl, or --tasks without edit"
             raise settings.SettingsError(f"edits need source pictures: {needed}")
@@ -73,13 +75,12 @@ def read_own_prompts(s: Settings, split: str) -> dict[str, list[Prompt]]:
                 own = data.task_of(prompt.text, prompt.metadata)
                 # Q knows two tasks: whatever is not an edit is drawn from text.
                 prompt = prompt._replace(task="t2i" if own != "edit" and "t2i" in task_list(s) else own)
-            if is_tiny(s):
-                world_of(s).check_prompt(prompt)
+            world_of(s).check_prompt(prompt)
             known = settings.known_tasks(s)
             if prompt.task not in known:
                 at = f"{prompt.source}: a prompt of the task {prompt.task!r}"
                 raise data.DataError(f"{at}; this model knows {', '.join(known)}")
-            data.check_source(prompt)
+            check_source(prompt)
             found.setdefault(prompt.task, []).append(prompt)
     return found
 
@@ -149,7 +150,7 @@ def student_run(s: Settings) -> Run:
             raise hub.ModelError(f"{folder}: a full checkpoint: add --parameters full, or give it as --model")
         state, config = model.read_adapter(folder)
     with torch.random.fork_rng(devices=[]):  # the gaussian A of a new adapter
-        torch.manual_seed(data.seed_for(s.seed, "lora"))
+        torch.manual_seed(seed_for(s.seed, "lora"))
         model.add_adapter(flow.STUDENT, config, state)
     return Run(s, model, config)
 

@@ -24,8 +24,9 @@ from torch import Tensor
 import grpo
 import sde
 import settings
-from data import files as data
+from data.batches import prompt_batch, seed_for
 from data.files import Prompt
+from data.pictures import sources
 from harness import load, ranks
 from harness.run import Run
 from models.flow import Cond, FlowModel
@@ -64,7 +65,7 @@ def batch(run: Run, prompts: Mapping[str, list[Prompt]], step: int) -> Iterator[
     for i, (task, some) in enumerate(tasks.items()):
         size = len(range(i, s.prompts_per_step, len(tasks)))
         if size:
-            mine = data.prompt_batch(some, size, data.seed_for(s.seed, task), step, run.rank, run.world)
+            mine = prompt_batch(some, size, seed_for(s.seed, task), step, run.rank, run.world)
             for j, prompt in enumerate(mine):
                 yield prompt, task, run.rank * size + j
 
@@ -73,7 +74,7 @@ def rows_of(run: Run, prompts: Mapping[str, list[Prompt]], step: int) -> list[Ro
     """The P*G trajectories of a step on this rank, group by group, task by task."""
     s = run.s
     return [
-        Row(prompt, data.seed_for("row", s.seed, s.stage, s.task, step, task, place, g))
+        Row(prompt, seed_for("row", s.seed, s.stage, s.task, step, task, place, g))
         for prompt, task, place in batch(run, prompts, step)
         for g in range(s.group_size)
     ]
@@ -96,14 +97,6 @@ def prompts_of(rows: Iterable[Row]) -> list[Prompt]:
 
 
 # ------------------------------------------------------------------------------------------- what the model is told
-def sources(prompts: Sequence[Prompt]) -> list[Tensor | None] | None:
-    """The source pictures of edits, (3, H, W) in [0, 1], None for a prompt without one; None if none has one."""
-    found = [data.source_image(p) for p in prompts]
-    if all(image is None for image in found):
-        return None
-    return [image if image is None else torch.from_numpy(image).permute(2, 0, 1) / 255 for image in found]
-
-
 def conditions(model: FlowModel, prompts: Sequence[Prompt], cfg: float) -> tuple[Cond, Cond | None]:
     """Cond of the prompts and, if guidance is on, of as many empty prompts with the same source pictures."""
     images = sources(prompts)
@@ -225,7 +218,7 @@ def draw(model: FlowModel, prompts: Sequence[Prompt], steps: int, size: int, see
     rows = [(k * world + rank) % len(prompts) for k in range(-(-len(prompts) // world))]
     times, drawn = model.time_grid(steps), []
     for part in batches(rows, size or 96):
-        noise = [torch.Generator().manual_seed(data.seed_for("draw", seed, i)) for i in part]
+        noise = [torch.Generator().manual_seed(seed_for("draw", seed, i)) for i in part]
         x = sde.standard_normal((len(part), *model.latent_shape), noise).to(model.device)
         cond, uncond = conditions(model, [prompts[i] for i in part], cfg)
         drawn.append(sde.sample(field(model, cond, uncond, cfg), x, times).cpu())

@@ -27,7 +27,7 @@ import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from tqdm import tqdm
 
-from data import files as data
+from data.batches import seed_for
 from data.common import write_atomic
 from harness import checkpoints
 from harness.card import model_card
@@ -60,7 +60,7 @@ class Run:
 
     def generator(self, *what: int | str) -> torch.Generator:
         """A fresh generator for one purpose at the present step, the same on every rank unless `what` names it."""
-        seed = data.seed_for(self.s.seed, self.s.stage, self.s.task, self.step, *what)
+        seed = seed_for(self.s.seed, self.s.stage, self.s.task, self.step, *what)
         return torch.Generator().manual_seed(seed)
 
     # -------------------------------------------------------------------------------------------- training steps
@@ -217,7 +217,7 @@ def start_wandb(s: Settings, folder: Path):
     """The run's mirror on Weights & Biases; a run that is continued goes on there too."""
     import wandb
 
-    identity = str(data.seed_for(str(folder.absolute())))
+    identity = str(seed_for(str(folder.absolute())))
     return wandb.init(project="minopd", name=s.name, id=identity, resume="allow", config=asdict(s), dir=folder)
 
 

@@ -1,42 +1,46 @@
 """The tiny world: what stands in for LAION, GenEval's detector and an OCR engine when there is no download?
 
-Everything in this file exists so that every stage of both papers runs for real on two CPU cores. The project
-draws its own 24 x 24 images, writes their captions, and reads images back:
+Every stage of both papers runs for real on two CPU cores. The project draws its own 24 x 24 images, writes their
+captions, and reads images back:
 
     composition   "a photo of a red circle and a blue square"   scored by GenEval's rules over `detect`
     text          'a sign that says "CAT"'                      scored by the OCR rule over `read_text`
     quality       "a beautiful picture of two green crosses"    scored by `quality`
 
-The scoring *rules* are those of `rewards.py`, which real models use too; only the eyes behind them are tiny
-(template matching, exact on the project's clean drawings and close to zero on noise and blank images).
+The scoring *rules* are those of `rewards.py`, which real models use too. Only the detectors are tiny (template
+matching, exact on the project's clean drawings and close to zero on noise and blank images).
 
-Why RL has something to fix. The world is drawn with two known faults, so that a model pretrained on it is
+Why RL has something to learn. The world is drawn with two known faults, so that a model pretrained on it is
 mediocre the way SD3.5-M is (F Table 2: GenEval 0.63, OCR 0.59):
-  * captions lie: every class, colour, count or relation is wrong with probability `ATTRIBUTE_ERROR`, every
-    letter with probability `LETTER_ERROR`. A model that learns this distribution perfectly still draws the
-    wrong thing that often, *differently in each sample*, which is exactly the spread within a group that
-    GRPO turns into a gradient (Q Eq. 4);
+  * captions are wrong: every class, colour, count or relation with probability `ATTRIBUTE_ERROR`, every letter with
+    probability `LETTER_ERROR`. A model that learns this distribution perfectly still draws the wrong thing that often,
+    *differently in each sample*. This is the spread within a group that GRPO turns into a gradient (Q Eq. 4);
   * half of the drawings are spoilt (`DEFECT_RATE`): grain or a faded print. No caption tells which.
 
 Train and test are disjoint: a caption belongs to the test split if a hash of its content says so, and the
 whole tag `single_object` is only ever tested. Images are float arrays (3, 24, 24) in [0, 1].
+
+A world has `TASKS`, `make_prompts`, `check_prompt`, `training_batch`, `scorer`, `score` and `average`. `tiny/edits.py`
+is another one, and `scorers/world.py` is the one of published models.
 """
 
-import hashlib
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
 import rewards
-from data.files import DataError, Prompt
+from data.checklists import NUMBERS, TAG_MIX, TEST_TAGS, checklist, counting, in_test_split, include, phrase, plural
+from data.files import SPLITS, DataError, Prompt, check_known
 
 SIZE, CELL, OBJECT = 24, 12, 10  # pixels: the image, one of the 2 x 2 cells, one object inside its cell
-ATTRIBUTE_ERROR, LETTER_ERROR, DEFECT_RATE = 0.15, 0.25, 0.5  # how often the world lies, known by design
+ATTRIBUTE_ERROR, LETTER_ERROR, DEFECT_RATE = 0.15, 0.25, 0.5  # how often a caption or a print is wrong
 TASKS = ("composition", "text", "quality")
+OWN_RULES = True  # this world scores its pictures itself, and needs no panel for an evaluation
 
 CLASSES = ("circle", "square", "triangle", "cross")
 COLORS = {
@@ -45,15 +49,7 @@ COLORS = {
 }  # fmt: skip
 INKS = ("red", "green", "blue", "purple", "black")  # colours that a word is printed in (yellow is illegible)
 LETTERS, WORD_LENGTH = "ACEHLNOTXZ", 3
-NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four"}
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
-# GenEval's own training mix; `single_object` is never trained on, so its test score is out of distribution.
-TAG_MIX = {"position": 7, "counting": 5, "color_attr": 3, "colors": 1, "two_object": 1}
-TEST_TAGS = ("single_object", *TAG_MIX)
-
-
-def plural(name: str) -> str:
-    return name + ("es" if name == "cross" else "s")
 
 
 # --------------------------------------------------------------------------------------------------- drawing
@@ -116,102 +112,86 @@ def spoil(image: np.ndarray, rng: random.Random) -> np.ndarray:
     return 0.55 * image + 0.45 * 0.62  # towards grey
 
 
-# ------------------------------------------------------------------------------------------ scenes and captions
-def in_test_split(*content: object) -> bool:
-    """One caption in four is kept for evaluation; a hash of its content decides, so no list has to be stored."""
-    return hashlib.sha256(repr(content).encode()).digest()[1] % 4 == 0
-
-
-def include(name: str, count: int = 1, color: str | None = None, position: list | None = None) -> dict:
-    """One entry of GenEval's `include` list; absent fields stay absent, as in GenEval's own files."""
-    entry = {"class": name, "count": count}
-    if color:
-        entry["color"] = color
-    if position:
-        entry["position"] = position
-    return entry
-
-
-def composition_metadata(tag: str, rng: random.Random) -> dict:
-    """A random prompt in GenEval's metadata format: tag, include, exclude, prompt."""
+# --------------------------------------------------------------------------------------------------- prompts
+def composition_prompt(tag: str, rng: random.Random) -> tuple[str, dict]:
+    """A random prompt of a tag and its metadata in GenEval's format: tag, include, exclude, prompt."""
     a, b = rng.sample(CLASSES, 2)
     one, two = rng.sample(sorted(COLORS), 2)
-    if tag == "single_object":
-        return {"tag": tag, "include": [include(a)], "prompt": f"a photo of a {a}"}
-    if tag == "colors":
-        return {"tag": tag, "include": [include(a, color=one)], "prompt": f"a photo of a {one} {a}"}
     if tag == "counting":
-        n = rng.choice((2, 3, 4))
-        meta = {"tag": tag, "include": [include(a, n)], "exclude": [include(a, n + 1)]}
-        return {**meta, "prompt": f"a photo of {NUMBERS[n]} {plural(a)}"}
-    if tag == "two_object":
-        return {"tag": tag, "include": [include(a), include(b)], "prompt": f"a photo of a {a} and a {b}"}
-    if tag == "color_attr":
-        meta = {"tag": tag, "include": [include(a, color=one), include(b, color=two)]}
-        return {**meta, "prompt": f"a photo of a {one} {a} and a {two} {b}"}
-    relation = rng.choice(sorted(OPPOSITE))
-    meta = {"tag": tag, "include": [include(b), include(a, position=[relation, 0])]}
-    return {**meta, "prompt": f"a photo of a {a} {relation} a {b}"}
+        return counting(a, rng.choice((2, 3, 4)))
+    if tag == "position":
+        return checklist(tag, include(b), include(a, position=[rng.choice(sorted(OPPOSITE)), 0]))
+    entries = {
+        "single_object": [include(a)],
+        "colors": [include(a, color=one)],
+        "two_object": [include(a), include(b)],
+        "color_attr": [include(a, color=one), include(b, color=two)],
+    }[tag]
+    return checklist(tag, *entries)
 
 
 def quality_prompt(rng: random.Random) -> tuple[str, dict]:
-    """An open prompt without a checklist, e.g. "a beautiful picture of two green crosses", and its scene entries."""
+    """An open prompt, e.g. "a beautiful picture of two green crosses". Its entries have no tag: they grade nothing."""
     a, b = rng.sample(CLASSES, 2)
     one, two = rng.sample(sorted(COLORS), 2)
-    n = rng.choice((1, 2, 3))
-    if n == 1:
-        text = f"a {one} {a} and a {two} {b}"
-        entries = [include(a, color=one), include(b, color=two)]
-    else:
-        text = f"{NUMBERS[n]} {one} {plural(a)}"
-        entries = [include(a, n, color=one)]
-    return f"a beautiful picture of {text}", {"include": entries}
+    count = rng.choice((1, 2, 3))
+    entries = [include(a, count, color=one)] if count > 1 else [include(a, color=one), include(b, color=two)]
+    return "a beautiful picture of " + " and ".join(map(phrase, entries)), {"include": entries}
 
 
 def sample_prompt(task: str, split: str, rng: random.Random, tag: str | None = None) -> tuple[str, dict]:
     """One (prompt, metadata) of a task from the "train" or "test" split, by rejection on the content's hash."""
-    if task == "composition" and not tag:  # once, before any rejection: the split must not bend the mix
+    if task == "composition" and not tag:  # once, before any rejection: the split must not change the mix
         tag = rng.choices(list(TAG_MIX), list(TAG_MIX.values()))[0]
     while True:
         if task == "text":
-            word = "".join(rng.choice(LETTERS) for _ in range(WORD_LENGTH))
+            word = random_word(rng)
             text, meta, key = f'a sign that says "{word}"', {}, ("word", word)
-        elif task == "quality":
-            text, meta = quality_prompt(rng)
-            key = ("quality", text)
         else:
-            meta = composition_metadata(tag, rng)
-            text, key = meta["prompt"], ("composition", meta["prompt"])
-            if tag == "single_object" and split == "test":
-                return text, meta
-        if in_test_split(*key) == (split == "test"):
+            text, meta = quality_prompt(rng) if task == "quality" else composition_prompt(tag, rng)
+            key = (task, text)
+        only_tested = meta.get("tag") == "single_object"
+        if (only_tested or in_test_split(*key)) == (split == "test"):
             return text, meta
 
 
+def random_word(rng: random.Random) -> str:
+    return "".join(rng.choice(LETTERS) for _ in range(WORD_LENGTH))
+
+
 def make_prompts(task: str, split: str, count: int, seed: int = 0) -> list[Prompt]:
-    """`count` prompts of a task. Composition's test split runs through all six GenEval tags in turn."""
+    """`count` prompts of a task. Composition's test split runs through all six GenEval tags in turn. ValueError for
+    another task or split."""
+    check_known("task", task, TASKS)
+    check_known("split", split, SPLITS)
     rng = random.Random(f"{task}/{split}/{seed}")
     tags = [TEST_TAGS[i % len(TEST_TAGS)] if split == "test" else None for i in range(count)]
     drawn = [sample_prompt(task, split, rng, tag if task == "composition" else None) for tag in tags]
     return [Prompt(text, task, meta, f"tiny {split} {task}:{i + 1}") for i, (text, meta) in enumerate(drawn)]
 
 
+# --------------------------------------------------------------------------------------- what the base learns from
+def other(value: object, choices: Sequence, rng: random.Random):
+    """Another one of the choices."""
+    return rng.choice([c for c in choices if c != value])
+
+
 def scene_of(meta: dict, rng: random.Random, error: float) -> dict:
     """A scene for GenEval-style entries in which each class, colour, count and relation is wrong with p=`error`.
 
-    Things stand in few places, so that a small model can learn where: one in a corner of the main diagonal, two
+    Things stand in few places, so that a small model can learn them: one in a corner of the main diagonal, two
     side by side or as their relation says, more in reading order.
     """
 
-    def lie(value, choices):
-        return rng.choice([c for c in choices if c != value]) if rng.random() < error else value
+    def perhaps(value, choices):
+        return other(value, choices, rng) if rng.random() < error else value
 
     objects = []
     for entry in meta["include"]:
-        name = lie(entry["class"], CLASSES)
-        count = lie(entry["count"], NUMBERS) if meta.get("tag") == "counting" else entry["count"]
-        # A colour that the caption does not name is anybody's; one counted group shares one colour.
-        color = lie(entry["color"], COLORS) if "color" in entry else rng.choice(sorted(COLORS))
+        name = perhaps(entry["class"], CLASSES)
+        count = perhaps(entry["count"], NUMBERS) if meta.get("tag") == "counting" else entry["count"]
+        # A colour that the caption does not name is random. One counted group shares one colour.
+        color = perhaps(entry["color"], COLORS) if "color" in entry else rng.choice(sorted(COLORS))
         objects += [{"class": name, "color": color} for _ in range(count)]
     relations = [entry["position"][0] for entry in meta["include"] if "position" in entry]
     relation = (OPPOSITE[relations[0]] if rng.random() < error else relations[0]) if relations else "right of"
@@ -235,11 +215,20 @@ def training_example(rng: random.Random) -> tuple[np.ndarray, str]:
     task = rng.choices(TASKS, (6, 2, 3))[0]
     text, meta = sample_prompt(task, "train", rng, rng.choice(list(TAG_MIX)))
     if task == "text":
-        word = [rng.choice(LETTERS.replace(c, "")) if rng.random() < LETTER_ERROR else c for c in text[-4:-1]]
+        word = [other(c, LETTERS, rng) if rng.random() < LETTER_ERROR else c for c in text[-4:-1]]
         scene = {"word": "".join(word), "color": rng.choice(INKS)}
     else:
         scene = scene_of(meta, rng, ATTRIBUTE_ERROR)
     return spoil(draw(scene), rng), text
+
+
+def training_batch(rng: random.Random, size: int, tasks: Sequence[str] = TASKS) -> Iterator[tuple]:
+    """A step of pretraining, in parts that fit into one batch each: (images (B, 3, 24, 24), captions, sources).
+
+    The parts are drawn one after the other, because the caller draws from the same `rng` between them.
+    """
+    images, captions = zip(*(training_example(rng) for _ in range(size)), strict=True)
+    yield torch.from_numpy(np.stack(images)), captions, None
 
 
 # ----------------------------------------------------------------------------------- tokens (the "text encoder")
@@ -272,28 +261,23 @@ def tokenize(prompt: str, vocabulary: Sequence[str] = VOCABULARY) -> list[int]:
     return [vocabulary.index(w) for w in words] + [0] * (MAX_TOKENS - len(words))
 
 
-# ------------------------------------------------------------------------- the eyes: detector, reader, quality
-def correlate(windows: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+# ---------------------------------------------------------------------------------- detector, reader, quality
+def correlate(windows: Tensor, masks: Tensor) -> Tensor:
     """Normalised cross-correlation in [-1, 1] of windows (N, L) with masks (M, L) -> (N, M); flat windows give 0."""
     windows = windows - windows.mean(-1, keepdim=True)
     masks = masks - masks.mean(-1, keepdim=True)
     norm = windows.norm(dim=-1, keepdim=True)
-    # A blank or faint window has no shape to speak of: below this contrast (0.15 rms) its score fades to zero.
+    # A blank or faint window has no shape: below this contrast (0.15 rms) its score fades to zero.
     floor = 0.15 * windows.shape[-1] ** 0.5
     return (windows @ (masks / masks.norm(dim=-1, keepdim=True)).T) / norm.clamp(min=floor)
 
 
-def _ink(images: torch.Tensor) -> torch.Tensor:
+def _ink(images: Tensor) -> Tensor:
     """How far each pixel is from white paper, (B, 3, H, W) -> (B, H, W): 1 for every full colour of the world."""
     return 1 - images.amin(1)
 
 
-def _windows(ink: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """All windows of a size, (B, H, W) -> (B, rows, columns, height*width)."""
-    return ink.unfold(1, height, 1).unfold(2, width, 1).flatten(3)
-
-
-def detect(images: torch.Tensor) -> list[list[dict]]:
+def detect(images: Tensor) -> list[list[dict]]:
     """Objects of each image (B, 3, 24, 24) as GenEval-style detections: class, score, box (x0, y0, x1, y1), color.
 
     One object a cell, the class that correlates best; the score stretches the correlation so that GenEval's
@@ -319,22 +303,23 @@ def detect(images: torch.Tensor) -> list[list[dict]]:
     return results
 
 
-def name_color(pixel: torch.Tensor, palette: Mapping[str, tuple[float, float, float]]) -> str:
+def name_color(pixel: Tensor, palette: Mapping[str, tuple[float, float, float]]) -> str:
     """The palette colour nearest to a pixel (3,), also when the whole print has faded towards grey by some amount."""
     return list(palette)[int(color_distances(pixel, palette).argmin())]
 
 
-def color_distances(pixel: torch.Tensor, palette: Mapping[str, tuple[float, float, float]]) -> torch.Tensor:
+def color_distances(pixel: Tensor, palette: Mapping[str, tuple[float, float, float]]) -> Tensor:
     """Squared distance of a pixel (3,) from each palette colour, faded by whatever amount brings it nearest."""
     fade = torch.linspace(0, 0.5, 6)[:, None, None]
     shades = torch.tensor(list(palette.values())) * (1 - fade) + 0.62 * fade  # (6, colours, 3)
     return (shades - pixel).square().sum(-1).amin(0)
 
 
-def read_text(images: torch.Tensor) -> list[str]:
+def read_text(images: Tensor) -> list[str]:
     """The letters of each image (B, 3, 24, 24), left to right on the line that reads best; "" where there are none."""
     masks = torch.stack([torch.from_numpy(m).flatten() for m in letter_masks().values()])
-    found = _windows(_ink(images.float()), 10, 8)[:, :, :: CELL * 2 // WORD_LENGTH]  # (B, rows, letters, 80)
+    windows = _ink(images.float()).unfold(1, 10, 1).unfold(2, 8, SIZE // WORD_LENGTH)
+    found = windows.flatten(3)  # (B, rows, letters, 80)
     scores, letter = correlate(found.flatten(0, 2), masks).unflatten(0, found.shape[:3]).max(-1)
     line = scores.sum(-1).argmax(1)  # (B,) the row that reads best
     rows = torch.arange(len(images))
@@ -344,89 +329,103 @@ def read_text(images: torch.Tensor) -> list[str]:
     ]
 
 
-def quality(images: torch.Tensor) -> torch.Tensor:
+def quality(images: Tensor) -> Tensor:
     """Print quality of images (B, 3, 24, 24) in [0, 1] -> (B,): clean paper, full colours, and something on it.
 
     exp(-6 d) with d the mean distance of a pixel from the nearest pure colour (paper or palette), times a gate
     that is 1 where 4 to 70 % of the page is inked and 0 for an empty page or one of solid paint (four squares are
-    69 %): without the gate, RL on quality alone learns to hand in blank paper (F Fig. 2's seesaw).
+    69 %): without the gate, RL on quality alone learns to draw blank paper (F Fig. 2's seesaw).
     """
     coverage = (_ink(images.float()) > 0.5).float().mean((1, 2))
     gate = (coverage / 0.04).clamp(max=1) * ((1 - coverage) / 0.3).clamp(max=1)
     return purity(images, [(1.0, 1.0, 1.0), *COLORS.values()]) * gate
 
 
-def purity(images: torch.Tensor, pure: Sequence[tuple[float, float, float]]) -> torch.Tensor:
+def purity(images: Tensor, pure: Sequence[tuple[float, float, float]]) -> Tensor:
     """exp(-6 d), (B,), with d the mean distance of a pixel of (B, 3, 24, 24) from the nearest of the pure colours."""
     colours = torch.tensor(list(pure))[None, :, :, None, None]  # (1, n, 3, 1, 1)
     return torch.exp(-6 * (images.float()[:, None] - colours).norm(dim=2).amin(1).mean((1, 2)))
 
 
-# ------------------------------------------------------------------------- scorers: images, prompts -> (B,) scores
-def score_geneval(images: torch.Tensor, prompts: Sequence[Prompt]) -> list[float]:
+# ------------------------------------------------------------------------- scorers: images, prompts -> B scores
+def score_geneval(images: Tensor, prompts: Sequence[Prompt], rule: Callable = rewards.geneval_reward) -> list[float]:
     """GenEval's graded training reward over `detect`; in [0, 1], higher is better."""
     found = zip(detect(images), prompts, strict=True)
-    return [rewards.geneval_reward(rewards.filter_detections(d, p.metadata), p.metadata) for d, p in found]
+    return [float(rule(rewards.filter_detections(d, p.metadata), p.metadata)) for d, p in found]
 
 
-def score_verdict(images: torch.Tensor, prompts: Sequence[Prompt]) -> list[float]:
+def score_verdict(images: Tensor, prompts: Sequence[Prompt]) -> list[float]:
     """GenEval's strict verdict, 0 or 1: what an evaluation counts."""
-    found = zip(detect(images), prompts, strict=True)
-    return [float(rewards.geneval_verdict(rewards.filter_detections(d, p.metadata), p.metadata)) for d, p in found]
+    return score_geneval(images, prompts, rewards.geneval_verdict)
 
 
-def score_ocr(images: torch.Tensor, prompts: Sequence[Prompt]) -> list[float]:
-    """The OCR rule (1 - edit distance / length) over `read_text`; in [0, 1], higher is better."""
+def score_ocr(images: Tensor, prompts: Sequence[Prompt]) -> list[float]:
+    """The OCR rule (1 - edit distance / length) over `read_text`; in [0, 1]. ValueError for a prompt without a word."""
     return [rewards.ocr_reward(text, p.text) for text, p in zip(read_text(images), prompts, strict=True)]
 
 
-def score_quality(images: torch.Tensor, prompts: Sequence[Prompt]) -> list[float]:
+def score_quality(images: Tensor, prompts: Sequence[Prompt]) -> list[float]:
     """Print quality, whatever the prompt; in [0, 1], higher is better."""
     return quality(images).tolist()
 
 
-def score_preference(images: torch.Tensor, prompts: Sequence[Prompt]) -> list[float]:
-    """What a viewer who reads the prompt would like, PickScore's part here: does the picture show what it says?
-
-    The GenEval checklist where the prompt has one (open prompts do, without a tag), else the OCR rule; in [0, 1].
-    Raises RewardError for a prompt that has neither.
-    """
-    scores = []
-    for p, found, text in zip(prompts, detect(images), read_text(images), strict=True):
-        if "include" in p.metadata:
-            scores.append(rewards.geneval_reward(rewards.filter_detections(found, p.metadata), p.metadata))
-        elif '"' in p.text:
-            scores.append(rewards.ocr_reward(text, p.text))
-        else:
-            raise rewards.RewardError(f"{p.source}: no include list to prefer by; give a .jsonl or --rewards quality")
+def by_row(images: Tensor, prompts: Sequence[Prompt], choose: Callable[[Prompt], Callable]) -> list[float]:
+    """B scores, each by the scorer that is chosen for its prompt."""
+    scores, chosen = [0.0] * len(prompts), [choose(p) for p in prompts]
+    for scorer in dict.fromkeys(chosen):
+        rows = [i for i, own in enumerate(chosen) if own is scorer]
+        for i, score in zip(rows, scorer(images[rows], [prompts[i] for i in rows]), strict=True):
+            scores[i] = score
     return scores
 
 
+def score_preference(images: Tensor, prompts: Sequence[Prompt], listed: Callable = score_geneval) -> list[float]:
+    """PickScore's part here, in [0, 1]: does the picture show what the prompt says?
+
+    By the checklist if the prompt has one (open prompts do, without a tag), else by the OCR rule, as `score_ocr`.
+    """
+    return by_row(images, prompts, lambda p: listed if "include" in p.metadata else score_ocr)
+
+
 SCORERS = {"geneval": score_geneval, "ocr": score_ocr, "quality": score_quality, "preference": score_preference}
-TASK_SCORER = {"composition": "geneval", "text": "ocr", "quality": "quality"}
+TASK_SCORER = {"composition": score_geneval, "text": score_ocr, "quality": score_quality}  # what a task trains on
 
 
-def score_task(images: torch.Tensor, prompts: Sequence[Prompt]) -> list[float]:
+def score_task(images: Tensor, prompts: Sequence[Prompt]) -> list[float]:
     """Each prompt's own reward (F App. A: "exclusively provided by the reward model of the data partition").
 
     RewardError for a prompt of another task than F's three.
     """
     for p in prompts:
-        if p.task not in TASK_SCORER:
+        if p.task not in TASKS:
             raise rewards.RewardError(f"{p.source}: the task {p.task!r} has no own reward; name some in --rewards")
-    scores = [0.0] * len(prompts)
-    for task, name in TASK_SCORER.items():
-        rows = [i for i, p in enumerate(prompts) if p.task == task]
-        if rows:
-            for i, score in zip(rows, SCORERS[name](images[rows], [prompts[i] for i in rows]), strict=True):
-                scores[i] = score
-    return scores
+    return by_row(images, prompts, lambda p: TASK_SCORER[p.task])
 
 
 def scorer(name: str) -> rewards.Scorer:
     """One of `SCORERS`, or "task", the prompt's own, in the signature of every scorer; all lie in [0, 1]."""
     function = {**SCORERS, "task": score_task}[name]
     return rewards.Scorer(name, lambda images, prompts, sources=None: torch.tensor(function(images, prompts)), 0.0, 1.0)
+
+
+# ------------------------------------------------------------------------------------------------------- evaluation
+def score(images: Tensor, prompts: Sequence[Prompt], task: str, panel: object = None) -> tuple[dict, list, dict]:
+    """(named scores of the batch, one score for each image, accuracies by tag) of images of a task's test prompts.
+
+    Composition is the GenEval score (the unweighted mean of per-tag accuracies), text and quality are plain means.
+    """
+    if task != "composition":
+        each = TASK_SCORER[task](images, prompts)
+        return {task: sum(each) / len(each)}, each, {}
+    each = score_verdict(images, prompts)
+    verdicts, tags = [v == 1 for v in each], [p.metadata["tag"] for p in prompts]
+    return {task: rewards.geneval_score(verdicts, tags)}, each, rewards.per_tag_accuracy(verdicts, tags)
+
+
+def average(scores: Mapping[str, float], tags: Mapping[str, float], tasks: Sequence[str] = TASKS) -> dict[str, float]:
+    """The plain mean of the tasks' columns."""
+    own = [value for column, value in scores.items() if column in tasks]
+    return {"average": sum(own) / len(own)}
 
 
 THINGS = dict.fromkeys(CLASSES, COLORS)  # what a checklist may name, with the colours that it can have

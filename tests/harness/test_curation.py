@@ -8,6 +8,7 @@ import pytest
 
 from data import files as data
 from data.files import Prompt
+from data.pictures import PNG_URI, source_image
 from harness import curation as C
 from tiny import drawings as tiny
 from tiny import edits as tiny_edit
@@ -174,12 +175,12 @@ def test_one_instruction_for_two_sources_and_one_text_in_two_tasks_are_two_promp
 def test_a_source_in_the_line_itself_is_kept_and_not_written_again_with_its_ranges(tmp_path):
     edits = tiny_edit.make_prompts("edit", "train", 6)
     ranges(tmp_path).add(edits, np.array([MIXED] * 6))
-    assert data.PNG_URI not in (tmp_path / "ranges/rank-0.jsonl").read_text()
+    assert PNG_URI not in (tmp_path / "ranges/rank-0.jsonl").read_text()
     C.write(tmp_path, {"edit": edits}, ranges(tmp_path).all(), 0.1)
     for before, after in zip(edits, curated(tmp_path, "edit"), strict=True):
         assert after.text == before.text
         assert after.metadata == json.loads(json.dumps(before.metadata)), "boxes are lists in JSON"
-        np.testing.assert_array_equal(data.source_image(after), data.source_image(before))
+        np.testing.assert_array_equal(source_image(after), source_image(before))
 
 
 def test_categories_outlive_the_curation(tmp_path):

@@ -12,6 +12,8 @@ import torch
 import train
 from data import files as data
 from data import written
+from data.batches import seed_for
+from data.pictures import source_image, sources
 from harness import cli, load, rollout
 from models import load as models
 from models.tiny import load_tiny
@@ -146,7 +148,7 @@ def test_the_noise_of_a_row_is_named_by_what_it_is_for_and_by_nothing_else():
         assert len(drawn) == 6 and not drawn & seeds
         seeds |= drawn
     assert [row.seed for row in base] == [
-        data.seed_for("row", 0, "opd", "", 0, task, 0, g) for task in TASKS for g in (0, 1)
+        seed_for("row", 0, "opd", "", 0, task, 0, g) for task in TASKS for g in (0, 1)
     ]
     assert share(micro_batch=2, num_steps=3, window="0:2", lr=0.5, cfg=3.0) == base
     x, again, other = (torch.randn(3, generator=row.generator()) for row in (base[0], base[0], base[1]))
@@ -175,7 +177,7 @@ def test_micro_batches_change_neither_the_noise_nor_the_gradient(go, spy, update
 # --------------------------------------------------------------------------------------------------- plain ODE samples
 def test_a_picture_is_the_ode_integrated_by_hand(model, prompts):
     some = prompts["text"][:2]
-    sources = [torch.Generator().manual_seed(data.seed_for("draw", 7, row)) for row in range(2)]
+    sources = [torch.Generator().manual_seed(seed_for("draw", 7, row)) for row in range(2)]
     x = torch.stack([torch.randn(3, 24, 24, generator=source) for source in sources])
     cond, empty = model.encode([p.text for p in some]), model.encode(["", ""])
     with torch.no_grad():
@@ -240,9 +242,9 @@ def test_micro_batches_keep_the_order_and_no_part_has_both_edits_and_others():
 
 def test_conditions_are_the_prompts_with_their_pictures_and_the_empty_prompt_if_guidance_is_on(world2):
     model, (drawn, edits) = load_tiny(world2.base), edits_and_others()
-    assert rollout.sources(drawn) is None and rollout.sources([drawn[0], edits[0]])[0] is None
+    assert sources(drawn) is None and sources([drawn[0], edits[0]])[0] is None
     for some in (edits, drawn):
-        images = rollout.sources(some)
+        images = sources(some)
         cond, uncond = rollout.conditions(model, some, 3.0)
         assert rollout.conditions(model, some, 1.0)[1] is None
         assert torch.equal(cond.tokens, model.encode([p.text for p in some], images).tokens)
@@ -252,7 +254,7 @@ def test_conditions_are_the_prompts_with_their_pictures_and_the_empty_prompt_if_
             assert uncond.source is cond.source is None
             continue
         for source, prompt in zip(cond.source, edits, strict=True):  # each row its own, in [-1, 1]
-            picture = torch.from_numpy(data.source_image(prompt).copy()).permute(2, 0, 1) / 255
+            picture = torch.from_numpy(source_image(prompt).copy()).permute(2, 0, 1) / 255
             assert torch.equal(source, picture * 2 - 1)
         assert torch.equal(uncond.source, cond.source)
 
@@ -266,7 +268,7 @@ def test_every_prompt_is_encoded_once_with_its_picture_and_the_empty_one_once_a_
         rollout.encode_all(model, [*drawn, drawn[0], *edits, edits[2], twice], guided)
         assert [text for text, _ in asked] == [p.text for p in (*drawn, *edits, twice)] + [" "] * 4 * guided
         for (_, image), prompt in zip(asked, [*drawn, *edits, twice], strict=False):
-            expected = rollout.sources([prompt])
+            expected = sources([prompt])
             assert image is None if expected is None else torch.equal(image, expected[0])
         empties = [image for text, image in asked if text == " "]
         assert sum(image is None for image in empties) == guided, "once without a picture, once with each of three"

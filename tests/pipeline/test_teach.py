@@ -11,6 +11,7 @@ import torch
 import grpo
 import nft
 import train
+from data.pictures import sources
 from harness import rollout
 from harness.run import Run
 from models.tiny import load_tiny
@@ -161,7 +162,7 @@ def test_the_first_ratio_is_one_under_every_strategy_and_in_micro_batches(go2, s
 
 def velocity_of(student, rows, cfg):
     """v(x, t) with guidance, written out: two forwards, each row with its own source picture."""
-    images = rollout.sources([row.prompt for row in rows])
+    images = sources([row.prompt for row in rows])
     cond, empty = student.encode([row.prompt.text for row in rows], images), student.encode([""] * len(rows), images)
 
     def v(x, t, c=cfg):

@@ -20,7 +20,8 @@ import eval as evaluation
 import opd
 import rewards
 import train
-from data import files as data
+from data.batches import seed_for
+from data.pictures import PNG_URI, source_image
 from harness import report, rollout
 from harness.run import Run
 from models import hub, tiny
@@ -307,7 +308,7 @@ def test_every_stage_trains_every_model_with_teachers_of_every_kind(request, mon
         kept = {p.parent.name: p.read_text() for p in (folder / "prompts").rglob("train*.*")}
         assert set(kept) == set(QWEN_TASKS) and not updates
         line = json.loads(kept["edit"].splitlines()[0])
-        assert line["image"].startswith(data.PNG_URI) and line["t2i_prompt"] and "keep" in line
+        assert line["image"].startswith(PNG_URI) and line["t2i_prompt"] and "keep" in line
         return
     checkpoint, whole = hub.last_checkpoint(folder), "full" in flags
     assert hub.kind(checkpoint) == ("full" if whole else "peft")
@@ -326,7 +327,7 @@ def test_every_stage_trains_every_model_with_teachers_of_every_kind(request, mon
         assert (lines[0]["ratio_mean"], lines[0]["ratio_std"]) == (1.0, 0.0)
     assert bool(seen) == ("FILE" in STAGES[model][stage])
     for prompt, source in seen:
-        assert torch.equal(source, torch.from_numpy(data.source_image(prompt).copy()).permute(2, 0, 1) / 255)
+        assert torch.equal(source, torch.from_numpy(source_image(prompt).copy()).permute(2, 0, 1) / 255)
 
 
 def test_a_curated_edit_trains_with_the_picture_it_was_kept_for(go2, spy):
@@ -394,7 +395,7 @@ def test_what_is_exported_draws_in_the_stock_pipeline_what_eval_draws(real, sd35
     folder = real("run", "--lr", "0.05", "--steps", "2", "--eval-prompts", "2")
 
     def draw(prompts, seed):
-        sources = [torch.Generator().manual_seed(data.seed_for("draw", seed, row)) for row in (0, 1)]
+        sources = [torch.Generator().manual_seed(seed_for("draw", seed, row)) for row in (0, 1)]
         noise = sde.standard_normal((2, 16, 8, 8), sources)
         return stock(
             [p.text for p in prompts], num_inference_steps=2, guidance_scale=4.5, height=64, width=64, latents=noise,

@@ -1,0 +1,58 @@
+"""What a generated prompt says of its content: GenEval's checklists and sentences, its mix of tags, and the split."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+
+NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four"}
+# GenEval's own training mix. `single_object` is never trained on, so its test score is out of distribution.
+TAG_MIX = {"position": 7, "counting": 5, "color_attr": 3, "colors": 1, "two_object": 1}
+TEST_TAGS = ("single_object", *TAG_MIX)
+
+
+def in_test_split(*content: object) -> bool:
+    """One content in four is kept for evaluation. A hash of it decides, so that no list has to be stored."""
+    return hashlib.sha256(repr(content).encode()).digest()[1] % 4 == 0
+
+
+def include(name: str, count: int = 1, color: str | None = None, position: list | None = None) -> dict:
+    """One entry of GenEval's `include` list. Absent fields stay absent, as in GenEval's own files."""
+    entry = {"class": name, "count": count, "color": color, "position": position}
+    return {field: value for field, value in entry.items() if value}
+
+
+def checklist(tag: str, *entries: dict, **more: list) -> tuple[str, dict]:
+    """(sentence, metadata line) of a prompt; more: an `exclude` list."""
+    text = sentence(entries)
+    return text, {"tag": tag, "include": list(entries), **more, "prompt": text}
+
+
+def counting(name: str, count: int) -> tuple[str, dict]:
+    """`checklist` of so many things of a class and not one more."""
+    return checklist("counting", include(name, count), exclude=[include(name, count + 1)])
+
+
+def sentence(entries: Sequence[Mapping]) -> str:
+    """GenEval's prompt for its `include` list, e.g. "a photo of a cow right of a laptop". F §6.1.
+
+    One object with a `position` is named first, then the one it refers to; all others are joined by "and".
+    Reproduces every line of GenEval's file. Raises KeyError for a count without a word (above four).
+    """
+    for entry in entries:
+        if "position" in entry:
+            relation, other = entry["position"]
+            return f"a photo of {phrase(entry)} {relation} {phrase(entries[other])}"
+    return "a photo of " + " and ".join(map(phrase, entries))
+
+
+def phrase(entry: Mapping) -> str:
+    """One object as GenEval names it: "a cow", "an orange tv", "three benchs", and "a scissors"."""
+    name = f"{entry['color']} {entry['class']}" if "color" in entry else entry["class"]
+    if entry["count"] > 1:
+        return f"{NUMBERS[entry['count']]} {plural(name)}"
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
+def plural(name: str) -> str:
+    """ERRATUM: GenEval makes every plural with s, or es after an s, and so writes "four knifes" and "two sheeps". Kept,
+    because models are tested on those sentences."""
+    return name + ("es" if name.endswith("s") else "s")

@@ -1,0 +1,56 @@
+"""The world of published models: what an evaluation counts of a panel's answers, and F Table 2's average."""
+
+import pytest
+import torch
+
+from data import written
+from data.pictures import sources
+from rewards import Scorer
+from scorers import world
+from scorers.panel import Panel
+from tiny import edits
+
+
+def fixed(name, *answers, high=9.0):
+    """A scorer with these answers, whatever it is shown."""
+    return Scorer(name, lambda images, prompts, sources: torch.tensor(answers[: len(images)]), 0.0, high)
+
+
+def test_every_scorer_that_is_asked_has_a_column_and_a_weight_in_the_sum():
+    prompts, images = written.make_prompts("text", "test", 3), torch.rand(3, 3, 16, 16)
+    far = Scorer("far", lambda *_: pytest.fail("it counts for other prompts"), 0.0, 1.0)
+    weights = {"text": {"a": 0.5, "b": 2.0}, "quality": {"far": 1.0}}
+    panel = Panel([fixed("a", 1.0, 2.0, 6.0), fixed("b", 0.0, 1.0, 0.5), far], weights)
+    named, each, tags = world.score(images, prompts, "text", panel)
+    assert named == {"text a": 3, "text b": 0.5} and tags == {}, "columns show rewards without weights"
+    assert each == [0.5, 3.0, 4.0]
+    others = written.make_prompts("composition", "test", 3)
+    assert world.score(images, others, "composition", panel) == ({}, [], {}), "no weights: no scores"
+    assert world.score(images, prompts, "text", None) == ({}, [], {})
+
+
+def test_strict_geneval_is_counted_by_tag_and_a_graded_one_is_not():
+    prompts = written.make_prompts("composition", "test", 3)
+    prompts = [p._replace(metadata={**p.metadata, "tag": tag}) for p, tag in zip(prompts, "aab", strict=True)]
+    for answers, score, tags in (((1.0, 0.0, 0.0), 0.25, {"a": 0.5, "b": 0.0}), ((1.0, 0.5, 0.0), 0.5, {})):
+        panel = Panel([fixed("geneval", *answers)], {"default": {"geneval": 1.0}})
+        named, _, by_tag = world.score(torch.rand(3, 3, 16, 16), prompts, "composition", panel)
+        assert named == {"composition geneval": score} and by_tag == tags
+
+
+def test_edits_are_scored_beside_their_sources():
+    seen = []
+    like = Scorer("like", lambda images, prompts, sources: seen.append(sources) or [0.5] * len(images), 0, 1)
+    prompts = edits.make_prompts("edit", "test", 3)
+    named, each, _ = world.score(torch.zeros(3, 3, 8, 8), prompts, "edit", Panel([like], {"edit": {"like": 2.0}}))
+    assert named == {"edit like": 0.5} and each == [1.0] * 3
+    assert torch.equal(torch.stack(seen[0]), torch.stack(sources(prompts)))
+
+
+def test_the_four_metrics_of_table_2_have_their_average():
+    """F's row Ours (Merge): GenEval 0.92, OCR 0.94, DeQA 4.35, PickScore 23.08, Avg 0.9044."""
+    scores = {"composition geneval": 0.92, "text ocr": 0.94, "quality deqa": 4.35 / 5, "quality pickscore": 23.08 / 26}
+    assert world.average(scores | {"text jpeg": 3.0}, {"counting": 0.92}) == {"Avg": pytest.approx(0.9044, abs=5e-5)}
+    assert world.average(scores, {}) == {}, "a graded reward is not GenEval"
+    for column in scores:
+        assert world.average({name: scores[name] for name in scores if name != column}, {"counting": 1.0}) == {}

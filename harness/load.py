@@ -99,11 +99,18 @@ def locate_all(s: Settings) -> None:
     """
     if ranks.local_rank() > 0:
         ranks.wait()
-    hub.locate(s.model, qwen_vl.FILES if s.stage == "reward" else models.BASE_FILES)
+    hub.locate(s.model, base_files(s))
     for where in checkpoints_of(s).values():
         hub.kind(hub.locate(where))
     if ranks.local_rank() == 0:
         ranks.wait()
+
+
+def base_files(s: Settings) -> tuple[str, ...]:
+    """Patterns of the files of --model that the stage reads; none if it makes its own model."""
+    if s.stage == "pretrain" or (s.stage == "reward" and is_tiny(s)):
+        return ()
+    return qwen_vl.FILES if s.stage == "reward" else models.BASE_FILES
 
 
 def checkpoints_of(s: Settings) -> dict[str, str]:

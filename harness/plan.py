@@ -282,8 +282,8 @@ def _forward_lines(s: Settings, found: Mapping[tuple[str, str, bool], list[int]]
 
 def _model_lines(s: Settings) -> tuple[list[tuple[str, str]], list[str]]:
     """Checkpoints, parameters and memory -> (lines, what is missing)."""
-    wanted = {"model": (s.model, models.BASE_FILES)} if s.stage != "pretrain" else {}
-    others = load.checkpoints_of(s)
+    files, others = load.base_files(s), load.checkpoints_of(s)
+    wanted = {"model": (s.model, files)} if files else {}
     wanted |= {name: (where, (*hub.ADAPTER_FILES, *hub.TRANSFORMER_FILES)) for name, where in others.items()}
     far = {where: patterns for where, patterns in wanted.values() if hub.hub_id(where) and not cached(where, patterns)}
     fetched, lines, lost, found = download_sizes(far), [], [], {}

@@ -15,7 +15,7 @@ from harness.run import Run
 from models import hub
 from scorers import vlm_trained
 from tests.helpers.qwen_hub import build_vlm
-from tests.helpers.runs import metrics, same, stored, the_error, write_marks
+from tests.helpers.runs import command, metrics, same, stored, the_error, write_marks
 from tiny import drawings
 from tiny import judge as tiny_judge
 
@@ -164,6 +164,6 @@ def test_a_tiny_run_resumes_to_the_same_bits_and_its_judge_pays_grpo(world, tmp_
     rewards.write_text(json.dumps({"scorers": {"judge": entry}, "weights": {"default": {"judge": 1.0}}}))
     out = ["--out", str(tmp_path), "--name", "grpo", "--eval-prompts", "0"]
     flags = ["--stage", "grpo", "--task", "quality", "--rewards", str(rewards), "--steps", "1"]
-    assert train.main([*world.flags, *flags, *out]) == 0
+    assert train.main(command(world.flags, *flags, *out)) == 0
     (line,) = metrics(tmp_path / "grpo")
     assert 0.2 < line["reward/judge"] < 1 and line["reward"] == line["reward/judge"] and line["group_std"] > 0

@@ -17,6 +17,7 @@ from models.flow import Cond, FlowModel
 from models.hub import ModelError, Transformer, fingerprint, read_transformer
 from models.qwen import QwenFlow
 from tiny import drawings, edits
+from tiny.canvas import SIZE
 
 
 class TinyTextEncoder(nn.Module):
@@ -36,7 +37,7 @@ class TinyModel(FlowModel):
     """The tiny world's model: pixels instead of latents, words instead of text encoders."""
 
     train_shift = 0.4  # in so small an image content is decided early: train more at high noise than SD3 does
-    latent_shape = (3, drawings.SIZE, drawings.SIZE)
+    latent_shape = (3, SIZE, SIZE)
     tokenize = staticmethod(drawings.tokenize)
 
     def __init__(self, transformer: Transformer, text_encoder: nn.Module, device: torch.device | str = "cpu"):
@@ -90,7 +91,7 @@ class TinyQwenModel(QwenFlow, TinyModel):
         if images is not None and any(image is not None for image in images):
             if any(image is None or image.shape != self.latent_shape for image in images):
                 raise ModelError(
-                    f"this world's source pictures are {drawings.SIZE} x {drawings.SIZE} pixels, one an edit"
+                    f"this world's source pictures are {SIZE} x {SIZE} pixels, one an edit"
                 )
             source = self.latents(torch.stack(list(images)))
         return Cond(cond.tokens, None, (tokens > 0).to(self.device), source)
@@ -109,9 +110,9 @@ def new_tiny(
             )  # fmt: skip
             return TinyQwenModel(transformer, TinyTextEncoder(width, len(edits.VOCABULARY)), device)
         transformer = SD3Transformer2DModel(
-            sample_size=drawings.SIZE, patch_size=4, in_channels=3, out_channels=3, num_layers=layers,
+            sample_size=SIZE, patch_size=4, in_channels=3, out_channels=3, num_layers=layers,
             attention_head_dim=32, num_attention_heads=width // 32, joint_attention_dim=width,
-            caption_projection_dim=width, pooled_projection_dim=width, pos_embed_max_size=drawings.SIZE // 4,
+            caption_projection_dim=width, pooled_projection_dim=width, pos_embed_max_size=SIZE // 4,
         )  # fmt: skip
         return TinyModel(transformer, TinyTextEncoder(width, len(drawings.VOCABULARY)), device)
 

@@ -42,10 +42,25 @@ import rewards
 from data.checklists import TEST_TAGS, in_test_split, include, sentence
 from data.files import SPLITS, DataError, Prompt, check_known
 from data.pictures import data_uri, source_image, sources
-from tiny import drawings
-from tiny.drawings import ATTRIBUTE_ERROR, CELL, CLASSES, COLORS, INKS, LETTER_ERROR, LETTERS, SIZE, other
+from tiny import canvas, drawings
+from tiny.canvas import (
+    BOXES,
+    CLASSES,
+    COLORS,
+    INKS,
+    LETTERS,
+    PAPERS,
+    SIZE,
+    WORD_BOX,
+    draw,
+    embedding,
+    name_color,
+    purity,
+    read_text,
+    spoil,
+)  # fmt: skip
+from tiny.drawings import ATTRIBUTE_ERROR, LETTER_ERROR, other
 
-PAPERS = {"white": (1.0, 1.0, 1.0), "pink": (1.0, 0.78, 0.86), "mint": (0.78, 1.0, 0.84), "sky": (0.76, 0.88, 1.0)}
 TASKS = ("t2i", "edit")
 OWN_RULES = drawings.OWN_RULES
 EDITS = {"recolor": 3, "add": 2, "remove": 2, "word": 2, "background": 2}  # the mix of the kinds
@@ -54,23 +69,12 @@ CATEGORIES = {"composition": 6, "text": 2, "quality": 3}  # the tasks of `drawin
 CATEGORY_NAMES = {"composition": "composition", "text": "typography", "quality": "open"}
 VOCABULARY = [*drawings.VOCABULARY, "make", "the", "add", "remove", "change", "word", "to", "background", *PAPERS]
 THINGS = {**drawings.THINGS, "background": PAPERS}  # what the checklist of an edit may name
-WORD_BOX = (0, 7, SIZE, 17)
-BOXES = [(x, y, x + CELL, y + CELL) for y in (0, CELL) for x in (0, CELL)] + [WORD_BOX]  # where a thing can stand
-STRANGER = 0.5  # the cosine of two things that differ in colour or in shape
-INK = 0.4  # as far from its paper as this, a pixel is ink: that of a faded yellow on pink is 0.45
 tokenize = partial(drawings.tokenize, vocabulary=VOCABULARY)
 average = partial(drawings.average, tasks=TASKS)
 
 
 # ------------------------------------------------------------------------------------------------ scenes and edits
-def draw(scene: Mapping) -> np.ndarray:
-    """`drawings.draw`, (3, 24, 24), on the scene's own paper: {"word", "color"} or {"objects"}, and "paper"."""
-    ink = drawings.draw(scene)
-    blank = (ink == 1).all(0)  # no colour of the world is white
-    return np.where(blank, np.asarray(PAPERS[scene.get("paper", "white")], np.float32)[:, None, None], ink)
-
-
-def cell_box(thing: Mapping) -> tuple[int, int, int, int]:
+def box_of(thing: Mapping) -> tuple[int, int, int, int]:
     """One of `BOXES`: (x0, y0, x1, y1) of the cell in which an object stands."""
     column, row = thing["cell"]
     return BOXES[2 * row + column]
@@ -107,10 +111,10 @@ def sample_edit(kind: str, rng: random.Random) -> tuple[dict, dict, str, dict]:
     if kind == "background":
         color = other(source["paper"], list(PAPERS), rng)
         entries = [include("background", color=color), *listed(things)]
-        asked = {"include": entries, "core": [0], "keep": [cell_box(t) for t in things]}
+        asked = {"include": entries, "core": [0], "keep": [box_of(t) for t in things]}
         return source, {**source, "paper": color}, f"make the background {color}", asked
     stays, named = things[0], things[-1]
-    entries, keep = [*listed([stays]), paper], [cell_box(stays)]
+    entries, keep = [*listed([stays]), paper], [box_of(stays)]
     if kind == "remove":
         asked = {"include": entries, "exclude": [include(named["class"])], "core": [], "keep": keep}
         return source, {**source, "objects": [stays]}, f"remove the {named['class']}", asked
@@ -219,7 +223,7 @@ def _kept_is_seen(prompt: Prompt) -> bool:
 def training_edit(rng: random.Random) -> tuple[np.ndarray, np.ndarray, str]:
     """One pretraining triple: (source (3, 24, 24), result, instruction), of the training split."""
     kind, source, result, text, _ = sample("train", rng)
-    return draw(source), drawings.spoil(draw(corrupted(kind, source, result, rng)), rng), text
+    return draw(source), spoil(draw(corrupted(kind, source, result, rng)), rng), text
 
 
 def training_batch(rng: random.Random, size: int, tasks: Sequence[str] = TASKS) -> Iterator[tuple]:
@@ -231,21 +235,18 @@ def training_batch(rng: random.Random, size: int, tasks: Sequence[str] = TASKS) 
         yield torch.from_numpy(np.stack(after)), captions, list(torch.from_numpy(np.stack(before)))
 
 
-# ------------------------------------------------------------------------------------------ detectors and scorers
+# ---------------------------------------------------------------------------------------------------------- scorers
 def detect(images: Tensor) -> list[list[dict]]:
-    """`drawings.detect`'s objects, and one more of class "background": the paper's colour, read off its upper and lower
-    edge, where nothing is ever drawn."""
-    edges = images.float()[:, :, (0, -1)].flatten(2)  # (B, 3, 2 * 24)
-    found = drawings.detect(images)
-    for objects, paper in zip(found, edges.median(2).values, strict=True):
-        box = (0.0, 0.0, float(SIZE), float(SIZE))
-        objects.append({"class": "background", "score": 1.0, "box": box, "color": drawings.name_color(paper, PAPERS)})
+    """`canvas.detect`'s objects, and one more of class "background", in the paper's colour."""
+    found, box = canvas.detect(images), (0.0, 0.0, float(SIZE), float(SIZE))
+    for objects, paper in zip(found, canvas.paper_of(images), strict=True):
+        objects.append({"class": "background", "score": 1.0, "box": box, "color": name_color(paper, PAPERS)})
     return found
 
 
 def score_instruction(images: Tensor, prompts: Sequence[Prompt]) -> list[float]:
     """Q 3.3's instruction following, in [0, 1]: `rewards.capped_editing` of the demands that the result meets."""
-    words, clean = drawings.read_text(images), drawings.purity(images, [*PAPERS.values(), *COLORS.values()])
+    words, clean = read_text(images), purity(images, [*PAPERS.values(), *COLORS.values()])
     scores = []
     for p, found, word, coherence in zip(prompts, detect(images), words, clean.tolist(), strict=True):
         core, extra = demands(p, found, word)
@@ -272,30 +273,6 @@ def demands(prompt: Prompt, found: Sequence[dict], word: str) -> tuple[list[floa
     return core, [value for i, value in enumerate(met) if i not in asked]
 
 
-def embedding(image: Tensor, box: Sequence[int]) -> np.ndarray:
-    """The tiny identity network: (11,), what stands in one of `BOXES` of a picture (3, 24, 24).
-
-    Two halves of length 1: the colour (6), and the shape (4, and one more for everything else, letters included). Both
-    are soft choices that allow for faded print, so that a pale circle is still the same circle; an empty box is all 0.
-    """
-    x0, y0, x1, y1 = box
-    patch = image.float()[:, y0:y1, x0:x1].flatten(1)  # (3, pixels)
-    paper = image.float()[:, (0, -1)].flatten(1).median(1).values
-    ink = (patch - paper[:, None]).norm(dim=0)  # (pixels,), how far each is from paper
-    there = ink > INK
-    if there.sum() < 8:  # grain, no thing
-        return np.zeros(len(COLORS) + len(CLASSES) + 1)
-    color = torch.softmax(-40 * drawings.color_distances(patch[:, there].median(1).values, COLORS), 0)  # (6,)
-    fits = torch.full((len(CLASSES) + 1,), 0.5)  # what correlates less has another shape, see `detect`
-    if tuple(box) == WORD_BOX:
-        fits[:-1] = 0
-    else:
-        masks = torch.stack([torch.from_numpy(np.pad(m, 1)).flatten() for m in drawings.object_masks().values()])
-        fits[:-1] = drawings.correlate(ink[None], masks)[0]
-    shape = torch.softmax(20 * fits, 0)  # (5,)
-    return torch.cat([color / color.norm(), shape / shape.norm()]).numpy()
-
-
 def score_identity(images: Tensor, prompts: Sequence[Prompt], before: Sequence[Tensor]) -> list[float]:
     """Q 3.3's identity, in [0, 1]: the mean over the places that were not named of how alike source and result are.
 
@@ -308,7 +285,7 @@ def score_identity(images: Tensor, prompts: Sequence[Prompt], before: Sequence[T
         alike = []
         for box in p.metadata["keep"]:
             one, two = embedding(source, box), embedding(image, box)
-            alike.append(rewards.similarity(one, two, STRANGER) if two.any() else 0.0)
+            alike.append(rewards.similarity(one, two, canvas.STRANGER) if two.any() else 0.0)
         scores.append(sum(alike) / len(alike))
     return scores
 

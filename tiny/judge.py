@@ -18,7 +18,7 @@ from data.files import Prompt
 from data.preferences import Pair, Sample, split
 from reward_model import HIGHEST, LOWEST, expected_score
 from rewards import RewardError
-from tiny import drawings
+from tiny import canvas, drawings
 
 PROMPTS, PICTURES = 3000, 2  # of all tasks together; pictures of each prompt
 ANNOTATOR_ERROR = 0.25  # standard deviation of what the annotator sees, on the scale of 1 to 5
@@ -39,7 +39,7 @@ class TinyJudge(nn.Module):
             self.eye = nn.Sequential(nn.Conv2d(3, width, patch, patch), nn.GELU(), nn.Conv2d(width, width, 1))
             self.word = nn.Embedding(len(drawings.VOCABULARY), width)
             # A place for each patch, for each word, and for the answer, which has no token before it is given.
-            places = (drawings.SIZE // patch) ** 2 + drawings.MAX_TOKENS + 1
+            places = (canvas.SIZE // patch) ** 2 + drawings.MAX_TOKENS + 1
             self.place = nn.Parameter(0.02 * torch.randn(places, width))
             block = nn.TransformerEncoderLayer(width, 4, 2 * width, 0.0, "gelu", batch_first=True, norm_first=True)
             self.blocks = nn.TransformerEncoder(block, layers, nn.LayerNorm(width), enable_nested_tensor=False)
@@ -58,8 +58,8 @@ class TinyJudge(nn.Module):
             except ValueError as fault:
                 raise RewardError(f"the tiny reward model cannot read {prompt!r}: {fault}") from None
         x = images if isinstance(images, Tensor) else torch.stack(list(images))
-        if x.shape[1:] != (3, drawings.SIZE, drawings.SIZE):
-            size = f"{drawings.SIZE} x {drawings.SIZE}"
+        if x.shape[1:] != (3, canvas.SIZE, canvas.SIZE):
+            size = f"{canvas.SIZE} x {canvas.SIZE}"
             raise RewardError(f"the tiny reward model sees {size} pixels, not {tuple(x.shape)}")
         patches = self.eye(x.to(self.place) * 2 - 1).flatten(2).mT  # (B, 36, C)
         words = self.word(torch.tensor(tokens, device=self.device))  # (B, 12, C)
@@ -88,7 +88,7 @@ def load(folder: Path, about: Mapping) -> TinyJudge:
 def print_fault(image: np.ndarray, rng: random.Random) -> np.ndarray:
     """A drawing (3, 24, 24) with up to two printing faults of any strength: grain, a faded, blurred or tinted print.
 
-    `drawings.spoil` knows two faults of one strength; marks from 1 to 5 need all that lies between.
+    `canvas.spoil` knows two faults of one strength; marks from 1 to 5 need all that lies between.
     """
     for fault in rng.choice(FAULTS):
         strength = np.float32(rng.random())
@@ -107,7 +107,7 @@ def print_fault(image: np.ndarray, rng: random.Random) -> np.ndarray:
 def marked_prints(prompts: int, objective: str, seed: int, holdout: float) -> tuple[list, list[Sample]]:
     """(training items, held-out samples): two prints of each prompt, of the train split of every task.
 
-    One annotator sees 1 + 4 `drawings.quality` of each picture with an error. Pointwise, the nearest whole number from
+    One annotator sees 1 + 4 `canvas.quality` of each picture with an error. Pointwise, the nearest whole number from
     1 to 5 is written down; pairwise, which of the two pictures looked better. So both objectives learn from the same
     pictures and the same judgement. Held-out samples have the true value, whatever the objective.
     """
@@ -115,7 +115,7 @@ def marked_prints(prompts: int, objective: str, seed: int, holdout: float) -> tu
     each = prompts // len(drawings.TASKS)
     asked = [p for task in drawings.TASKS for p in drawings.make_prompts(task, "train", each, seed)]
     drawn = [(p.text, torch.from_numpy(print_fault(_drawing(p, rng), rng))) for p in asked for _ in range(PICTURES)]
-    truth = 1 + 4 * drawings.quality(torch.stack([image for _, image in drawn]))
+    truth = 1 + 4 * canvas.quality(torch.stack([image for _, image in drawn]))
     samples = [Sample(image, text, true) for (text, image), true in zip(drawn, truth.tolist(), strict=True)]
     training, held = split(samples, holdout)
     seen = [s._replace(score=rng.gauss(s.score, ANNOTATOR_ERROR)) for s in training]
@@ -129,9 +129,9 @@ def marked_prints(prompts: int, objective: str, seed: int, holdout: float) -> tu
 def _drawing(prompt: Prompt, rng: random.Random) -> np.ndarray:
     """A picture that may or may not show what its prompt says, now and then a page of one colour: quality is all."""
     if rng.random() < 0.06:
-        paint = np.array(rng.choice([(1.0, 1.0, 1.0), *drawings.COLORS.values()]), np.float32)
-        return np.tile(paint[:, None, None], (1, drawings.SIZE, drawings.SIZE))
+        paint = np.array(rng.choice([(1.0, 1.0, 1.0), *canvas.COLORS.values()]), np.float32)
+        return np.tile(paint[:, None, None], (1, canvas.SIZE, canvas.SIZE))
     if "include" in prompt.metadata:
-        return drawings.draw(drawings.scene_of(prompt.metadata, rng, 0.3))
-    word = "".join(rng.choices(drawings.LETTERS, k=drawings.WORD_LENGTH))
-    return drawings.draw({"word": word, "color": rng.choice(drawings.INKS)})
+        return canvas.draw(drawings.scene_of(prompt.metadata, rng, 0.3))
+    word = "".join(rng.choices(canvas.LETTERS, k=canvas.WORD_LENGTH))
+    return canvas.draw({"word": word, "color": rng.choice(canvas.INKS)})

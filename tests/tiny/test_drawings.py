@@ -1,7 +1,6 @@
 """The tiny world: detectors that read its own drawings, faults of known rates, disjoint splits, scores by hand."""
 
 import json
-import math
 import random
 from collections import Counter
 
@@ -13,6 +12,7 @@ import rewards
 from data import files as data
 from data.checklists import include
 from data.files import DataError, Prompt
+from tiny import canvas
 from tiny import drawings as tiny
 
 E, TRAIN_TAGS = tiny.ATTRIBUTE_ERROR, tuple(tiny.TAG_MIX)
@@ -24,175 +24,6 @@ def batch(images):
 
 def scene(*things):
     return {"objects": [{"class": name, "color": color, "cell": cell} for name, color, cell in things]}
-
-
-def random_scene(rng):
-    """One to four objects of any class and colour in any cells."""
-    cells = rng.sample([(0, 0), (1, 0), (0, 1), (1, 1)], rng.randint(1, 4))
-    return scene(*((rng.choice(tiny.CLASSES), rng.choice(list(tiny.COLORS)), cell) for cell in cells))
-
-
-def contents(scene):
-    return sorted((o["class"], o["color"], o["cell"]) for o in scene["objects"])
-
-
-def seen(found):
-    """The same triples as `contents`, from detections: the cell is where the centre of the box lies."""
-    cell = lambda box: tuple(int(sum(box[i::2]) / 2) // tiny.CELL for i in (0, 1))  # noqa: E731
-    return sorted((d["class"], d["color"], cell(d["box"])) for d in found)
-
-
-class Dice(random.Random):
-    """A generator whose `random()` is dictated; everything else comes from its seed."""
-
-    def __init__(self, throws, seed):
-        super().__init__(seed)
-        self.throws = list(throws)
-
-    def random(self):
-        return self.throws.pop(0)
-
-
-def grainy(image, seed):
-    return tiny.spoil(image, Dice([0.0, 0.49], seed))
-
-
-def faded(image):
-    return tiny.spoil(image, Dice([0.0, 0.51], 0))
-
-
-@pytest.fixture(scope="module")
-def scenes():
-    rng = random.Random(1)
-    return [random_scene(rng) for _ in range(300)]
-
-
-@pytest.fixture(scope="module")
-def words():
-    rng = random.Random(2)
-    return [{"word": tiny.random_word(rng), "color": rng.choice(tiny.INKS)} for _ in range(300)]
-
-
-def prints(things):
-    """{how it was printed: images (B, 3, 24, 24)} of scenes or words."""
-    clean = [tiny.draw(thing) for thing in things]
-    spoilt = {"faded": [faded(i) for i in clean], "grainy": [grainy(i, seed) for seed, i in enumerate(clean)]}
-    return {name: batch(images) for name, images in ({"clean": clean} | spoilt).items()}
-
-
-# ---------------------------------------------------------------------------------------------------- drawing
-def test_objects_and_letters_are_drawn_where_they_stand():
-    expected = np.ones((3, 24, 24), np.float32)  # column 1 begins at x = 12, row 0 at y = 0; one pixel of margin
-    expected[:, 1:11, 13:23] = np.array([0.86, 0.08, 0.08], np.float32)[:, None, None]
-    np.testing.assert_allclose(tiny.draw(scene(("square", "red", (1, 0)))), expected, atol=1e-6)
-    ink = tiny.draw({"word": "LET", "color": "black"})[0] < 0.5
-    assert not ink[:7].any() and not ink[17:].any()
-    for i, letter in enumerate("LET"):
-        np.testing.assert_array_equal(ink[7:17, 8 * i : 8 * i + 8], tiny.letter_masks()[letter] == 1)
-    for masks in (tiny.object_masks(), tiny.letter_masks()):
-        shapes = list(masks.values())
-        assert all(np.abs(a - b).sum() >= 5 for i, a in enumerate(shapes) for b in shapes[:i]), "all differ"
-
-
-def test_a_spoilt_print_is_grain_or_a_blend_with_grey():
-    image = tiny.draw(scene(("circle", "blue", (0, 0))))
-    np.testing.assert_allclose(faded(image), image + 0.45 * (0.62 - image), atol=1e-6)
-    grain = grainy(np.full((3, 24, 24), 0.5, np.float32), 3) - 0.5
-    # standard deviation 0.18 of 1,728 draws (2.8 sd from the clip at 0 and 1): standard error 0.18/sqrt(3456)
-    assert abs(grain.std() - 0.18) < 4 * 0.0031 and abs(grain.mean()) < 4 * 0.0044
-    assert tiny.spoil(image, Dice([tiny.DEFECT_RATE], 0)) is image, "at the rate itself a print is fine"
-
-
-# -------------------------------------------------------------------------------------------------- detectors
-@pytest.mark.parametrize("how, accuracy", [("clean", 1), ("faded", 0.99), ("grainy", 0.97)])
-def test_class_colour_cell_and_letters_of_everything_drawn_are_read(scenes, words, how, accuracy):
-    found = tiny.detect(prints(scenes)[how])
-    confident = [[d for d in some if d["score"] > rewards.COUNTING_CONFIDENCE] for some in found]
-    assert np.mean([seen(some) == contents(one) for some, one in zip(confident, scenes, strict=True)]) >= accuracy
-    if how == "clean":
-        assert [seen(some) for some in found] == [contents(one) for one in scenes], "and nothing else"
-    read = tiny.read_text(prints(words)[how])
-    assert np.mean([text == word["word"] for text, word in zip(read, words, strict=True)]) >= accuracy
-
-
-def test_a_detection_has_its_exact_box_and_a_word_is_read_on_any_line():
-    (found,) = tiny.detect(batch([tiny.draw(scene(("cross", "green", (0, 1))))]))
-    assert found == [{"class": "cross", "score": 1.0, "box": (1.0, 13.0, 11.0, 23.0), "color": "green"}]
-    images = [np.ones((3, 24, 24), np.float32) for _ in range(3)]
-    for image, top in zip(images, (0, 5, 14)):
-        for i, letter in enumerate("HAT"):
-            tiny.paint(image, tiny.letter_masks()[letter], 8 * i, top, "purple")
-    assert tiny.read_text(batch(images)) == ["HAT"] * 3
-
-
-def blanks():
-    pages = [(1.0, 1.0, 1.0), (0.5, 0.5, 0.5), *tiny.COLORS.values()]  # white, grey, and every paint
-    return torch.tensor(pages)[:, :, None, None].expand(-1, 3, 24, 24)
-
-
-def noises():
-    rng = torch.Generator().manual_seed(0)
-    gauss = (0.5 + 0.3 * torch.randn(100, 3, 24, 24, generator=rng)).clamp(0, 1)
-    binary = torch.rand(100, 3, 24, 24, generator=rng).round()
-    return torch.cat([torch.rand(100, 3, 24, 24, generator=rng), gauss, binary])
-
-
-def test_nothing_is_seen_or_read_on_blank_pages_and_in_noise():
-    assert tiny.detect(blanks()) == [[]] * 8 and tiny.read_text(blanks()) == [""] * 8
-    found = [d for some in tiny.detect(noises()) for d in some if d["score"] > rewards.CONFIDENCE]
-    assert len(found) <= 1 and sum(map(len, tiny.read_text(noises()))) <= 3, "of 300 images"
-    assert tiny.quality(blanks()).max() < 1e-6 and tiny.quality(noises()).max() < 0.2
-
-
-def test_quality_is_one_for_clean_prints_and_falls_with_the_strength_of_each_fault(scenes, words):
-    for things in (scenes, words):
-        quality = {how: tiny.quality(images) for how, images in prints(things).items()}
-        torch.testing.assert_close(quality["clean"], torch.ones(300), atol=1e-3, rtol=0)
-        assert max(quality["grainy"].max(), quality["faded"].max()) < 0.7
-        assert min(quality["grainy"].min(), quality["faded"].min()) > 0.02, "worse, but not hopeless"
-    clean = prints(scenes)["clean"][:50]
-    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(4))
-    fades = torch.stack([tiny.quality(clean + a * (0.62 - clean)) for a in (0.0, 0.1, 0.2, 0.3, 0.45)])
-    grains = torch.stack([tiny.quality((clean + a * noise).clamp(0, 1)) for a in (0.0, 0.05, 0.1, 0.18, 0.3)])
-    assert (fades.diff(dim=0) < 0).all() and (grains.diff(dim=0) < 0).all()
-
-
-def test_quality_by_hand():
-    def page(inked):  # `inked` black pixels on white paper: no distance from the pure colours
-        return (torch.arange(576) >= inked).float().reshape(1, 1, 24, 24).expand(1, 3, 24, 24)
-
-    # The gate is open between 4 and 70 % of ink. 10/576 = 1.74 % of 4 %: 0.4340; 547/576 leaves 5.03 % of 30 %: 0.1678
-    for inked, gate in ((0, 0), (10, 0.43403), (24, 1), (400, 1), (547, 0.16782), (576, 0)):
-        assert tiny.quality(page(inked)).item() == pytest.approx(gate, abs=1e-4), inked
-    image, pure = torch.zeros(2, 3, 24, 24), [(0.0, 0.0, 0.0), (1.0, 1.0, 1.0)]
-    image[0, :, :12] = 1.0  # half white, half black
-    image[1, 0] = 0.3  # 0.3 from black everywhere
-    np.testing.assert_allclose(tiny.purity(image, pure), [1, math.exp(-6 * 0.3)], rtol=1e-5)
-    np.testing.assert_allclose(tiny.purity(image, pure[:1]), [math.exp(-6 * 3**0.5 / 2), math.exp(-1.8)], rtol=1e-5)
-
-
-def test_the_distance_of_a_faded_colour_is_to_itself_and_by_hand_for_a_full_one():
-    black, white = torch.zeros(3), torch.ones(3)
-    palette = {"black": (0.0, 0.0, 0.0), "white": (1.0, 1.0, 1.0)}
-    # unfaded black is nearest to white as it fades most, to 1 - 0.5 (1 - 0.62) = 0.81
-    np.testing.assert_allclose(tiny.color_distances(black, palette), [0, 3 * 0.81**2], atol=1e-6)
-    np.testing.assert_allclose(tiny.color_distances(white, palette), [3 * (1 - 0.31) ** 2, 0], atol=1e-6)
-    for i, color in enumerate(tiny.COLORS.values()):
-        for share in (0, 0.1, 0.5):
-            distances = tiny.color_distances(torch.tensor(color) * (1 - share) + 0.62 * share, tiny.COLORS)
-            assert distances[i] < 1e-9 and (distances > 0.01).sum() == 5
-
-
-def test_every_image_of_a_batch_is_read_alone_and_alike_in_half_precision(scenes, words):
-    images = torch.cat([prints(scenes)["grainy"][:3], prints(words)["grainy"][:2]])
-    other = images.clone()
-    other[1] = images[4]
-    for read in (tiny.detect, tiny.read_text, lambda x: tiny.quality(x).tolist()):
-        before, after = read(images), read(other)
-        assert [i for i in range(5) if before[i] != after[i]] == [1]
-    clean = prints(scenes)["clean"][:20]
-    assert [seen(f) for f in tiny.detect(clean.bfloat16())] == [contents(one) for one in scenes[:20]]
-    assert tiny.quality(clean.bfloat16()).dtype == torch.float32
 
 
 # ------------------------------------------------------------------------ scenes: right, wrong, and how often
@@ -218,8 +49,8 @@ TRUE = {
 def test_captions_are_true_as_often_as_the_error_rate_says(tag):
     rng, count = random.Random(6), 800
     metas = [tiny.composition_prompt(tag, rng)[1] for _ in range(count)]
-    assert all(verdicts(metas[:100], [tiny.draw(tiny.scene_of(meta, rng, 0.0)) for meta in metas[:100]]))
-    share = np.mean(verdicts(metas, [tiny.draw(tiny.scene_of(meta, rng, E)) for meta in metas]))
+    assert all(verdicts(metas[:100], [canvas.draw(tiny.scene_of(meta, rng, 0.0)) for meta in metas[:100]]))
+    share = np.mean(verdicts(metas, [canvas.draw(tiny.scene_of(meta, rng, E)) for meta in metas]))
     assert abs(share - TRUE[tag]) < 4 * (TRUE[tag] * (1 - TRUE[tag]) / count) ** 0.5
 
 
@@ -228,8 +59,8 @@ def test_a_certain_error_is_never_the_truth_and_takes_every_other_value_alike():
     entry = include("circle", 2, color="red")
     wrong = [tiny.scene_of({"tag": "counting", "include": [entry]}, rng, 1.0)["objects"] for _ in range(count)]
     drawn = {
-        "class": (Counter(objects[0]["class"] for objects in wrong), set(tiny.CLASSES) - {"circle"}),
-        "color": (Counter(objects[0]["color"] for objects in wrong), set(tiny.COLORS) - {"red"}),
+        "class": (Counter(objects[0]["class"] for objects in wrong), set(canvas.CLASSES) - {"circle"}),
+        "color": (Counter(objects[0]["color"] for objects in wrong), set(canvas.COLORS) - {"red"}),
         "count": (Counter(len(objects) for objects in wrong), {1, 3, 4}),
     }
     for shares, others in drawn.values():
@@ -258,7 +89,7 @@ def examples():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiny, "sample_prompt", recorded)
-        patch.setattr(tiny, "DEFECT_RATE", 0.0)
+        patch.setattr(canvas, "DEFECT_RATE", 0.0)
         ((images, captions, none),) = tiny.training_batch(random.Random(10), 2500)
     assert none is None
     return list(zip(images.numpy(), captions, metas, strict=True))
@@ -266,7 +97,7 @@ def examples():
 
 def test_training_words_and_pictures_are_wrong_at_the_known_rates(examples):
     signs = [(image, text[-4:-1]) for image, text, _ in examples if '"' in text]
-    read = tiny.read_text(batch([image for image, _ in signs]))
+    read = canvas.read_text(batch([image for image, _ in signs]))
     wrong = [a != b for text, (_, word) in zip(read, signs, strict=True) for a, b in zip(text, word, strict=True)]
     rate = tiny.LETTER_ERROR
     assert len(wrong) > 900 and abs(np.mean(wrong) - rate) < 4 * (rate * (1 - rate) / len(wrong)) ** 0.5
@@ -278,9 +109,9 @@ def test_training_words_and_pictures_are_wrong_at_the_known_rates(examples):
 
 def test_half_of_the_training_pictures_are_spoilt_and_half_of_those_faded():
     ((images, _, _),) = tiny.training_batch(random.Random(11), 1000)
-    spoilt, grey = tiny.quality(images) < 0.9, images.amax((1, 2, 3)) < 0.9  # a faded print has no white left
-    assert abs(spoilt.float().mean() - tiny.DEFECT_RATE) < 4 * (0.25 / 1000) ** 0.5
-    assert abs(grey.float().mean() - tiny.DEFECT_RATE / 2) < 4 * (0.1875 / 1000) ** 0.5
+    spoilt, grey = canvas.quality(images) < 0.9, images.amax((1, 2, 3)) < 0.9  # a faded print has no white left
+    assert abs(spoilt.float().mean() - canvas.DEFECT_RATE) < 4 * (0.25 / 1000) ** 0.5
+    assert abs(grey.float().mean() - canvas.DEFECT_RATE / 2) < 4 * (0.1875 / 1000) ** 0.5
     assert images.dtype == torch.float32 and images.min() >= 0 and images.max() <= 1
 
 
@@ -291,7 +122,7 @@ def test_train_and_test_prompts_never_meet_and_pretraining_sees_no_test_caption(
         train, tested = ({p.text for p in tiny.make_prompts(task, split, 3000)} for split in data.SPLITS)
         assert not train & tested and len(train) > len(tested) > 20
         test |= tested
-    singles = {f"a photo of a {name}" for name in tiny.CLASSES}
+    singles = {f"a photo of a {name}" for name in canvas.CLASSES}
     assert singles <= test and not {text for _, text, _ in examples} & test
     assert {meta.get("tag") for _, _, meta in examples} == {None, *TRAIN_TAGS}
 
@@ -367,8 +198,8 @@ def test_a_prompt_that_the_world_cannot_draw_is_refused_by_file_and_line(task, m
 def perfect(prompt):
     """A flawless drawing of what a prompt asks for."""
     if '"' in prompt.text:
-        return tiny.draw({"word": prompt.text[-4:-1], "color": "black"})
-    return tiny.draw(tiny.scene_of(prompt.metadata, random.Random(prompt.source), 0.0))
+        return canvas.draw({"word": prompt.text[-4:-1], "color": "black"})
+    return canvas.draw(tiny.scene_of(prompt.metadata, random.Random(prompt.source), 0.0))
 
 
 @pytest.mark.parametrize("task", tiny.TASKS)
@@ -399,14 +230,14 @@ def test_a_wrong_colour_count_relation_or_class_scores_less(what):
     entries, things, graded = WRONG[what]
     exclude = {"exclude": [include("cross", 3)]} if what == "count" else {}
     prompt = Prompt("", "composition", {"tag": "x", "include": entries, **exclude}, "")
-    images = batch([tiny.draw(scene(*things))])
+    images = batch([canvas.draw(scene(*things))])
     assert tiny.score_geneval(images, [prompt]) == pytest.approx([graded])
     assert tiny.score_verdict(images, [prompt]) == [0.0]
 
 
 def test_a_wrong_letter_costs_a_third_and_a_prompt_without_a_word_has_no_score():
     prompt = Prompt('a sign that says "CAT"', "text", {}, "")
-    images = batch([tiny.draw({"word": word, "color": "red"}) for word in ("CAT", "HAT", "HEX")])
+    images = batch([canvas.draw({"word": word, "color": "red"}) for word in ("CAT", "HAT", "HEX")])
     assert tiny.score_ocr(images, [prompt] * 3) == pytest.approx([1, 2 / 3, 0])
     for score in (tiny.score_ocr, tiny.score_preference):
         with pytest.raises(ValueError, match="no target text"):
@@ -414,10 +245,10 @@ def test_a_wrong_letter_costs_a_third_and_a_prompt_without_a_word_has_no_score()
 
 
 def mixed():
-    """Six prompts of three tasks, interleaved, and images that are right, wrong or grainy."""
+    """Six prompts of three tasks, interleaved, and images that are right, wrong or faded."""
     prompts = [p for trio in zip(*(tiny.make_prompts(t, "test", 2) for t in tiny.TASKS)) for p in trio]
     images = [perfect(p) for p in prompts]
-    images[1], images[3], images[5] = perfect(prompts[4]), perfect(prompts[2]), grainy(images[5], 0)
+    images[1], images[3], images[5] = perfect(prompts[4]), perfect(prompts[2]), 0.55 * images[5] + 0.28
     return batch(images), prompts
 
 

@@ -11,7 +11,8 @@ import torch
 from data import files as data
 from data.files import Prompt
 from data.pictures import data_uri, source_image, sources
-from rewards import RewardError, capped_editing, levenshtein, similarity
+from rewards import RewardError, capped_editing, levenshtein
+from tiny import canvas
 from tiny import drawings as tiny
 from tiny import edits as E
 
@@ -25,7 +26,7 @@ def tensor(picture):
 
 
 def faded(picture):
-    """One of `tiny.spoil`'s two faults."""
+    """One of `canvas.spoil`'s two faults."""
     return 0.55 * picture + 0.45 * 0.62
 
 
@@ -41,8 +42,8 @@ def prompt_of(edit):
 
 def scores(edits, scenes, print_=lambda picture: picture):
     """(instruction, identity) of results drawn from `scenes`, a list each."""
-    images = torch.stack([tensor(print_(E.draw(scene))) for scene in scenes])
-    prompts, before = [prompt_of(edit) for edit in edits], [tensor(E.draw(edit[1])) for edit in edits]
+    images = torch.stack([tensor(print_(canvas.draw(scene))) for scene in scenes])
+    prompts, before = [prompt_of(edit) for edit in edits], [tensor(canvas.draw(edit[1])) for edit in edits]
     return E.score_instruction(images, prompts), E.score_identity(images, prompts, before)
 
 
@@ -70,7 +71,7 @@ def test_a_perfect_result_scores_one_on_both_rewards_and_doing_nothing_keeps_onl
 @pytest.mark.parametrize("field", ["color", "class"])
 @pytest.mark.parametrize("kind", ["recolor", "add", "remove", "background"])
 def test_what_should_stay_and_drifts_costs_the_identity_and_not_the_core(kind, field):
-    choices = {"color": sorted(E.COLORS), "class": E.CLASSES}[field]
+    choices = {"color": sorted(canvas.COLORS), "class": canvas.CLASSES}[field]
     edits, scenes = [], []
     for edit in EDITS[kind]:
         there = edit[2]["objects"][0]
@@ -84,7 +85,7 @@ def test_what_should_stay_and_drifts_costs_the_identity_and_not_the_core(kind, f
 
 
 def test_another_ink_a_thing_that_is_gone_and_a_spoilt_print():
-    inks = [{**e[2], "color": next(c for c in E.INKS if c != e[2]["color"])} for e in EDITS["word"]]
+    inks = [{**e[2], "color": next(c for c in canvas.INKS if c != e[2]["color"])} for e in EDITS["word"]]
     instruction, identity = scores(EDITS["word"], inks)
     assert max(identity) < 0.05 and instruction == pytest.approx([1.0] * 40), "nobody asked for the ink to stay"
     gone = [{**e[2], "objects": e[2]["objects"][1:]} for e in EDITS["recolor"]]
@@ -100,17 +101,18 @@ def wrong_results():
     for edit in EDITS["recolor"]:
         (stays, named), (_, new) = edit[1]["objects"], edit[2]["objects"]
         yield edit, changed(edit[1], stays["cell"], color=new["color"])  # the other one
-        third = next(c for c in sorted(E.COLORS) if c not in (named["color"], new["color"]))
+        third = next(c for c in sorted(canvas.COLORS) if c not in (named["color"], new["color"]))
         yield edit, changed(edit[1], named["cell"], color=third)
     for edit in EDITS["add"]:
         *_, new = edit[2]["objects"]
-        for field, choices in (("color", sorted(E.COLORS)), ("class", E.CLASSES)):
+        for field, choices in (("color", sorted(canvas.COLORS)), ("class", canvas.CLASSES)):
             other = next(c for c in choices if c not in (new[field], edit[1]["objects"][0][field]))
             yield edit, changed(edit[2], new["cell"], **{field: other})
     for edit in EDITS["remove"]:
         yield edit, {**edit[1], "objects": edit[1]["objects"][1:]}
     for edit in EDITS["background"]:
-        yield edit, {**edit[1], "paper": next(c for c in E.PAPERS if c not in (edit[1]["paper"], edit[2]["paper"]))}
+        others = (edit[1]["paper"], edit[2]["paper"])
+        yield edit, {**edit[1], "paper": next(c for c in canvas.PAPERS if c not in others)}
 
 
 def test_another_change_is_worth_nothing_and_planted_rules_that_forget_core_or_exclude_are_caught():
@@ -166,7 +168,7 @@ def test_a_part_of_the_core_caps_the_rest():
     edit = EDITS["remove"][0]
     prompt = prompt_of(edit)
     both = prompt._replace(metadata={**prompt.metadata, "core": [0], "keep": []})  # the one that stays is core, too
-    images = torch.stack([tensor(E.draw(edit[1])), tensor(E.draw(edit[2]))])
+    images = torch.stack([tensor(canvas.draw(edit[1])), tensor(canvas.draw(edit[2]))])
     half, whole = E.score_instruction(images, [both] * 2)
     assert whole == pytest.approx(1) and half == pytest.approx((capped_editing([1, 0], [1], 5.0) - 1) / 4)
     assert half == pytest.approx(0.5), "(1 + 4/2) is the cap"
@@ -175,7 +177,7 @@ def test_a_part_of_the_core_caps_the_rest():
 @pytest.mark.parametrize("name", E.SCORERS)
 def test_the_scorers_have_the_signature_of_all_scorers(name):
     edits, scorer = [EDITS[kind][0] for kind in KINDS], E.scorer(name)
-    images, before = (torch.stack([tensor(E.draw(e[i])) for e in edits]) for i in (2, 1))
+    images, before = (torch.stack([tensor(canvas.draw(e[i])) for e in edits]) for i in (2, 1))
     prompts = [prompt_of(edit) for edit in edits]
     found = scorer.score(images, prompts, list(before))
     assert (scorer.name, scorer.low, scorer.high) == (name, 0.0, 1.0) and found.shape == (5,)
@@ -186,56 +188,21 @@ def test_the_scorers_have_the_signature_of_all_scorers(name):
                 scorer.score(images, some, pictures)
 
 
-# -------------------------------------------------------------------------------------------- the identity network
-def thing(name="circle", color="red", paper="white", cell=(0, 0)):
-    return tensor(E.draw({"objects": [{"class": name, "color": color, "cell": cell}], "paper": paper}))
-
-
-def test_the_embedding_by_hand():
-    """A red circle on white: the choices are soft, exp(-20 d) and exp(20 fit), hence not quite 0 and 1."""
-    found = E.embedding(thing(), E.BOXES[0])
-    assert found.shape == (11,) and np.linalg.norm(found) == pytest.approx(math.sqrt(2))
-    assert found[:6].argmax() == list(E.COLORS).index("red") and found[6:].argmax() == E.CLASSES.index("circle")
-    masks = [np.pad(m, 1).flatten() for m in tiny.object_masks().values()]
-    shape = np.exp(20 * (np.array([*np.corrcoef(masks)[0], 0.5]) - 1))
-    np.testing.assert_allclose(found[6:], shape / np.linalg.norm(shape), rtol=1e-3, atol=1e-7)
-    letters = E.embedding(tensor(E.draw({"word": "CAT", "color": "blue"})), E.WORD_BOX)
-    assert letters[:6].argmax() == 2 and letters[6:] == pytest.approx([0, 0, 0, 0, 1], abs=1e-3)
-    paint = torch.ones(3, 24, 24)
-    paint[:, :12, :12] = tensor(E.COLORS["red"])[:, None, None]  # it does not vary: a correlation would be 0/0
-    found = E.embedding(paint, E.BOXES[0])
-    assert np.isfinite(found).all() and found[6:].argmax() == 4, "of no shape"
-
-
-@pytest.mark.parametrize("paper", E.PAPERS)
-def test_a_thing_is_itself_on_any_paper_in_any_print_and_nothing_else(paper):
-    same, other = [], []
-    reference = {(n, c): E.embedding(thing(n, c), E.BOXES[0]) for n in E.CLASSES for c in E.COLORS}
-    for name, color in reference:
-        picture = thing(name, color, paper)
-        for seen_as in (picture, faded(picture)):
-            found = E.embedding(seen_as, E.BOXES[0])
-            for key, one in reference.items():
-                (same if key == (name, color) else other).append(similarity(found, one, E.STRANGER))
-        assert not E.embedding(picture, E.BOXES[1]).any(), "the next cell is empty"
-    assert min(same) > 0.95 and max(other) < 0.05
-
-
 # ------------------------------------------------------------------------------------------------- drawing, seeing
-@pytest.mark.parametrize("paper", E.PAPERS)
+@pytest.mark.parametrize("paper", canvas.PAPERS)
 def test_the_papers_colour_and_what_stands_on_it_are_drawn_and_seen_in_any_print(paper):
     scenes = [{**e[1], "paper": paper} for e in EVERY]
     inside = np.zeros((24, 24), bool)
     inside[1:11, 13:23] = True
-    drawn = E.draw({"objects": [{"class": "square", "color": "green", "cell": (1, 0)}], "paper": paper})
-    np.testing.assert_allclose(drawn[:, inside].T, [E.COLORS["green"]] * 100, atol=1e-6)
-    np.testing.assert_allclose(drawn[:, ~inside].T, [E.PAPERS[paper]] * 476, atol=1e-6)
+    drawn = canvas.draw({"objects": [{"class": "square", "color": "green", "cell": (1, 0)}], "paper": paper})
+    np.testing.assert_allclose(drawn[:, inside].T, [canvas.COLORS["green"]] * 100, atol=1e-6)
+    np.testing.assert_allclose(drawn[:, ~inside].T, [canvas.PAPERS[paper]] * 476, atol=1e-6)
     for print_ in (faded, grainy, lambda picture: picture):
-        images = torch.stack([tensor(print_(E.draw(scene))) for scene in scenes])
+        images = torch.stack([tensor(print_(canvas.draw(scene))) for scene in scenes])
         found = E.detect(images)
         backs = [[d for d in some if d["class"] == "background"] for some in found]
         assert all(len(back) == 1 and back[0]["color"] == paper and back[0]["score"] == 1 for back in backs)
-    for scene, some, word in zip(scenes, found, tiny.read_text(images), strict=True):  # of the clean prints
+    for scene, some, word in zip(scenes, found, canvas.read_text(images), strict=True):  # of the clean prints
         if "objects" in scene:
             things = sorted((d["class"], d["color"]) for d in some if d["class"] != "background")
             assert things == sorted((t["class"], t["color"]) for t in scene["objects"])
@@ -265,7 +232,7 @@ def test_prompts_can_be_said_drawn_and_scored_and_the_splits_share_none(task):
 
 def test_a_source_comes_back_from_its_line_exactly_but_for_the_eight_bits():
     for p, picture in ((Prompt("", "edit", {"image": data_uri(tensor(x))}, "x:1"), x)
-                       for x in (E.draw(edit[1]) for edit in EVERY[::17])):  # fmt: skip
+                       for x in (canvas.draw(edit[1]) for edit in EVERY[::17])):  # fmt: skip
         back = source_image(p)
         np.testing.assert_array_equal(back.transpose(2, 0, 1), np.round(picture * 255))
         assert data_uri(tensor(back.transpose(2, 0, 1)) / 255) == p.metadata["image"]
@@ -290,7 +257,7 @@ def test_the_test_split_runs_through_kinds_and_categories_in_turn_and_train_has_
 EDIT, WORD = (E.make_prompts("edit", "test", 4)[i]._replace(source="mine.jsonl:7") for i in (0, 3))
 REFUSED = [
     *({"core": bad} for bad in ([3], [-1], [True], 0, [])),
-    *({"keep": bad} for bad in ([[0, 0, 24, 24]], [list(b) for b in E.BOXES[:4]], "all", [3])),
+    *({"keep": bad} for bad in ([[0, 0, 24, 24]], [list(b) for b in canvas.BOXES[:4]], "all", [3])),
     {"image": data_uri(torch.zeros(3, 24, 25))}, {"image": "/none.png"},
     {"include": []}, {"include": [{"class": "cow", "count": 1}]},
     {"include": [{"class": "circle", "count": 1, "color": "pink"}]},
@@ -341,7 +308,7 @@ def test_edits_are_wrong_and_what_should_stay_drifts_as_often_as_the_constants_s
         if kind == "background":
             wrong += drawn["paper"] != result["paper"]
             moved = [cells[t["cell"]] != t for t in result["objects"]]
-            assert sum(moved) < 2 and drawn["paper"] in E.PAPERS
+            assert sum(moved) < 2 and drawn["paper"] in canvas.PAPERS
             drifted += any(moved)
             continue
         assert drawn["paper"] == source["paper"]
@@ -365,17 +332,17 @@ def test_letters_and_inks_are_wrong_as_often_as_the_constants_say():
     for _, result, drawn in corrupted("word"):
         letters += sum(a != b for a, b in zip(drawn["word"], result["word"], strict=True))
         inks += drawn["color"] != result["color"]
-        assert drawn["color"] in E.INKS and drawn["paper"] == result["paper"]
+        assert drawn["color"] in canvas.INKS and drawn["paper"] == result["paper"]
     assert near(letters, 4500, tiny.LETTER_ERROR) and near(inks, 1500, E.DRIFT)
 
 
 def test_half_of_a_training_batch_are_edits_half_of_whose_results_and_no_sources_are_spoilt():
     def clean(pictures):
-        return tiny.purity(pictures, [*E.PAPERS.values(), *E.COLORS.values()]) > 0.999
+        return canvas.purity(pictures, [*canvas.PAPERS.values(), *canvas.COLORS.values()]) > 0.999
 
     drawn, (after, captions, before) = E.training_batch(random.Random(0), 801)
     assert drawn[0].shape == (401, 3, 24, 24) and drawn[2] is None and after.shape == (400, 3, 24, 24)
-    assert clean(torch.stack(before)).all() and near(int((~clean(after)).sum()), 400, tiny.DEFECT_RATE)
+    assert clean(torch.stack(before)).all() and near(int((~clean(after)).sum()), 400, canvas.DEFECT_RATE)
     test = {key(p) for p in E.make_prompts("edit", "test", 400)}
     assert not {(text, data_uri(source)) for source, text in zip(before, captions, strict=True)} & test
     assert len(list(E.training_batch(random.Random(0), 4, ("t2i",)))) == 1
@@ -385,8 +352,8 @@ def test_half_of_a_training_batch_are_edits_half_of_whose_results_and_no_sources
 def drawing(prompt, seed=0):
     """What a prompt of the first task asks for, drawn without a mistake."""
     if '"' in prompt.text:
-        return tensor(tiny.draw({"word": prompt.text[-4:-1], "color": "black"}))
-    return tensor(tiny.draw(tiny.scene_of(prompt.metadata, random.Random(seed), 0)))
+        return tensor(canvas.draw({"word": prompt.text[-4:-1], "color": "black"}))
+    return tensor(canvas.draw(tiny.scene_of(prompt.metadata, random.Random(seed), 0)))
 
 
 def test_the_first_task_is_aligned_by_genevals_verdict_or_the_ocr_rule_each_row_by_its_own():
@@ -398,13 +365,14 @@ def test_the_first_task_is_aligned_by_genevals_verdict_or_the_ocr_rule_each_row_
     wrong = torch.ones_like(images)
     wrong[::2] = images[::2]
     assert E.score(wrong, prompts, "t2i")[1] == pytest.approx([1, 0] * 15, abs=1e-4)
+    one = tensor(canvas.draw({"objects": [{"class": "circle", "color": "red", "cell": (0, 0)}]}))
     two = Prompt("two red circles", "t2i", {"include": [{"class": "circle", "count": 2, "color": "red"}]}, "x:1")
-    assert E.score(thing()[None], [two], "t2i")[0]["t2i alignment"] == 0, "strict: half of it counts for nothing"
+    assert E.score(one[None], [two], "t2i")[0]["t2i alignment"] == 0, "strict: half of it counts for nothing"
 
 
 def test_two_sides_are_averaged_and_the_first_of_them_counted_by_kind(monkeypatch):
     """Four edits of kinds a, a, b, b; instruction 1, 0, 1/2, 1 and identity 0, 1, 1, 1/2: all worked by hand."""
-    prompts = [Prompt("x", "edit", {"keep": [E.WORD_BOX], "category": "no", "tag": tag}, "x:1") for tag in "aabb"]
+    prompts = [Prompt("x", "edit", {"keep": [canvas.WORD_BOX], "category": "no", "tag": tag}, "x:1") for tag in "aabb"]
     monkeypatch.setattr(E, "score_instruction", lambda *_: [1.0, 0.0, 0.5, 1.0])
     monkeypatch.setattr(E, "score_identity", lambda images, prompts, before: [0.0, 1.0, 1.0, 0.5])
     named, each, tags = E.score(torch.zeros(4, 3, 24, 24), prompts, "edit")

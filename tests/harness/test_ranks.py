@@ -12,8 +12,7 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
-import settings
-from harness import ranks
+from harness import cli, ranks
 from settings import SettingsError
 
 
@@ -105,7 +104,7 @@ def test_one_process_averages_with_nobody_and_shards_nothing():
     before = dict(model.transformer.named_parameters())
     ranks.average([vector])
     ranks.wait()
-    ranks.shard(model, settings.resolve({"parallel": "fsdp", "parameters": "full"}))
+    ranks.shard(model, cli.resolve({"parallel": "fsdp", "parameters": "full"}))
     assert vector.tolist() == [1.0, 2.0] and ranks.average_numbers({"a": 0.1}) == {"a": 0.1}
     assert all(p is before[n] and ranks.own(p) is p for n, p in model.transformer.named_parameters())
     assert ranks.rank_and_world() == (0, 1) and (ranks.local_rank(), ranks.local_world()) == (0, 1)
@@ -136,7 +135,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 )
 def test_the_device_is_what_was_asked_for_or_what_is_there(accelerators, count, changes, expected):
     accelerators(count)
-    s = settings.resolve(changes)
+    s = cli.resolve(changes)
     if isinstance(expected, torch.device):
         assert ranks.pick_device(s) == expected
     else:
@@ -145,7 +144,7 @@ def test_the_device_is_what_was_asked_for_or_what_is_there(accelerators, count, 
 
 
 def test_a_model_that_a_cpu_can_train_is_let_through(tmp_path, monkeypatch):
-    s = settings.resolve({"model": str(tmp_path)})
+    s = cli.resolve({"model": str(tmp_path)})
     (tmp_path / "transformer").mkdir()
     for part in (1, 2):
         (tmp_path / f"transformer/diffusion_pytorch_model-{part}.safetensors").write_bytes(b"12345")
@@ -160,10 +159,10 @@ def test_each_rank_takes_the_accelerator_of_its_number_and_too_many_ranks_are_re
     accelerators(4)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_RANK", "3")
-    assert ranks.pick_device(settings.resolve({})) == torch.device("cuda", 3)
+    assert ranks.pick_device(cli.resolve({})) == torch.device("cuda", 3)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "5")
     with pytest.raises(SettingsError, match="--nproc_per_node=4"):
-        ranks.pick_device(settings.resolve({}))
+        ranks.pick_device(cli.resolve({}))
 
 
 # -------------------------------------------------------------------------------------------------------- failures

@@ -22,11 +22,10 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-import settings
 from bench import kills
 from data.common import write_atomic
+from harness import cli, weights
 from harness import run as runtime
-from harness import weights
 from harness.run import Run
 from models import flow, hub
 from models.lora import lora_config
@@ -66,7 +65,7 @@ def toy_in(folder, **changes):
         "preset": "tiny", "name": "toy", "out": str(folder), "parameters": "full", "steps": 3, "threads": 1,
         "save_every": 1, "lr": 0.1, "decay": False,
     }  # fmt: skip
-    return Run(settings.resolve({**plain, **changes}), Pair())
+    return Run(cli.resolve({**plain, **changes}), Pair())
 
 
 @pytest.fixture
@@ -156,7 +155,7 @@ def test_muon_trains_the_matrices_of_a_new_bases_blocks_and_adamw_all_else():
     def optimizers(prepare, **changes):
         model = new_tiny(0, width=32, layers=1)
         prepare(model)
-        found = weights.optimizers(model, settings.resolve({"preset": "tiny", "lr": 0.1, **changes}))
+        found = weights.optimizers(model, cli.resolve({"preset": "tiny", "lr": 0.1, **changes}))
         names = {id(p): n for n, p in model.trainable().items()}
         return names, {type(o): {names[id(p)] for g in o.param_groups for p in g["params"]} for o in found}
 

@@ -7,8 +7,7 @@ import sys
 import pytest
 import torch
 
-import settings
-from harness import ranks, threads
+from harness import cli, ranks, threads
 
 
 @pytest.fixture
@@ -57,7 +56,7 @@ def test_threads_are_the_users_or_an_even_share_of_the_cores(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
 
     def used(**given):
-        ranks.start(settings.resolve({"preset": "tiny", "device": "cpu", **given}))
+        ranks.start(cli.resolve({"preset": "tiny", "device": "cpu", **given}))
         return torch.get_num_threads()
 
     try:

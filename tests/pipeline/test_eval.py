@@ -6,9 +6,8 @@ import pytest
 import torch
 
 import eval as evaluation
-import settings
 from data.pictures import sources
-from harness import report
+from harness import cli, report
 from tests.helpers.runs import TASKS, command, the_one_line, tiny_settings, with_adapter
 from tiny import drawings as tiny
 from tiny import edits as tiny_edit
@@ -31,8 +30,8 @@ def model(world):
 # ---------------------------------------------------------------------------------------------- an expert's evaluation
 def test_a_panel_is_built_where_rewards_name_one_and_the_tiny_world_needs_none():
     assert evaluation.panel_of(tiny_settings(rewards="task=1"), "cpu") is None
-    assert evaluation.panel_of(settings.resolve({}), "cpu") is None
-    panel = evaluation.panel_of(settings.resolve({"rewards": "jpeg=2"}), "cpu")
+    assert evaluation.panel_of(cli.resolve({}), "cpu") is None
+    panel = evaluation.panel_of(cli.resolve({"rewards": "jpeg=2"}), "cpu")
     assert list(panel.scorers) == ["jpeg"] and not panel.drop, "an evaluation drops nothing: a table has no holes"
 
 
@@ -119,7 +118,7 @@ def test_eval_py_refuses_in_one_line(world, tmp_path, capsys):
 def test_each_shipped_teacher_is_the_best_at_its_own_task(tmp_path, no_pictures):
     """The checkpoints in assets/ are what the README says: a mediocre base, and specialists that beat it at home."""
     shipped = {"preset": "tiny", "name": "shipped", "mar": 0.0, "out": str(tmp_path), "eval_prompts": 36, "threads": 1}
-    rows, _ = evaluation.compare(settings.resolve({**shipped, "device": "cpu"}))
+    rows, _ = evaluation.compare(cli.resolve({**shipped, "device": "cpu"}))
     scores = {name: row["scores"] for name, row in rows.items()}
     for task in tiny.TASKS:
         own = scores[f"teacher {task}"][task]

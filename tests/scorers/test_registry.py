@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import settings
+from harness import cli
 from rewards import RewardError, Scorer
 from scorers import registry as R
 from scorers import remote, rubrics
@@ -51,7 +52,7 @@ DEFAULTS = [
 
 @pytest.mark.parametrize(("line", "weights"), DEFAULTS, ids=[line for line, _ in DEFAULTS])
 def test_without_rewards_each_task_that_is_drawn_is_paid_by_its_own(line, weights):
-    s, _ = settings.parse(line.split())
+    s, _ = cli.parse(line.split())
     asked = R.read("", settings.rewarded_tasks(s), settings.is_tiny(s))
     own = {"instruction": {"kind": "vlm", "dtype": "bfloat16", "rubric": "editing"},
            "identity": {"kind": "face", "no_face": "skip"}}  # fmt: skip

@@ -11,8 +11,6 @@ from dataclasses import dataclass, field, fields
 FLOW_TASKS, QWEN_TASKS = ("composition", "text", "quality"), ("t2i", "edit")  # F's and Q's
 TASKS = (*FLOW_TASKS, *QWEN_TASKS)
 ASSETS = {"tiny": "assets/tiny", "tiny-qwen": "assets/tiny-qwen"}
-# The rewards of the tiny worlds; the last two need the source of an edit.
-TINY_REWARDS = ("geneval", "ocr", "quality", "preference", "task", "instruction", "identity")
 
 # Stages of train.py, of which "all" is several, and "eval", which is eval.py.
 STAGES = ("pretrain", "curate", "grpo", "nft", "sft", "merge", "opd", "reward", "all")

@@ -25,8 +25,7 @@ from data.common import first_line
 from data.files import DataError
 from harness import checkpoints, load, ranks, rollout
 from harness.counting import forwards
-from models import flow, hub, lora, qwen
-from models import load as models
+from models import flow, hub, lora, qwen, tiny
 from scorers import registry
 from settings import RL, Settings, SettingsError, is_tiny, student_cfg, task_list, teacher_cfg, trained_cfg
 
@@ -55,7 +54,7 @@ def base_of(s: Settings) -> flow.FlowModel:
     """
     with torch.device("meta"):
         if s.stage == "pretrain":
-            return models.new_tiny(s.seed, device="meta", qwen="edit" in task_list(s))
+            return tiny.new_tiny(s.seed, device="meta", qwen="edit" in task_list(s))
         config = transformer_config(s.model)
         if config.get("_class_name") not in hub.TRANSFORMERS:
             known = ", ".join(hub.TRANSFORMERS)
@@ -238,7 +237,7 @@ def _step_lines(s: Settings) -> list[tuple[str, str]]:
     if s.stage in settings.ROLLOUT:
         rows = world * s.prompts_per_step * s.group_size
         total = f", {s.steps * rows:,} in {s.steps} steps" if s.stage != "curate" else " at a time"
-        shape = f"{world} ranks x {s.prompts_per_step} prompts x {s.group_size} samples"
+        shape = f"{s.prompts_per_step} prompts x {s.group_size} samples x {world} rank{'s' * (world > 1)}"
         found.append(("batch", f"{shape} = {rows:,} trajectories{total}; --micro-batch {s.micro_batch}"))
         level, (start, stop), kernel = rollout.noise_of(s)
         noisy = f"{start}..{stop - 1} stochastic ({kernel}, level {level:g})" if level and stop > start else "an ODE"
@@ -252,7 +251,8 @@ def _step_lines(s: Settings) -> list[tuple[str, str]]:
         found.append(("guidance", ", ".join(scales)))
     elif s.stage in ("pretrain", "sft", "reward"):
         rows = world * s.batch_size
-        found.append(("batch", f"{world} ranks x {s.batch_size} images = {rows:,} a step, {s.steps * rows:,} in all"))
+        shape = f"{s.batch_size} images x {world} rank{'s' * (world > 1)}"
+        found.append(("batch", f"{shape} = {rows:,} a step, {s.steps * rows:,} in {s.steps} steps"))
     if s.stage == "opd":
         found.append(("objective", f"{s.estimator}, weight {s.weight}, {s.states} states, MAR {s.mar:g}"))
     if s.stage in ("curate", *RL):

@@ -341,11 +341,3 @@ def teacher_cfg(s: Settings) -> float:
 def trained_cfg(s: Settings) -> float:
     """The guidance scale inside the objective: the unconditional branch is out of it under Q 4.1's hybrid."""
     return s.cfg if s.guidance == "both" else 1.0
-
-
-def __getattr__(name: str):  # until every caller imports harness.cli
-    from harness import cli
-
-    if name in ("parse", "resolve", "for_stage"):
-        return getattr(cli, name)
-    raise AttributeError(name)

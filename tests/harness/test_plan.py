@@ -258,7 +258,7 @@ def test_a_plan_reads_no_weights(monkeypatch):
     def fail(*_, **__):
         pytest.fail("weights were read")
 
-    for owner, name in ((hub, "read_transformer"), (hub, "read_part"), (plan.models, "load")):
+    for owner, name in ((hub, "read_transformer"), (hub, "read_part"), (plan.load, "base_model")):
         monkeypatch.setattr(owner, name, fail)
     dry("--preset", "tiny")
     dry("--preset", "tiny-qwen", "--stage", "grpo")

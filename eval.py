@@ -16,8 +16,7 @@ from pathlib import Path
 
 import settings
 from harness import cli, threads
-from scorers import registry
-from settings import Settings, is_tiny
+from settings import Settings
 
 if __name__ == "__main__":
     threads.sleep_while_waiting()
@@ -37,7 +36,7 @@ def panel_of(s: Settings, device: torch.device) -> scoring.Panel | None:
     """The scorers that --rewards names for an evaluation; None if it names none and if the world has its own rules."""
     if load.world_of(s).OWN_RULES or not s.rewards:
         return None
-    return scoring.build(registry.read(s.rewards, settings.rewarded_tasks(s), False), device)
+    return scoring.build(load.asked_of(s), device)
 
 
 def evaluate(
@@ -107,7 +106,7 @@ def compare(s: Settings) -> tuple[dict[str, dict], Path]:
 def main(argv: Sequence[str] | None = None) -> int:
     try:
         s, _ = cli.parse(list(sys.argv[1:] if argv is None else argv), prog="eval.py")
-        registry.read(s.rewards, settings.rewarded_tasks(s), is_tiny(s))
+        load.asked_of(s)
         if s.dry_run:
             return plan.show(s, {})
         rows, where = compare(s)

@@ -9,7 +9,7 @@ plain data, so the tiny worlds' template matchers and the real models are scored
     are the right objects there (evaluation)?    geneval_verdict -> geneval_score   F §6.1 (GenEval), Table 2
     how nearly are they there (training)?        geneval_reward                     F §6.1, GRPO's signal
     what does a VLM's score token say?           expected_score                     Q Eq. 12, Q §3
-    what does a VLM judge's written reply say?   parse_judge -> judge_reward        F App. A, Fig. 6, Table 4
+    what does a VLM judge's written reply say?   parse_judge                        F App. A, Fig. 6, Table 4
     ... with one rating a level                  parse_levels -> capped_alignment   Q §3.2
     ... with one answer a demand of an edit      parse_demands -> capped_editing    Q §3.3
     is it still the same person after an edit?   similarity, identity               Q §3.3
@@ -42,7 +42,6 @@ RELATIONS = ("left of", "right of", "above", "below")
 
 SCORE_TOKENS = {str(score): score for score in range(1, 6)}  # Q Eq. 12's S = {1, 2, 3, 4, 5}
 LEVELS = {"excellent": 5, "good": 4, "fair": 3, "poor": 2, "bad": 1}  # DeQA's words for the same
-JUDGE_TAGS = {"quality": "QualityScore", "instruction": "InstructionScore", "overall": "OverallScore"}
 LOWEST_RATING, HIGHEST_RATING = 1, 5  # the scale of F Fig. 6 and of DeQA's levels (bad .. excellent)
 PICKSCORE_SCALE = 26  # PickScore is published as about 20 to 23; 26 is the divisor that brings it near 0..1
 # Q's order of importance (§3.2 prints the first; §3.3 lists what the second is made of).
@@ -217,10 +216,8 @@ def _relation_holds(position: Sequence, objects: Sequence[dict], groups: Sequenc
 def per_tag_accuracy(verdicts: Sequence[bool], tags: Sequence[str]) -> dict[str, float]:
     """Share of True verdicts of each tag, in [0, 1], tags in order of first appearance. F §6.1 (GenEval).
 
-    Raises ValueError if there is no verdict, or not one tag a verdict.
+    Raises ValueError if there is not one tag a verdict.
     """
-    if len(verdicts) == 0 or len(verdicts) != len(tags):
-        raise ValueError(f"need one tag a verdict, and one at least: {len(verdicts)} and {len(tags)}")
     by_tag: dict[str, list[bool]] = {}
     for verdict, tag in zip(verdicts, tags, strict=True):
         by_tag.setdefault(tag, []).append(bool(verdict))
@@ -230,7 +227,7 @@ def per_tag_accuracy(verdicts: Sequence[bool], tags: Sequence[str]) -> dict[str,
 def geneval_score(verdicts: Sequence[bool], tags: Sequence[str]) -> float:
     """GenEval's number, in [0, 1]: the unweighted mean of the per-tag accuracies. F Table 2.
 
-    Not the mean over images: a tag counts the same however many prompts it has. Raises as `per_tag_accuracy`.
+    Not the mean over images: a tag counts the same however many prompts it has. Raises ValueError without a verdict.
     """
     return statistics.fmean(per_tag_accuracy(verdicts, tags).values())
 
@@ -267,22 +264,15 @@ def parse_judge(reply: str) -> dict[str, float]:
     ERRATUM: F App. A names Qwen3-30B-A3B-Instruct as this judge, a model that reads text only; the released
     script serves Qwen3-VL-30B-A3B-Instruct.
     """
-    ratings = {}
-    for name, tag in JUDGE_TAGS.items():
-        found = re.findall(rf"<{tag}>\s*([0-9.]+)\s*</{tag}>", reply)
-        ratings[name] = _rating(f"<{tag}>", found[-1] if found else "", reply)
-    return ratings
-
-
-def judge_reward(reply: str) -> float:
-    """F App. A, Fig. 6: the judge's overall rating / 5, in [0.2, 1]. Raises as `parse_judge`."""
-    return parse_judge(reply)["overall"] / HIGHEST_RATING
+    tags = {name: f"{name.title()}Score" for name in ("quality", "instruction", "overall")}
+    found = {name: re.findall(rf"<{tag}>\s*([0-9.]+)\s*</{tag}>", reply) for name, tag in tags.items()}
+    return {name: _rating(f"<{tags[name]}>", texts, reply) for name, texts in found.items()}
 
 
 def parse_final(reply: str) -> float:
     """UnifiedReward's rating in [1, 5]: the last number after `Final Score:`. F Table 4. RewardError without one."""
     found = re.findall(r"final score:[^\w-]*(\d+(?:\.\d+)?)", reply, re.IGNORECASE)
-    return _rating("number after `Final Score:`", found[-1] if found else "", reply)
+    return _rating("number after `Final Score:`", found, reply)
 
 
 def parse_levels(reply: str) -> dict[str, float]:
@@ -290,11 +280,10 @@ def parse_levels(reply: str) -> dict[str, float]:
 
     RewardError with the reply in it unless each of the four tags is there once, with none or a rating from 1 to 5.
     """
-    tags = _verdict(reply)
-    said = {name.lower(): value for name, value in tags}
-    if set(said) != set(ALIGNMENT) or len(tags) != len(said):
+    tags = [(name.lower(), value.lower()) for name, value in _verdict(reply)]
+    if sorted(name for name, _ in tags) != sorted(ALIGNMENT):
         raise RewardError(f"no <Verdict> with each of the four levels once in the reply: {reply}")
-    return {name: _rating(f"<{name}>", value, reply) for name, value in said.items() if value.lower() != "none"}
+    return {name: _rating(f"<{name}>", [value], reply) for name, value in tags if value != "none"}
 
 
 def parse_demands(reply: str) -> tuple[list[bool], list[bool], float]:
@@ -302,13 +291,11 @@ def parse_demands(reply: str) -> tuple[list[bool], list[bool], float]:
 
     RewardError with the reply in it unless there is a <Core>, every demand says yes or no, and one <Coherence>.
     """
-    tags, met = _verdict(reply), {"yes": True, "no": False}
-    demands = {name: [value.lower() for key, value in tags if key == name] for name in ("Core", "Extra")}
-    coherence = [value for key, value in tags if key == "Coherence"]
-    if not demands["Core"] or len(coherence) != 1 or not {*demands["Core"], *demands["Extra"]} <= set(met):
+    tags, names = _verdict(reply), ("Core", "Extra", "Coherence")
+    core, extra, coherence = ([value.lower() for key, value in tags if key == name] for name in names)
+    if not core or len(coherence) != 1 or not {*core, *extra} <= {"yes", "no"}:
         raise RewardError(f"no <Verdict> with a yes or no in each <Core>, <Extra> and one <Coherence>: {reply}")
-    core, extra = ([met[value] for value in demands[name]] for name in ("Core", "Extra"))
-    return core, extra, _rating("<Coherence>", coherence[0], reply)
+    return [said == "yes" for said in core], [said == "yes" for said in extra], _rating("<Coherence>", coherence, reply)
 
 
 def _verdict(reply: str) -> list[tuple[str, str]]:
@@ -316,7 +303,9 @@ def _verdict(reply: str) -> list[tuple[str, str]]:
     return re.findall(r"<(\w+)>\s*(.*?)\s*</\1>", blocks[-1], re.DOTALL) if blocks else []
 
 
-def _rating(what: str, text: str, reply: str) -> float:
+def _rating(what: str, found: Sequence[str], reply: str) -> float:
+    """The last of the texts that were found, as a rating."""
+    text = found[-1] if found else ""
     if not re.fullmatch(r"[0-9]+(\.[0-9]+)?", text) or not LOWEST_RATING <= float(text) <= HIGHEST_RATING:
         raise RewardError(f"no {what} from {LOWEST_RATING} to {HIGHEST_RATING} in the reply: {reply}")
     return float(text)
@@ -347,14 +336,10 @@ def capped_editing(core: Sequence[float], extra: Sequence[float], coherence: flo
     DEVIATION: Q names the three things that are assessed and not how they become one score; the rule is the one of
     the alignment reward, because an edit that misses its core has failed, whatever else it kept.
     """
-    if not core:
-        raise ValueError("an edit without a core demand cannot be rated")
-    scores = {"core": _share(core), "coherence": coherence}
-    return _capped(scores | ({"extra": _share(extra)} if extra else {}), EDITING)
-
-
-def _share(met: Sequence[float]) -> float:
-    return LOWEST_RATING + (HIGHEST_RATING - LOWEST_RATING) * statistics.fmean(met)
+    shares = {"core": core} | ({"extra": extra} if extra else {})
+    scale = HIGHEST_RATING - LOWEST_RATING
+    ratings = {name: LOWEST_RATING + scale * statistics.fmean(met) for name, met in shares.items()}
+    return _capped(ratings | {"coherence": coherence}, EDITING)
 
 
 def _capped(scores: Mapping[str, float], priority: Sequence[str]) -> float:

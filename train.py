@@ -32,8 +32,7 @@ from typing import NamedTuple
 
 import settings
 from harness import cli, threads
-from scorers import registry
-from settings import Settings, is_tiny, rewarded_tasks, task_list
+from settings import Settings, task_list
 
 if __name__ == "__main__":
     threads.sleep_while_waiting()
@@ -559,7 +558,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """0: done or stopped in good order; 2: the user's to mend; 1: anything else, with its traceback; 130: Ctrl-C."""
     try:
         s, chosen = cli.parse(list(sys.argv[1:] if argv is None else argv))
-        registry.read(s.rewards, rewarded_tasks(s), is_tiny(s))
+        load.asked_of(s)
         if s.dry_run:
             return plan.show(s, LOOPS)
         if s.wandb:

@@ -22,10 +22,10 @@ import numpy as np
 from data.batches import seed_for
 from data.common import write_atomic
 from data.files import Prompt, is_open
+from harness import load
 from harness.checkpoints import FREE
-from scorers import registry
 from scorers.remote import Limits
-from settings import Settings, is_tiny, rewarded_tasks
+from settings import Settings
 
 REASONS = ("kept", "always good", "always bad", "not scored")
 # Settings and options of a scorer's entry that change no score; `FREE` has those that any run may change.
@@ -35,7 +35,7 @@ WAY_TO_A_SCORER = ("device", "endpoints", "key_env", *Limits._fields)
 
 def fingerprint(s: Settings) -> int:
     """A number for everything that the ranges depend on: samples, weights of the model, scorers and their weights."""
-    asked = registry.read(s.rewards, rewarded_tasks(s), is_tiny(s))
+    asked = load.asked_of(s)
     matters = {k: v for k, v in asdict(s).items() if k not in (*FREE, *NO_MATTER)}
     matters["weights"] = asked.weights
     matters["scorers"] = {

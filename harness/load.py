@@ -87,8 +87,12 @@ def read_own_prompts(s: Settings, split: str) -> dict[str, list[Prompt]]:
 
 def panel_of(s: Settings) -> panel.Panel:
     """The scorers that --rewards names, or the tasks' own."""
-    asked = registry.read(s.rewards, rewarded_tasks(s), is_tiny(s))
-    return panel.build(asked, ranks.start(s), is_tiny(s), s.on_reward_failure == "drop")
+    return panel.build(asked_of(s), ranks.start(s), s.on_reward_failure == "drop")
+
+
+def asked_of(s: Settings) -> registry.Asked:
+    """What --rewards asks for, in the run's world. RewardError, one line."""
+    return registry.read(s.rewards, rewarded_tasks(s), world_of(s))
 
 
 # ------------------------------------------------------------------------------------------ student and teachers

@@ -154,7 +154,7 @@ def lacking(extra: str) -> list[str]:
 def missing(s: Settings) -> list[str]:
     """What the run would stop for, in words: paths, prompt files, scorers' options, and packages of an extra."""
     found, extras = [], ["wandb"] if s.wandb else []
-    asked = registry.read(s.rewards, settings.rewarded_tasks(s), is_tiny(s)) if s.rewards or s.stage in RL else None
+    asked = load.asked_of(s) if s.rewards or s.stage in RL else None
     if asked:
         extras += [e["kind"] for e in asked.scorers.values() if e["kind"] in ("ocr", "geneval", "face")]
 
@@ -170,7 +170,7 @@ def missing(s: Settings) -> list[str]:
     if s.eval_prompts and s.stage in settings.SHOWN:
         attempt(load.load_prompts, s, "test", min(s.eval_prompts, 8), settings.test_tasks(s))
     if asked:
-        attempt(registry.check, asked, is_tiny(s))
+        attempt(registry.check, asked)
     if s.data:
         attempt(preferences.read, s.data, s.objective)
     for extra in dict.fromkeys(extras) if not is_tiny(s) or s.wandb else ():
@@ -256,7 +256,7 @@ def _step_lines(s: Settings) -> list[tuple[str, str]]:
     if s.stage == "opd":
         found.append(("objective", f"{s.estimator}, weight {s.weight}, {s.states} states, MAR {s.mar:g}"))
     if s.stage in ("curate", *RL):
-        asked = registry.read(s.rewards, settings.rewarded_tasks(s), is_tiny(s))
+        asked = load.asked_of(s)
         paid = (f"{c}: " + " + ".join(f"{w:g} {name}" for name, w in row.items()) for c, row in asked.weights.items())
         found.append(("rewards", "; ".join(paid)))
     return found

@@ -9,8 +9,7 @@
 
 cos is the cosine of CLIP's image and text features. Higher is better everywhere. F §6.1 and App. A name the rewards.
 
-The weights of hps, imagereward and aesthetic's head are published as pickles only. Nothing here unpickles on its own;
-`convert.convert` does, once, when a user calls it, and writes safetensors.
+The weights of hps, imagereward and aesthetic's head are published as pickles only, see convert.py.
 """
 
 import itertools
@@ -28,7 +27,7 @@ from torch import Tensor, nn
 from data.common import first_line
 from models import hub
 from rewards import PICKSCORE_SCALE, RewardError, Scorer
-from scorers.common import MODEL_FILES, PROCESSOR_FILES, batched, folder_of, how_to_convert, load_part
+from scorers.common import MODEL_FILES, PROCESSOR_FILES, batched, folder_of, load_part
 
 CLIP_L, CLIP_H = "openai/clip-vit-large-patch14", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 PICKSCORE = "yuvalkirstain/PickScore_v1"
@@ -158,8 +157,6 @@ def _load_head(name: str, folder: Path, width: int, device: str) -> nn.Sequentia
     try:
         head.load_state_dict(safetensors.torch.load_file(folder / HEAD_FILE))
     except Exception as fault:
-        raise RewardError(
-            f"scorer {name!r}: {folder / HEAD_FILE}: no head for {width} features ({first_line(fault)}); "
-            f"{how_to_convert(name)}"
-        ) from fault
+        told = f"{folder / HEAD_FILE}: no head for {width} features ({first_line(fault)})"
+        raise RewardError(f"scorer {name!r}: {told}") from fault
     return head.to(device).eval().requires_grad_(False)

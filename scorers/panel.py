@@ -5,10 +5,8 @@
     other weights for another category of prompts    w_k(category)                       Q 4.2
     pictures that wait for a far judge               the next batch is drawn meanwhile   Q 4.1
 
-A `Panel` holds the scorers of a run and asks each of them about the pictures for which it counts. Its answer is a
-`Scores`, which the functions below weigh: `advantages`, `totals`, `metrics`. Every answer is kept, because one curve
-for each reward shows that one of them stalls or is hacked. A scorer that is only *watched* has weight 0: it is asked
-and logged, and `is_hacked` compares it with what is trained on.
+A `Panel` holds the scorers of a run. Its answer is a `Scores`, which the functions below weigh. A scorer that is only
+*watched* has weight 0: it is asked and logged, and `is_hacked` compares it with what is trained on.
 
 A score that cannot be had is never a 0. It ends the run, after a checkpoint, with the scorer's own message; or, with
 `--on-reward-failure drop`, its whole prompt group is left out of the update, because a group that lost some of its
@@ -42,35 +40,23 @@ DEFAULT = "default"  # the category whose weights serve prompts of a category th
 
 
 class Scores(NamedTuple):
-    """Answers about a batch, K scorers and B pictures.
+    """Answers about a batch, K scorers and B pictures."""
 
-    values: (K, B) float64, nan for a scorer that was not asked; weights: (K, B), 0 for one that does not count; lost:
-    (B,) bool, the rows of groups that are left out.
-    """
-
-    names: tuple[str, ...]
-    values: np.ndarray
-    weights: np.ndarray
-    lost: np.ndarray
+    names: tuple[str, ...]  # K
+    values: np.ndarray  # (K, B) float64, nan for a scorer that was not asked
+    weights: np.ndarray  # (K, B), 0 for a scorer that does not count
+    lost: np.ndarray  # (B,) bool, the rows of groups that are left out
 
 
 # ------------------------------------------------------------------------------------------------------------- asking
 class Panel:
     """The scorers of a run, with a weight for each category of prompts."""
 
-    def __init__(
-        self,
-        scorers: Sequence[Scorer],
-        weights: Mapping[str, Mapping[str, float]],
-        watched: Sequence[str] = (),
-        drop: bool = False,
-    ):
-        """weights: {category: {scorer's name: weight}}. ValueError for a name without a scorer, or without a use."""
+    def __init__(self, scorers: Sequence[Scorer], weights: Mapping[str, Mapping[str, float]],
+                 watched: Sequence[str] = (), drop: bool = False):  # fmt: skip
+        """weights: {category: {scorer's name: weight}}; drop: lose the group that a scorer fails on, not the run."""
         self.scorers, self.weights, self.drop = {s.name: s for s in scorers}, weights, drop
         self.watched = tuple(watched)
-        used = {name for row in weights.values() for name in row} | set(watched)
-        if used != set(self.scorers):
-            raise ValueError(f"weights and watch name {sorted(used)}, the scorers are {sorted(self.scorers)}")
 
     def category(self, prompt: Prompt) -> str | None:
         """Whose weights a prompt has: of its metadata field "category", else its GenEval tag, else its task, else the
@@ -118,34 +104,37 @@ class Panel:
         return Scores(tuple(self.scorers), values, weights, lost)
 
     def _ask_one(self, scorer: Scorer, images: Tensor, prompts: Sequence[Prompt], sources, rows: list[int]):
-        """The scorer's answers about `rows`, float64, in their order. Edits and others are asked about one after the
-        other, so that a scorer sees a source for every picture or none at all."""
-        edits = [] if sources is None else [b for b in rows if sources[b] is not None]
-        if edits and len(edits) < len(rows):
-            answers = {}
-            for some, theirs in ((edits, sources), ([b for b in rows if sources[b] is None], None)):
-                answers.update(zip(some, self._ask_one(scorer, images, prompts, theirs, some), strict=True))
-            return np.array([answers[b] for b in rows])
-        some, theirs = [prompts[b] for b in rows], [sources[b] for b in edits] or None
-        try:
-            answer = scorer.score(images[rows], some, theirs)
-        except ValueError as fault:  # a RewardError, or such as a prompt without a target: a score that cannot be had
-            said = first_line(fault)  # a scorer calls itself by its kind, the run by the name that --rewards gives it
-            raise RewardError(said if repr(scorer.name) in said else f"scorer {scorer.name!r}: {said}") from fault
-        return check_scores(scorer.name, np.asarray(answer), [p.text for p in some], scorer.low, scorer.high)
+        """The scorer's answers about `rows`, float64, in their order.
+
+        Edits and others are asked about one after the other: a scorer sees a source for every picture or none at all.
+        """
+        edits = [b for b in rows if sources is not None and sources[b] is not None]
+        found = np.full(len(prompts), np.nan)
+        for some in (edits, [b for b in rows if b not in edits]):
+            if not some:
+                continue
+            asked, theirs = [prompts[b] for b in some], [sources[b] for b in some] if some is edits else None
+            try:
+                answer = scorer.score(images[some], asked, theirs)
+            except ValueError as fault:  # a RewardError, or such as a prompt without a target
+                said = first_line(fault)  # a scorer calls itself by its kind, the run by its name in --rewards
+                raise RewardError(said if repr(scorer.name) in said else f"scorer {scorer.name!r}: {said}") from fault
+            texts = [p.text for p in asked]
+            found[some] = check_scores(scorer.name, np.asarray(answer), texts, scorer.low, scorer.high)
+        return found[rows]
 
 
-def build(asked: registry.Asked, device: torch.device | str, tiny: bool = False, drop: bool = False) -> Panel:
+def build(asked: registry.Asked, device: torch.device | str, drop: bool = False) -> Panel:
     """The scorers that --rewards asks for, each loaded and put to its self-test before anything is drawn.
 
     A scorer's device is the run's unless its entry names another. RewardError that names the scorer.
     """
-    registry.check(asked, tiny)  # of all of them, before the first is loaded
-    made = []
+    registry.check(asked)  # of all of them, before the first is loaded
+    made, untested = [], asked.world.KINDS if asked.world else ()  # a world's own scorers need no test
     for name, entry in asked.scorers.items():
-        options = {key: value for key, value in entry.items() if key != "kind"}
-        scorer = registry.make(entry["kind"], options, str(device), tiny)
-        if not (tiny and entry["kind"] in registry.TINY) and ":" not in entry["kind"] and self_test(scorer):
+        kind, options = entry["kind"], {key: value for key, value in entry.items() if key != "kind"}
+        scorer = registry.make(kind, options, str(device), asked.world)
+        if kind not in untested and ":" not in kind and self_test(scorer):
             print(f"reward {scorer.name}: gave a known picture its known score", file=sys.stderr)
         made.append(scorer._replace(name=name))
     return Panel(made, asked.weights, asked.watch, drop)
@@ -154,10 +143,8 @@ def build(asked: registry.Asked, device: torch.device | str, tiny: bool = False,
 # ------------------------------------------------------------------------------------------------------------ weighing
 def joined(parts: Sequence[Scores]) -> Scores:
     """The answers of several shares of a batch as one."""
-    values, weights = (
-        np.concatenate(some, axis=1) for some in zip(*((p.values, p.weights) for p in parts), strict=True)
-    )
-    return Scores(parts[0].names, values, weights, np.concatenate([part.lost for part in parts]))
+    names, values, weights, lost = zip(*parts, strict=True)
+    return Scores(names[0], np.concatenate(values, 1), np.concatenate(weights, 1), np.concatenate(lost))
 
 
 def totals(scores: Scores) -> np.ndarray:
@@ -168,24 +155,21 @@ def totals(scores: Scores) -> np.ndarray:
 def advantages(scores: Scores, group: int, combine: str, std: str) -> Tensor:
     """(P, G) advantages: of the weighted sum (Q Eq. 4), or the weighted sum of each reward's own (Q Eq. 13).
 
-    combine: "sum" or "normalised"; std as in `grpo.group_advantages`, for "sum". Groups of `group` rows lie together.
-    Lost groups get exactly 0 and have no part in the std of the others.
+    combine: "sum", else "normalised"; std as in `grpo.group_advantages`, for "sum". Groups of `group` rows lie
+    together. Lost groups get exactly 0 and have no part in the std of the others.
     """
-    if combine not in ("sum", "normalised"):
-        raise ValueError(f"combine must be sum or normalised, not {combine!r}")
-    kept = ~scores.lost[::group]  # (P,)
+    kept = torch.from_numpy(~scores.lost[::group])  # (P,)
     found = torch.zeros(len(kept), group)
     if not kept.any():
         return found
-    rows = torch.from_numpy(kept)
     if combine == "sum":
-        total_PG = torch.from_numpy(composite(scores.values, scores.weights)).reshape(-1, group)[rows]
-        found[rows] = grpo.group_advantages(total_PG, std).float()
+        total_PG = torch.from_numpy(composite(scores.values, scores.weights)).reshape(-1, group)[kept]
+        found[kept] = grpo.group_advantages(total_PG, std).float()
     else:
         counted = np.where(scores.weights != 0, scores.values, 0.0)  # nan if nobody was asked
-        values_KPG = torch.from_numpy(counted).reshape(len(scores.names), -1, group)[:, rows]
-        weights_KP = torch.from_numpy(scores.weights[:, ::group].copy())[:, rows]  # a group has one prompt
-        found[rows] = grpo.multi_reward_advantages(values_KPG, weights_KP).float()
+        values_KPG = torch.from_numpy(counted).reshape(len(scores.names), -1, group)[:, kept]
+        weights_KP = torch.from_numpy(scores.weights[:, ::group].copy())[:, kept]  # a group has one prompt
+        found[kept] = grpo.multi_reward_advantages(values_KPG, weights_KP).float()
     return found
 
 

@@ -27,7 +27,10 @@ import math
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
+
+import torch
 
 from rewards import RewardError, Scorer
 
@@ -39,11 +42,6 @@ KINDS = {
     "face": "scorers.faces:face", "trained": "scorers.vlm_trained:scorer", "judge": "scorers.remote:judge",
     "served": "scorers.remote:served",
 }  # fmt: skip
-# The tiny worlds' own, which are asked there instead of a kind of the same name. They have no options.
-TINY = {
-    **dict.fromkeys(("geneval", "ocr", "quality", "preference", "task"), "tiny.drawings:scorer"),
-    **dict.fromkeys(("instruction", "identity"), "tiny.edits:scorer"),
-}
 # Scorers that have a name and are no kinds of their own: Q 3.2-3.3's judges, a Qwen-VL on a rubric each, and a face
 # model that has nothing to say about a picture without a face. None has a kind's name ("aesthetic" is LAION's head).
 VLM = {"kind": "vlm", "dtype": "bfloat16"}  # one of 8 billion parameters serves them all
@@ -52,160 +50,120 @@ NAMED = {
     "portrait": {**VLM, "rubric": "portrait"}, "instruction": {**VLM, "rubric": "editing"},
     "identity": {"kind": "face", "no_face": "skip"},
 }  # fmt: skip
-# What each task is paid by without --rewards: {task: {category: weights}}; no two tasks have a category in common,
-# so that none replaces another's. DEVIATION: F 6.1 pays the quality teacher with DeQA and PickScore, 4:6; DeQA's
-# checkpoint needs code of its own to be run, so that PickScore is alone here unless DeQA is served. DEVIATION: Q 4.2
-# weighs categories and gives no numbers; these are ours, its emphases are Q's.
-DEFAULTS = {
-    "composition": {"composition": {"geneval": 1.0}}, "text": {"text": {"ocr": 1.0}},
-    "quality": {"quality": {"pickscore": 1.0}},
-    "t2i": {
-        "t2i": {"alignment": 0.5, "beauty": 0.5}, "portrait": {"alignment": 0.3, "beauty": 0.2, "portrait": 0.5},
-        "typography": {"alignment": 0.8, "beauty": 0.2},
-    },
-    "edit": {"edit": {"instruction": 0.6, "identity": 0.4}},
-}  # fmt: skip
-# F blends quality with a preference 4:6, because quality alone is hacked: the tiny teacher learns to paint everything
-# black, as F Fig. 2's teachers lose what they are not paid for. ERRATUM: App. A gives 1:1 and other rewards.
-TINY_DEFAULTS = {
-    "composition": {"composition": {"task": 1.0}}, "text": {"text": {"task": 1.0}},
-    "quality": {"quality": {"quality": 0.4, "preference": 0.6}},
-    "t2i": {"t2i": {"preference": 0.6, "quality": 0.4}, "typography": {"preference": 0.8, "quality": 0.2}},
-    "edit": {"edit": {"instruction": 0.6, "identity": 0.4}},
-}  # fmt: skip
 DTYPES = ("float32", "bfloat16", "float16")
+SHAPE = '{"weights": {CATEGORY: {NAME: NUMBER}}, "scorers": {NAME: {"kind": KIND, OPTION: VALUE}}, "watch": [NAME]}'
 
 
 class Asked(NamedTuple):
-    """What --rewards asks for: {name: {"kind", options}}, {category: {name: weight}} and the names that are watched."""
+    """What --rewards asks for: {name: {"kind", options}}, {category: {name: weight}} and the names that are watched.
+
+    world: whose own scorers, its `KINDS`, come before those of a kind of the same name; None has none.
+    """
 
     scorers: dict[str, dict]
     weights: dict[str, dict[str, float]]
     watch: tuple[str, ...] = ()
+    world: ModuleType | None = None
 
 
 # ------------------------------------------------------------------------------------------------ reading --rewards
-def read(rewards: str, tasks: Sequence[str], tiny: bool) -> Asked:
-    """--rewards, or without it the defaults of the tasks. RewardError, one line that names flag or file and entry."""
-    if rewards.endswith(".json"):
-        return _file(Path(rewards), tiny)
-    if rewards:
-        return _short(rewards, tiny)
-    defaults = TINY_DEFAULTS if tiny else DEFAULTS
-    weights = {category: dict(row) for task in tasks for category, row in defaults[task].items()}
-    return Asked({name: _entry("", name, tiny) for row in weights.values() for name in row}, weights)
-
-
-def _short(rewards: str, tiny: bool) -> Asked:
-    scorers, weights = {}, {}
-    for item in filter(None, rewards.split(",")):
-        kind, _, weight = item.partition("=")
-        name, where = kind.rpartition(":")[2], f"--rewards {item}"
-        if name in weights:
-            raise RewardError(f"{where}: {name} has a weight already")
-        scorers[name] = {"kind": kind} if ":" in kind else _entry(where, kind, tiny)
+def read(rewards: str, tasks: Sequence[str], world: ModuleType) -> Asked:
+    """--rewards, or without it what the world pays the tasks by. RewardError, one line that names flag and entry."""
+    where, scorers, watch = f"--rewards {rewards}", {}, ()
+    if not rewards:
+        weights = {category: row for task in tasks for category, row in world.REWARDS[task].items()}
+    else:
         try:
-            weights[name] = float(weight or "1")
-        except ValueError:
-            weights[name] = math.nan
-    _check_weights(f"--rewards {rewards}", {"default": weights})
-    return Asked(scorers, {"default": weights})
-
-
-def _file(file: Path, tiny: bool) -> Asked:
-    where = f"--rewards {file}"
-    try:
-        content = json.loads(file.read_text())
-    except OSError as fault:
-        raise RewardError(f"{where}: {fault.strerror}") from fault
-    except ValueError as fault:
-        raise RewardError(f"{where}: not JSON ({fault})") from fault
-    if not isinstance(content, dict) or not {"weights"} <= set(content) <= {"scorers", "weights", "watch"}:
-        raise RewardError(f"{where}: must be an object with weights, and perhaps scorers and watch")
-    scorers, weights, watch = content.get("scorers", {}), content["weights"], content.get("watch", [])
-    if not isinstance(watch, list) or not all(isinstance(name, str) for name in watch):
-        raise RewardError(f"{where}: watch must be a list of names")
-    for part, value in (("scorers", scorers), ("weights", weights)):
-        if not isinstance(value, dict) or not all(isinstance(entry, dict) for entry in value.values()):
-            raise RewardError(f"{where}: {part} must be an object of objects")
-    _check_weights(f"{where}: weights", weights)
-    used = dict.fromkeys([*(name for row in weights.values() for name in row), *watch])
+            scorers, weights, watch = _file(Path(rewards)) if rewards.endswith(".json") else _short(rewards)
+        except (OSError, ValueError) as fault:
+            raise RewardError(f"{where}: {fault}") from fault
+        numbers = [(name, weight) for row in weights.values() for name, weight in row.items()]
+        for name, weight in numbers:
+            if type(weight) not in (int, float) or not math.isfinite(weight):
+                raise RewardError(f"{where}: the weight of {name} is {weight!r}; it must be a number")
+        if not any(weight for _, weight in numbers):
+            raise RewardError(f"{where}: no scorer has any weight")
+    used = [*(name for row in weights.values() for name in row), *watch]
     if idle := set(scorers) - set(used):
-        raise RewardError(f"{where}: scorers.{min(idle)} has no weight and is not watched; use it or remove it")
-    for name, entry in scorers.items():
-        if not isinstance(kind := entry.get("kind"), str) or (kind not in _kinds(tiny) and ":" not in kind):
-            raise RewardError(f"{where}: scorers.{name}: kind is {kind!r}; choose from {', '.join(_kinds(tiny))}")
-    made = {name: dict(entry) for name, entry in scorers.items()}
-    made |= {name: _entry(where, name, tiny) for name in used if name not in made}
-    return Asked(made, {c: {name: float(w) for name, w in row.items()} for c, row in weights.items()}, tuple(watch))
+        raise RewardError(f"{where}: {min(idle)} has no weight and is not watched; use it or remove it")
+    kinds = (*world.KINDS, *KINDS)
+    known = {**{kind: {"kind": kind} for kind in kinds}, **({} if world.KINDS else NAMED)}
+    made = {name: dict(scorers.get(name) or known.get(name, {"kind": name})) for name in (*scorers, *used)}
+    for name, entry in made.items():
+        if not isinstance(kind := entry.get("kind"), str) or (kind not in kinds and ":" not in kind):
+            raise RewardError(f"{where}: {name}: no scorer of kind {kind!r}; choose from {', '.join(known)}")
+    rows = {category: {name: float(weight) for name, weight in row.items()} for category, row in weights.items()}
+    return Asked(made, rows, tuple(watch), world)
 
 
-def _check_weights(where: str, weights: Mapping[str, Mapping]) -> None:
-    rows = [(name, weight) for row in weights.values() for name, weight in row.items()]
-    for name, weight in rows:
-        if type(weight) not in (int, float) or not math.isfinite(weight):
-            raise RewardError(f"{where}: the weight of {name} is {weight!r}; it must be a number")
-    if not any(weight for _, weight in rows):
-        raise RewardError(f"{where}: no scorer has any weight")
+def _short(text: str) -> tuple[dict, dict, Sequence[str]]:
+    """The short form as what a file says: (scorers, weights, watch). ValueError for a name that is there twice."""
+    scorers, weights = {}, {}
+    for item in filter(None, text.split(",")):
+        kind, _, weight = item.partition("=")
+        name = kind.rpartition(":")[2]
+        if name in weights:
+            raise ValueError(f"{name} has a weight already")
+        scorers[name] = {"kind": kind} if ":" in kind else {}
+        weights[name] = float(weight or "1")
+    return scorers, {"default": weights}, ()
 
 
-def _kinds(tiny: bool) -> tuple[str, ...]:
-    return tuple({**TINY, **KINDS} if tiny else KINDS)
-
-
-def _entry(where: str, name: str, tiny: bool) -> dict:
-    """What a name without an entry of its own means."""
-    named = {} if tiny else NAMED
-    if name not in named and name not in _kinds(tiny):
-        raise RewardError(f"{where}: no scorer {name!r}; choose from {', '.join([*_kinds(tiny), *named])}")
-    return dict(named.get(name, {"kind": name}))
+def _file(file: Path) -> tuple[dict, dict, Sequence[str]]:
+    """(scorers, weights, watch) of a rewards file; ValueError if it has not its shape."""
+    content = json.loads(file.read_text())
+    if isinstance(content, dict) and {"weights"} <= set(content) <= {"scorers", "weights", "watch"}:
+        scorers, weights, watch = content.get("scorers", {}), content["weights"], content.get("watch", [])
+        if isinstance(scorers, dict) and isinstance(weights, dict) and isinstance(watch, list):
+            rows = all(isinstance(row, dict) for row in (*scorers.values(), *weights.values()))
+            if rows and all(isinstance(name, str) for name in watch):
+                return scorers, weights, watch
+    raise ValueError(f"must have this shape, scorers and watch being optional: {SHAPE}")
 
 
 # --------------------------------------------------------------------------------------------------- making a scorer
-def check(asked: Asked, tiny: bool) -> None:
+def check(asked: Asked) -> None:
     """RewardError if an entry has an option that its kind does not, or lacks one; nothing is loaded but the code."""
     for name, entry in asked.scorers.items():
-        arguments(entry["kind"], {key: value for key, value in entry.items() if key != "kind"}, tiny, name)
+        arguments(entry["kind"], {key: value for key, value in entry.items() if key != "kind"}, asked.world, name)
 
 
-def make(kind: str, options: Mapping, device: str = "cpu", tiny: bool = False) -> Scorer:
+def make(kind: str, options: Mapping, device: str = "cpu", world: ModuleType | None = None) -> Scorer:
     """A scorer of a kind, with options as JSON can say them. It is on `device` unless an option names another.
 
     RewardError, one line, for an unknown kind or option, and as the factory.
     """
-    factory, values = arguments(kind, options, tiny, kind)
+    factory, values = arguments(kind, options, world, kind)
     if "device" in inspect.signature(factory).parameters:
         values.setdefault("device", device)
     return factory(**values)
 
 
-def arguments(kind: str, options: Mapping, tiny: bool, name: str) -> tuple[Callable, dict]:
+def arguments(kind: str, options: Mapping, world: ModuleType | None, name: str) -> tuple[Callable, dict]:
     """(factory, its arguments) of a kind. RewardError that begins with the scorer's `name`, if an option does not fit.
 
-    The factory's signature says what its options are: its arguments whose values JSON can say. An argument that is a
-    group of options, such as `remote.Limits`, is given by its fields.
+    The factory's signature says what its options are. An argument that is a group of options, such as `remote.Limits`,
+    is given by its fields. A user's function and a tiny world's own scorers have no options.
     """
-    where = f"scorer {name!r}"
-    if ":" in kind or (tiny and kind in TINY):
+    where, is_worlds = f"scorer {name!r}", bool(world) and kind in world.KINDS
+    if ":" in kind or is_worlds:
         if options:
             raise RewardError(f"{where}: {kind} has no options, and {min(options)} is given")
-        factory = own if ":" in kind else _import(TINY[kind])
-        return factory, {next(iter(inspect.signature(factory).parameters)): kind}
+        return (world.scorer, {"name": kind}) if is_worlds else (own, {"where": kind})
     if kind not in KINDS:
         raise RewardError(f"{where}: no kind {kind!r}; choose from {', '.join(KINDS)}")
-    factory, values, rest, known = _import(KINDS[kind]), {}, dict(options), []
-    for argument, parameter in inspect.signature(factory).parameters.items():
-        default, is_group = parameter.default, hasattr(parameter.default, "_replace")
-        wanted = {option: _type(parameter.annotation, value)
-                  for option, value in (default._asdict() if is_group else {argument: default}).items()}  # fmt: skip
-        known += [option for option, kind_of_value in wanted.items() if kind_of_value]
-        given = {o: _value(f"{where}: {o}", rest.pop(o), wanted[o]) for o in known if o in wanted and o in rest}
-        if given:
-            values[argument] = default._replace(**given) if is_group else given[argument]
-        elif default is parameter.empty:
-            raise RewardError(f"{where}: {kind} needs {argument!r}; give it in a .json file for --rewards")
-    if rest:
-        raise RewardError(f"{where}: {kind} has no option {min(rest)!r}; choose from {', '.join(known)}")
+    factory, known = _import(KINDS[kind]), {}
+    parameters = inspect.signature(factory).parameters.values()
+    for p in parameters:
+        known |= p.annotation.__annotations__ if hasattr(p.default, "_fields") else {p.name: p.annotation}
+    if unknown := set(options) - set(known):
+        raise RewardError(f"{where}: {kind} has no option {min(unknown)!r}; choose from {', '.join(known)}")
+    values = {option: _value(f"{where}: {option}", value, known[option]) for option, value in options.items()}
+    for p in parameters:
+        if group := {o: values.pop(o) for o in getattr(p.default, "_fields", ()) if o in values}:
+            values[p.name] = p.default._replace(**group)
+        if p.default is p.empty and p.name not in values:
+            raise RewardError(f"{where}: {kind} needs {p.name!r}; give it in a .json file for --rewards")
     return factory, values
 
 
@@ -214,25 +172,19 @@ def _import(where: str) -> Callable:
     return getattr(importlib.import_module(module), name)
 
 
-def _type(annotation, default) -> type | None:
-    """The type of an option's values; None if JSON cannot say them."""
-    if default is inspect.Parameter.empty:
-        return list if typing.get_origin(annotation) is Sequence else str
-    return type(default) if type(default).__name__ in ("str", "int", "float", "bool", "dtype") else None
-
-
-def _value(where: str, value: object, wanted: type) -> object:
-    """The argument that a JSON value means. RewardError if it is of another type."""
-    if wanted.__name__ == "dtype" and value in DTYPES:
-        import torch
-
-        return getattr(torch, value)
-    fits = type(value) is wanted or (wanted is float and type(value) is int)
-    if fits and (wanted is not list or (value and all(isinstance(each, str) for each in value))):
-        return value
-    names = {"dtype": f"one of {', '.join(DTYPES)}", "list": "a list of strings"}
-    meant = names.get(wanted.__name__, f"a {wanted.__name__}")
-    raise RewardError(f"{where} is {value!r}; it must be {meant}")
+def _value(where: str, value: object, annotation: object) -> object:
+    """The argument that a JSON value means. RewardError if it is not of a type that the argument takes."""
+    types = typing.get_args(annotation) or (annotation,)
+    if typing.get_origin(annotation) is Sequence:
+        fits = isinstance(value, list) and value and all(isinstance(each, str) for each in value)
+    elif torch.dtype in types:
+        fits = value in DTYPES
+        value = getattr(torch, value) if fits else value
+    else:
+        fits = type(value) in types or (float in types and type(value) is int)
+    if not fits:
+        raise RewardError(f"{where} is {value!r}; it must be {annotation}")
+    return value
 
 
 def own(where: str) -> Scorer:
@@ -246,7 +198,6 @@ def own(where: str) -> Scorer:
     spec = importlib.util.spec_from_file_location(Path(file).stem, file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    function = getattr(module, name, None)
-    if not callable(function):
+    if not callable(function := getattr(module, name, None)):
         raise RewardError(f"--rewards {where}: {file} has no function {name!r}")
     return Scorer(name, function, -math.inf, math.inf)

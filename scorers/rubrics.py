@@ -16,8 +16,7 @@ A *rubric* is data. The same words go to a model on this machine (vlm.py) and, a
 Every score lies in [0.2, 1]: all of them are ratings from 1 to 5, divided by 5, as F's tables print them. One score
 token carries more than the number that it spells: its probabilities give an expectation, which ranks pictures that
 all get "4". `named("alignment", thought=True)` lets the model reason before it gives the token (Q §3 trains its
-reward models so), which costs some hundred tokens a picture instead of one. A reply that says anything else than what
-was asked is a `rewards.RewardError` with the reply in it.
+reward models so), which costs some hundred tokens a picture instead of one.
 
 DEVIATION (F Fig. 6, Q §3): the wording of every rubric is this project's own, and follows the papers in what is asked,
 in which order and on which scale. Q prints none of its prompts. A reward model that was trained on one fixed prompt
@@ -42,18 +41,18 @@ from rewards import (
     capped_alignment,
     capped_editing,
     expected_score,
-    judge_reward,
     parse_demands,
     parse_final,
+    parse_judge,
     parse_levels,
 )
 
 SCALES = {"expected": SCORE_TOKENS, "levels": LEVELS}  # the words of a one-token answer
-WRITTEN = {  # how a longer answer becomes a score in [0.2, 1]
-    "overall": judge_reward,
-    "final": lambda reply: parse_final(reply) / HIGHEST_RATING,
-    "alignment": lambda reply: capped_alignment(parse_levels(reply)) / HIGHEST_RATING,
-    "editing": lambda reply: capped_editing(*parse_demands(reply)) / HIGHEST_RATING,
+WRITTEN = {  # how a longer answer becomes a rating in [1, 5]
+    "overall": lambda reply: parse_judge(reply)["overall"],
+    "final": parse_final,
+    "alignment": lambda reply: capped_alignment(parse_levels(reply)),
+    "editing": lambda reply: capped_editing(*parse_demands(reply)),
 }
 THOUGHT_TOKENS = 1024
 
@@ -229,73 +228,57 @@ def named(name: str, thought: bool = False) -> Rubric:
 
 
 # --------------------------------------------------------------------------------------------------- the question
-def messages(rubric: Rubric, prompt: str, images: Sequence[Tensor]) -> list[dict]:
-    """The question as OpenAI-style chat messages, pictures as PNG in data URLs.
+def user_turn(rubric: Rubric, prompt: str, images: Sequence[Tensor]) -> list[str | Image.Image]:
+    """What the user says: texts, and the pictures that the rubric shows, in its order and size.
 
     images: (3, H, W) each, in [0, 1]: the picture, or the source and the picture; a rubric about the picture alone
     leaves the source out. RewardError if a source is missing, or a picture holds values that are not finite.
     """
-    shown = iter(shown_pictures(rubric, images))
-    content = []
-    for part in user_turn(rubric, prompt):
-        if part is None:
-            stream = io.BytesIO()
-            next(shown).save(stream, "PNG", compress_level=1)
-            url = f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}"
-            content.append({"type": "image_url", "image_url": {"url": url}})
-        else:
-            content.append({"type": "text", "text": part})
-    return [{"role": "system", "content": rubric.system}, {"role": "user", "content": content}]
-
-
-def user_turn(rubric: Rubric, prompt: str) -> list[str | None]:
-    """The user's turn: texts, and None for each picture."""
+    if len(images) < len(rubric.images):
+        raise RewardError(f"rubric {rubric.name!r} is about {' and '.join(rubric.images)}: {len(images)} given")
+    pictures = [to_picture(image) for image in images[-len(rubric.images) :]]
+    if rubric.side:
+        pictures = [picture.resize((rubric.side, rubric.side), Image.Resampling.BICUBIC) for picture in pictures]
     # A prompt must not end its own turn or add pictures: Qwen's control tokens all begin with these two characters.
     text = rubric.user.replace("{prompt}", prompt.replace("<|", "< |"))
     if rubric.ask in SCALES:
         text += "\n\n" + (THOUGHT_FIRST if rubric.thought else ONE_TOKEN)[rubric.ask]
-    if len(rubric.images) == 1:
-        return [None, text]
-    return ["Source: ", None, "\nResult: ", None, "\n" + text]
+    if len(pictures) == 1:
+        return [*pictures, text]
+    return ["Source: ", pictures[0], "\nResult: ", pictures[1], "\n" + text]
 
 
-def shown_pictures(rubric: Rubric, images: Sequence[Tensor]) -> list[Image.Image]:
-    """The pictures that the rubric shows, in its order and size. Raises as `messages`."""
-    if len(images) < len(rubric.images):
-        raise RewardError(f"rubric {rubric.name!r} is about {' and '.join(rubric.images)}: {len(images)} given")
-    pictures = [to_picture(image) for image in images[-len(rubric.images) :]]
-    if not rubric.side:
-        return pictures
-    return [picture.resize((rubric.side, rubric.side), Image.Resampling.BICUBIC) for picture in pictures]
+def messages(rubric: Rubric, prompt: str, images: Sequence[Tensor]) -> list[dict]:
+    """The question as OpenAI-style chat messages, pictures as PNG in data URLs. Arguments and errors: `user_turn`."""
+    content = []
+    for part in user_turn(rubric, prompt, images):
+        if isinstance(part, str):
+            content.append({"type": "text", "text": part})
+        else:
+            stream = io.BytesIO()
+            part.save(stream, "PNG", compress_level=1)
+            url = f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}"
+            content.append({"type": "image_url", "image_url": {"url": url}})
+    return [{"role": "system", "content": rubric.system}, {"role": "user", "content": content}]
 
 
 # ----------------------------------------------------------------------------------------------------- the answer
 def read(rubric: Rubric, reply: str, token_logprobs: Mapping[str, float] | None = None) -> float:
-    """The score of a reply, in [0.2, 1]: a rating from 1 to 5, divided by 5.
+    """The score of a reply, in [0.2, 1]: a rating from 1 to 5, by `WRITTEN` or `SCALES`, divided by 5.
 
     token_logprobs: {token text: log-prob} of the likeliest tokens at the place of the score token (`score_token` finds
     it), for rubrics that ask for one; Q Eq. 12 then gives the expectation. Without them the word itself counts.
-
-        ask          the rating
-        expected     expectation over the digits 1 to 5                                   Q Eq. 12
-        levels       the same over excellent .. bad = 5 .. 1                              DeQA, F §6.1
-        overall      the tag OverallScore                                                 F Fig. 6
-        final        the last number after `Final Score:`                                 UnifiedReward, F Table 4
-        alignment    `capped_alignment` of the tags in the last <Verdict>                 Q §3.2
-        editing      `capped_editing` of the tags in the last <Verdict>                   Q §3.3
-
     RewardError, one line with the reply in it, if the reply is not what was asked for.
     """
     try:
         if rubric.ask in WRITTEN:
-            return WRITTEN[rubric.ask](reply)
+            return WRITTEN[rubric.ask](reply) / HIGHEST_RATING
         scale, found = SCALES[rubric.ask], _score_word(rubric, reply)
         if found is None:
             place = "after `Score:`" if rubric.thought else "at the start"
             raise RewardError(f"none of {', '.join(scale)} {place} of the reply: ")
-        if token_logprobs is None:
-            return scale[found[1].lower()] / HIGHEST_RATING
-        return expected_score(token_logprobs, scale) / HIGHEST_RATING
+        rating = scale[found[1].lower()] if token_logprobs is None else expected_score(token_logprobs, scale)
+        return rating / HIGHEST_RATING
     except ValueError as fault:
         cause = " ".join(str(fault).removesuffix(reply).split())
         raise RewardError(f"{cause} {' '.join(reply.split())!r}") from None

@@ -15,17 +15,13 @@ from transformers import GenerationConfig, LogitsProcessorList
 from data.files import Prompt
 from models import qwen_vl
 from rewards import HIGHEST_RATING, LOWEST_RATING, RewardError, Scorer
-from scorers.rubrics import SCALES, Rubric, named, read, score_token, shown_pictures, user_turn
+from scorers.rubrics import SCALES, Rubric, named, read, score_token, user_turn
 
 
 def vlm(
-    rubric: str | Rubric,
-    model: str = "",
-    thought: bool = False,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    batch: int = 8,
-) -> Scorer:
+    rubric: str | Rubric, model: str = "", thought: bool = False, device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32, batch: int = 8,
+) -> Scorer:  # fmt: skip
     """A Qwen-VL checkpoint as a judge, through transformers, greedy. Scores in [0.2, 1]. Q §3; F App. A.
 
     rubric, thought: as in `rubrics.named`; model: a folder or Hub id of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL, as
@@ -39,8 +35,8 @@ def vlm(
 
     def question(prompt: Prompt, image: Tensor, source: Tensor | None) -> qwen_vl.Question:
         with _about(asked, prompt):
-            pictures = iter(shown_pictures(asked, [image] if source is None else [source, image]))
-        return qwen_vl.chat(asked.system, [part or next(pictures) for part in user_turn(asked, prompt.text)])
+            turn = user_turn(asked, prompt.text, [image] if source is None else [source, image])
+        return qwen_vl.chat(asked.system, turn)
 
     def score_of(prompt: Prompt, tokens: Sequence[tuple[str, Mapping[str, float]]], reply: str) -> float:
         place = score_token(asked, [text for text, _ in tokens]) if words else None

@@ -15,6 +15,20 @@ from data.written import TASKS, make_prompts  # noqa: F401  a part of what a wor
 from scorers.panel import Panel, totals
 
 OWN_RULES = False  # pictures are scored by what --rewards names
+KINDS = ()  # it has no scorers of its own
+# What each task is paid by without --rewards: {task: {category: weights}}; no two tasks have a category in common,
+# so that none replaces another's. DEVIATION: F 6.1 pays the quality teacher with DeQA and PickScore, 4:6; DeQA's
+# checkpoint needs code of its own to be run, so that PickScore is alone here unless DeQA is served. DEVIATION: Q 4.2
+# weighs categories and gives no numbers; these are ours, its emphases are Q's.
+REWARDS = {
+    "composition": {"composition": {"geneval": 1.0}}, "text": {"text": {"ocr": 1.0}},
+    "quality": {"quality": {"pickscore": 1.0}},
+    "t2i": {
+        "t2i": {"alignment": 0.5, "beauty": 0.5}, "portrait": {"alignment": 0.3, "beauty": 0.2, "portrait": 0.5},
+        "typography": {"alignment": 0.8, "beauty": 0.2},
+    },
+    "edit": {"edit": {"instruction": 0.6, "identity": 0.4}},
+}  # fmt: skip
 # F Table 2's columns: each task's test prompts under its own scorers. The paper does not say on which prompts it
 # measures DeQA and PickScore.
 TABLE2 = ("composition geneval", "text ocr", "quality deqa", "quality pickscore")

@@ -234,6 +234,14 @@ def score_preference(images: Tensor, prompts: Sequence[Prompt], listed: Callable
 
 SCORERS = {"geneval": score_geneval, "ocr": score_ocr, "quality": score_quality, "preference": score_preference}
 TASK_SCORER = {"composition": score_geneval, "text": score_ocr, "quality": score_quality}  # what a task trains on
+KINDS = (*SCORERS, "task")  # what --rewards may name in this world
+# Without --rewards: {task: {category: weights}}. F blends quality with a preference 4:6, because quality alone is
+# hacked: the tiny teacher learns to paint everything black, as F Fig. 2's teachers lose what they are not paid for.
+# ERRATUM: App. A gives 1:1 and other rewards.
+REWARDS = {
+    "composition": {"composition": {"task": 1.0}}, "text": {"text": {"task": 1.0}},
+    "quality": {"quality": {"quality": 0.4, "preference": 0.6}},
+}  # fmt: skip
 
 
 def score_task(images: Tensor, prompts: Sequence[Prompt]) -> list[float]:
@@ -248,7 +256,7 @@ def score_task(images: Tensor, prompts: Sequence[Prompt]) -> list[float]:
 
 
 def scorer(name: str) -> rewards.Scorer:
-    """One of `SCORERS`, or "task", the prompt's own, in the signature of every scorer; all lie in [0, 1]."""
+    """One of `KINDS`, "task" being each prompt's own, in the signature of every scorer; all lie in [0, 1]."""
     function = {**SCORERS, "task": score_task}[name]
     return rewards.Scorer(name, lambda images, prompts, sources=None: torch.tensor(function(images, prompts)), 0.0, 1.0)
 

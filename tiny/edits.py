@@ -290,12 +290,17 @@ def score_identity(images: Tensor, prompts: Sequence[Prompt], before: Sequence[T
     return scores
 
 
-SCORERS = ("instruction", "identity")
+KINDS = (*drawings.KINDS, "instruction", "identity")  # what --rewards may name in this world
+REWARDS = {
+    "t2i": {"t2i": {"preference": 0.6, "quality": 0.4}, "typography": {"preference": 0.8, "quality": 0.2}},
+    "edit": {"edit": {"instruction": 0.6, "identity": 0.4}},
+}
 
 
 def scorer(name: str) -> rewards.Scorer:
-    """One of `SCORERS` in the signature of every scorer; both lie in [0, 1]. ValueError for another name."""
-    check_known("scorer", name, SCORERS)
+    """One of `KINDS` in the signature of every scorer; all lie in [0, 1]."""
+    if name in drawings.KINDS:
+        return drawings.scorer(name)
 
     def score(images: Tensor, prompts: Sequence[Prompt], sources: Sequence[Tensor] | None = None) -> Tensor:
         if name == "instruction":

@@ -3,6 +3,7 @@
 import itertools
 import math
 import random
+import re
 import statistics
 from functools import lru_cache
 
@@ -17,17 +18,12 @@ def thing(name, score=0.95, box=(0, 0, 10, 10), color="red"):
 
 
 # -------------------------------------------------------------------------------------------------------- OCR
-def test_ocr_target_is_what_the_first_pair_of_ascii_quotes_holds():
-    assert R.ocr_target('a sign "Open Now" beside "Closed"') == "Open Now"
-    assert R.ocr_target('"CAT"') == "CAT"
-
-
 @pytest.mark.parametrize("prompt", ["no quotes", 'one " only', 'empty ""', 'blank "  " here', "curly “CAT”", "'CAT'"])
 def test_a_prompt_without_a_quoted_target_is_an_error_with_the_prompt_in_it(prompt):
     for rule in (R.ocr_target, lambda prompt: R.ocr_reward("CAT", prompt)):
-        with pytest.raises(ValueError) as error:
+        with pytest.raises(ValueError, match=re.escape(repr(prompt))):
             rule(prompt)
-        assert repr(prompt) in str(error.value)
+    assert R.ocr_target('a sign "Open Now" beside "Closed"') == "Open Now"
 
 
 @lru_cache(None)
@@ -47,91 +43,76 @@ def test_levenshtein_equals_its_recursive_definition_on_random_words():
         assert R.levenshtein(a, b) == recursive_distance(a, b) == R.levenshtein(b, a), (a, b)
 
 
-def test_ocr_reward_by_hand():
-    prompt = 'a sign that says "Open Now"'  # target "opennow", 7 letters
-    assert R.ocr_reward("OPEN NOW", prompt) == 1
-    assert R.ocr_reward("open n0w", prompt) == pytest.approx(1 - 1 / 7)  # one substitution
-    assert R.ocr_reward("openw", prompt) == pytest.approx(1 - 2 / 7)  # two deletions
-    assert R.ocr_reward("xopennxow", prompt) == pytest.approx(1 - 2 / 7)  # two insertions
-    assert R.ocr_reward("", prompt) == 0  # distance 7 of 7
-
-
-def test_ocr_reward_ignores_case_white_space_and_what_stands_around_the_target():
-    assert R.ocr_reward("h e\nL\tlO", 'says "He llo"') == 1
-    assert R.ocr_reward("welcome to the CAT cafe", 'says "cat"') == 1
-    # The planted bug (Levenshtein alone): 19 letters read, 16 of them to delete, capped at 3 -> reward 0.
-    assert min(R.levenshtein("welcometothecatcafe", "cat"), 3) == 3
-    # Nothing in common and far longer: the distance is 12, capped at 3. Without the cap: 1 - 12/3 = -3.
-    assert R.levenshtein("zzzzzzzzzzzz", "cat") == 12 and R.ocr_reward("zzzzzzzzzzzz", 'says "cat"') == 0
+@pytest.mark.parametrize(
+    ("read", "target", "reward"),
+    [
+        ("OPEN NOW", "Open Now", 1),
+        ("open n0w", "Open Now", 1 - 1 / 7),  # one substitution
+        ("openw", "Open Now", 1 - 2 / 7),  # two deletions
+        ("xopennxow", "Open Now", 1 - 2 / 7),  # two insertions
+        ("", "Open Now", 0),  # distance 7 of 7
+        ("h e\nL\tlO", "He llo", 1),
+        # Levenshtein alone: 19 letters read, 16 of them to delete, capped at 3 -> reward 0.
+        ("welcome to the CAT cafe", "cat", 1),
+        # Nothing in common and far longer: the distance is 12, capped at 3. Without the cap: 1 - 12/3 = -3.
+        ("zzzzzzzzzzzz", "cat", 0),
+    ],
+)
+def test_ocr_reward_by_hand(read, target, reward):
+    assert R.ocr_reward(read, f'a sign that says "{target}"') == pytest.approx(reward)
 
 
 # ------------------------------------------------------------------------------------------------- detections
 def test_filter_keeps_confidence_above_03_and_above_09_for_counting():
     found = [thing("dog", s) for s in (0.3, 0.31, 0.9, 0.91, 0.1)]
-    assert [d["score"] for d in R.filter_detections(found, {"tag": "colors"})] == [0.91, 0.9, 0.31]
-    assert [d["score"] for d in R.filter_detections(found, {"tag": "counting"})] == [0.91]
-    assert [d["score"] for d in R.filter_detections(found, {})] == [0.91, 0.9, 0.31]
+    for metadata, scores in (({"tag": "colors"}, [0.91, 0.9, 0.31]), ({}, [0.91, 0.9, 0.31]), (TWO_DOGS, [0.91])):
+        assert [d["score"] for d in R.filter_detections(found, metadata)] == scores
 
 
 def test_filter_keeps_the_best_16_of_each_class_and_each_class_has_its_own_16():
     scores = [0.5 + i / 100 for i in range(20)]
     found = [thing(name, s) for s in scores for name in ("dog", "cat")] + [thing("cow", 0.4)]
     kept = R.filter_detections(found, {"tag": "two_object"})
-    for name in ("dog", "cat"):
-        assert [d["score"] for d in kept if d["class"] == name] == scores[:3:-1]  # the best 16, best first
-    assert sum(d["class"] == "cow" for d in kept) == 1
+    for name, expected in (("dog", scores[:3:-1]), ("cat", scores[:3:-1]), ("cow", [0.4])):  # best first
+        assert [d["score"] for d in kept if d["class"] == name] == expected
     assert len(found) == 41, "the caller's list is left alone"
 
 
 # --------------------------------------------------------------------------------------------------- geometry
-@pytest.mark.parametrize(
-    "a, b, expected",
-    [
-        # Centres (2, 3) and (20, 4): o = (-18, -1), margins 0.1 (4+6, 6+4) = (1, 1): o' = (-17, 0)
-        ((0, 0, 4, 6), (17, 2, 23, 6), {"left of"}),
-        ((17, 2, 23, 6), (0, 0, 4, 6), {"right of"}),
-        # Centres (3, 2) and (4, 20): the same, transposed; y points down, so smaller y is above.
-        ((0, 0, 6, 4), (2, 17, 6, 23), {"above"}),
-        ((2, 17, 6, 23), (0, 0, 6, 4), {"below"}),
-        # o = (-20, -20), margins (2, 2): o' = (-18, -18), |o| = 28.3, cosine 0.64 on both axes.
-        ((0, 0, 10, 10), (20, 20, 30, 30), {"left of", "above"}),
-        ((20, 0, 30, 10), (0, 20, 10, 30), {"right of", "above"}),
-        # o = (-1, 0) inside the margins (2, 2): o' = 0, and no relation, on unit scale too.
-        ((0, 0, 10, 10), (1, 0, 11, 10), set()),
-        ((0, 0, 1, 1), (0.15, 0, 1.15, 1), set()),
-        # Equal centres: |o| = 0.
-        ((0, 0, 10, 10), (2, 2, 8, 8), set()),
-        # o = (-3, -4), |o| = 5, no size: cosines 0.6 and 0.8.
-        ((0, 0, 0, 0), (3, 4, 3, 4), {"left of", "above"}),
-        # o = (-0.28, -0.96): 0.28 is not beyond 0.5.
-        ((0, 0, 0, 0), (0.28, 0.96, 0.28, 0.96), {"above"}),
-    ],
-)
+POSITIONS = [  # o, and o' = o less the margins
+    # Centres (2, 3) and (20, 4): o = (-18, -1), margins 0.1 (4+6, 6+4) = (1, 1): o' = (-17, 0)
+    ((0, 0, 4, 6), (17, 2, 23, 6), {"left of"}),
+    # Centres (3, 2) and (4, 20): the same, transposed; y points down, so smaller y is above.
+    ((0, 0, 6, 4), (2, 17, 6, 23), {"above"}),
+    # o = (-20, -20), margins (2, 2): o' = (-18, -18), |o| = 28.3, cosine 0.64 on both axes.
+    ((0, 0, 10, 10), (20, 20, 30, 30), {"left of", "above"}),
+    ((20, 0, 30, 10), (0, 20, 10, 30), {"right of", "above"}),
+    # o = (-1, 0) inside the margins (2, 2): o' = 0, and no relation, on unit scale too.
+    ((0, 0, 10, 10), (1, 0, 11, 10), set()),
+    ((0, 0, 1, 1), (0.15, 0, 1.15, 1), set()),
+    ((0, 0, 10, 10), (2, 2, 8, 8), set()),  # equal centres: |o| = 0
+    ((0, 0, 0, 0), (3, 4, 3, 4), {"left of", "above"}),  # o = (-3, -4), |o| = 5, no size: cosines 0.6 and 0.8
+    ((0, 0, 0, 0), (0.28, 0.96, 0.28, 0.96), {"above"}),  # o = (-0.28, -0.96): 0.28 is not beyond 0.5
+    # Widths 5 + 5 cost 1 of o_x = -2: o'_x = -1 with |o| = 2: 0.5 is not beyond 0.5. One hair more is.
+    ((0, 0, 5, 0), (2, 0, 7, 0), set()),
+    ((0, 0, 5, 0), (2.01, 0, 7.01, 0), {"left of"}),
+    # o = (-10, -10), sizes 20 + 20 wide and 0 high: o' = (-6, -10), |o| = 14.1: cosines 0.42 and 0.71.
+    # Planted bug: dividing by |o'| = 11.7 would give 0.51 and add "left of".
+    ((0, 0, 20, 0), (10, 10, 30, 10), {"above"}),
+]
+
+
+@pytest.mark.parametrize(("a", "b", "expected"), POSITIONS)
 def test_relative_position_by_hand(a, b, expected):
     assert R.relative_position(a, b) == expected
 
 
-def test_relative_position_is_strict_at_a_cosine_of_one_half():
-    # Widths 5 + 5 cost 1 of o_x = -2: o'_x = -1 with |o| = 2: 0.5 is not beyond 0.5. One hair more is.
-    assert R.relative_position((0, 0, 5, 0), (2, 0, 7, 0)) == set()
-    assert R.relative_position((0, 0, 5, 0), (2.01, 0, 7.01, 0)) == {"left of"}
-
-
-def test_relative_position_is_divided_by_the_raw_offset_not_the_shortened_one():
-    # o = (-10, -10), sizes 20 + 20 wide and 0 high: o' = (-6, -10), |o| = 14.1: cosines 0.42 and 0.71.
-    # Planted bug: dividing by |o'| = 11.7 would give 0.51 and add "left of".
-    assert R.relative_position((0, 0, 20, 0), (10, 10, 30, 10)) == {"above"}
-
-
 def test_relative_position_mirrors_when_the_boxes_swap():
-    rng, opposite = (
-        random.Random(1),
-        {"left of": "right of", "right of": "left of", "above": "below", "below": "above"},
-    )
-    seen = set()
+    rng, seen = random.Random(1), set()
+    opposite = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
     for _ in range(300):
-        a, b = ((x, y, x + rng.random(), y + rng.random()) for x, y in [(rng.random(), rng.random())] * 2)
-        a = tuple(v + shift for v, shift in zip(a, (rng.uniform(-3, 3), rng.uniform(-3, 3)) * 2, strict=True))
+        corners = [(rng.uniform(-3, 3), rng.uniform(-3, 3)) for _ in range(2)]
+        a, b = ((x, y, x + rng.random(), y + rng.random()) for x, y in corners)
         ab = R.relative_position(a, b)
         assert {opposite[r] for r in ab} == R.relative_position(b, a)
         seen |= ab
@@ -147,105 +128,67 @@ def need(name, count=1, **extra):
     return {"class": name, "count": count, **extra}
 
 
+def dogs(*colors, scores=(0.95,) * 9):
+    return [thing("dog", score, color=color) for color, score in zip(colors, scores)]
+
+
 TWO_DOGS = meta(need("dog", 2), exclude=[need("dog", 3)], tag="counting")
-
-
-def test_counting_verdict_needs_exactly_the_count_through_its_exclude():
-    assert [R.geneval_verdict([thing("dog")] * n, TWO_DOGS) for n in range(5)] == [False, False, True, False, False]
-    # Without the exclude "at least" is enough; other classes never matter.
-    assert [R.geneval_verdict([thing("dog")] * n, meta(need("dog", 2))) for n in range(4)] == [False, False, True, True]
-    assert R.geneval_verdict([thing("dog"), thing("dog"), thing("cat")], TWO_DOGS)
-
-
-def test_any_exclude_fails_the_verdict():
-    metadata = meta(need("dog"), exclude=[need("cow", 2), need("cat", 1)])
-    assert R.geneval_verdict([thing("dog"), thing("cow")], metadata)
-    assert not R.geneval_verdict([thing("dog"), thing("cat")], metadata)
-    assert not R.geneval_verdict([thing("dog"), thing("cow"), thing("cow")], metadata)
-
-
-def test_every_include_must_be_found():
-    metadata = meta(need("dog"), need("cat"))
-    assert R.geneval_verdict([thing("cat"), thing("dog")], metadata)
-    assert not R.geneval_verdict([thing("dog")], metadata) and not R.geneval_verdict([thing("cat")], metadata)
-
-
-def test_verdict_asks_the_colour_of_the_best_scored_objects_only():
-    metadata = meta(need("dog", 2, color="red"))
-    red, blue = thing("dog", 0.8), thing("dog", 0.7, color="blue")
-    assert R.geneval_verdict([thing("dog", 0.6, color="blue"), red, thing("dog", 0.9)], metadata)
-    assert not R.geneval_verdict([thing("dog", 0.6), red, blue], metadata)
-    assert not R.geneval_verdict([red, blue], metadata)
-    assert not R.geneval_verdict([thing("cat"), red, blue], metadata)
-
-
+OTHERS = meta(need("dog"), exclude=[need("cow", 2), need("cat", 1)])
+BOTH, RED = meta(need("dog"), need("cat")), meta(need("dog", 2, color="red"))
+DOG, CAT, COW, LAPTOP = map(thing, ("dog", "cat", "cow", "laptop"))
 LEFT, RIGHT, MIDDLE = (0, 0, 10, 10), (60, 0, 70, 10), (30, 0, 40, 10)
-
-
-def test_position_is_asked_of_the_include_towards_the_one_it_refers_to():
-    metadata = meta(need("laptop"), need("cow", position=["right of", 0]))
-    assert R.geneval_verdict([thing("cow", box=RIGHT), thing("laptop", box=LEFT)], metadata)
-    assert not R.geneval_verdict([thing("cow", box=LEFT), thing("laptop", box=RIGHT)], metadata)
-    # The index counts includes: 2 is the cat, not the laptop.
-    metadata = meta(need("laptop"), need("cow", position=["right of", 2]), need("cat"))
-    found = [thing("cow", box=MIDDLE), thing("laptop", box=RIGHT), thing("cat", box=LEFT)]
-    assert R.geneval_verdict(found, metadata) and R.geneval_reward(found, metadata) == 1
-    metadata["include"][1]["position"] = ["right of", 0]
-    assert not R.geneval_verdict(found, metadata) and R.geneval_reward(found, metadata) == pytest.approx(3 / 4)
-
-
-def test_every_pair_of_the_best_objects_must_hold_the_relation():
-    metadata = meta(need("laptop", 2), need("cow", 2, position=["right of", 0]))
-    laptops = [thing("laptop", 0.9, LEFT), thing("laptop", 0.8, MIDDLE)]
-    above, cow = (60, 1, 70, 11), thing("cow", 0.9, RIGHT)
-    assert R.geneval_verdict([*laptops, cow, thing("cow", 0.8, above)], metadata)
-    between = thing("cow", 0.8, (15, 0, 25, 10))  # the laptops
-    assert not R.geneval_verdict([*laptops, cow, between], metadata)
-    # A third, worse scored cow or laptop in the wrong place is not among the best two.
-    spare = [thing("cow", 0.5, LEFT), thing("laptop", 0.5, (90, 0, 99, 10))]
-    assert R.geneval_verdict([*spare, *laptops, cow, thing("cow", 0.8, above)], metadata)
-
-
-@pytest.mark.parametrize("metadata", [{}, {"include": []}, {"tag": "colors"}])
-@pytest.mark.parametrize("rule", [R.geneval_verdict, R.geneval_reward])
-def test_rules_without_a_checklist_are_an_error_not_true(rule, metadata):
-    with pytest.raises(ValueError, match="include"):
-        rule([thing("dog")], metadata)
-
-
-# -------------------------------------------------------------------------------------------- training reward
-def test_count_part_is_one_minus_the_relative_error_floored_at_zero():
+BESIDE = meta(need("laptop"), need("cow", position=["right of", 0]))
+THIRD = meta(need("laptop"), need("cow", position=["right of", 2]), need("cat"))
+FIRST = meta(need("laptop"), need("cow", position=["right of", 0]), need("cat"))
+PAIRS = meta(need("laptop", 2), need("cow", 2, position=["right of", 0]))
+ALL = meta(need("laptop"), need("cow", 2, color="red", position=["right of", 0]))
+COW_RIGHT, LAPTOP_LEFT = thing("cow", 0.9, RIGHT), thing("laptop", 0.9, LEFT)
+COWS = [COW_RIGHT, thing("cow", 0.8, (60, 1, 70, 11))]
+LAPTOPS = [LAPTOP_LEFT, thing("laptop", 0.8, MIDDLE)]
+ROW = [thing("cow", box=MIDDLE), thing("laptop", box=RIGHT), thing("cat", box=LEFT)]
+CHECKLISTS = [  # detections, metadata, the verdict, the training reward: the mean over the checklist's parts
     # count 2: found 0, 1, 2, 3, 4, 5 -> 1 - |2 - n| / 2 = 0, 1/2, 1, 1/2, 0, then -1/2, floored.
-    assert [R.geneval_reward([thing("dog")] * n, TWO_DOGS) for n in range(6)] == [0, 0.5, 1, 0.5, 0, 0]
+    *(([DOG] * n, TWO_DOGS, n == 2, reward) for n, reward in enumerate((0, 0.5, 1, 0.5, 0, 0))),
+    ([DOG] * 3, meta(need("dog", 2)), True, 0.5),  # without the exclude "at least" is enough
+    ([DOG, DOG, CAT], TWO_DOGS, True, 1),  # other classes never matter
+    ([DOG, COW], OTHERS, True, 1), ([DOG, CAT], OTHERS, False, 1), ([DOG, COW, COW], OTHERS, False, 1),
+    ([CAT, DOG], BOTH, True, 1), ([DOG], BOTH, False, 1 / 2), ([CAT], BOTH, False, 1 / 2),
+    # The verdict asks the colour of the best scored objects only; the reward is the share, if the count is exact.
+    (dogs("blue", "red", "red", scores=(0.6, 0.8, 0.9)), RED, True, (1 / 2 + 0) / 2),
+    (dogs("red", "red", "blue", scores=(0.6, 0.8, 0.7)), RED, False, (1 / 2 + 0) / 2),
+    (dogs("red", "blue"), RED, False, (1 + 1 / 2) / 2),
+    (dogs("red", "blue", "red", "red"), meta(need("dog", 4, color="red")), False, (1 + 3 / 4) / 2),
+    (dogs("red", "blue", "red"), meta(need("dog", 4, color="red")), False, (3 / 4 + 0) / 2),
+    ([], RED, False, 0),
+    # A position is 1 or 0, and needs both counts. The released code's 0.5 for a wrong relation would give 5/6.
+    ([COW_RIGHT, LAPTOP_LEFT], BESIDE, True, 1),
+    ([thing("cow", box=LEFT), thing("laptop", box=RIGHT)], BESIDE, False, 2 / 3),
+    ([COW_RIGHT], BESIDE, False, 1 / 3), ([LAPTOP_LEFT], BESIDE, False, 1 / 3),  # no vacuous truth
+    ([COW_RIGHT, COW_RIGHT, LAPTOP_LEFT], BESIDE, True, 1 / 3),  # parts 0, 1, 0
+    ([COW_RIGHT, LAPTOP_LEFT, LAPTOP_LEFT], BESIDE, True, 1 / 3),  # the reference is ambiguous
+    (ROW, THIRD, True, 1), (ROW, FIRST, False, 3 / 4),  # the index counts includes: 2 is the cat, 0 the laptop
+    # Every pair of the best objects must hold the relation; one that stands between the laptops does not.
+    ([*LAPTOPS, *COWS], PAIRS, True, 1),
+    ([*LAPTOPS, COW_RIGHT, thing("cow", 0.8, (15, 0, 25, 10))], PAIRS, False, 2 / 3),
+    # A third, worse scored cow or laptop in the wrong place is not among the best two.
+    ([thing("cow", 0.5, LEFT), thing("laptop", 0.5, (90, 0, 99, 10)), *LAPTOPS, *COWS], PAIRS, True, 1 / 3),
+    # The number of parts does not depend on the image.
+    ([COW_RIGHT, COW_RIGHT, LAPTOP_LEFT], ALL, True, 1),
+    ([COW_RIGHT, LAPTOP_LEFT], ALL, False, (1 + 1 / 2 + 0 + 0) / 4),
+]  # fmt: skip
 
 
-def test_colour_part_is_the_share_of_matching_objects_where_the_count_is_exact():
-    metadata = meta(need("dog", 4, color="red"))
-    found = [thing("dog", color=c) for c in ("red", "blue", "red", "red")]
-    assert R.geneval_reward(found, metadata) == pytest.approx((1 + 3 / 4) / 2)
-    assert R.geneval_reward(found[:3], metadata) == pytest.approx((3 / 4 + 0) / 2)  # wrong count: colour 0
-    assert R.geneval_reward([], metadata) == 0
+@pytest.mark.parametrize(("found", "metadata", "verdict", "reward"), CHECKLISTS)
+def test_verdict_and_training_reward_by_hand(found, metadata, verdict, reward):
+    assert R.geneval_verdict(found, metadata) is verdict
+    assert R.geneval_reward(found, metadata) == pytest.approx(reward)
 
 
-def test_position_part_is_one_or_zero_and_needs_both_counts():
-    metadata = meta(need("laptop"), need("cow", position=["right of", 0]))
-    cow, laptop = thing("cow", box=RIGHT), thing("laptop", box=LEFT)
-    assert R.geneval_reward([cow, laptop], metadata) == 1
-    # A wrong relation scores 0 (the released code's 0.5 would give 5/6).
-    wrong = [thing("cow", box=LEFT), thing("laptop", box=RIGHT)]
-    assert R.geneval_reward(wrong, metadata) == pytest.approx(2 / 3)
-    assert R.geneval_reward([cow], metadata) == pytest.approx(1 / 3)  # no laptop: no relation, no vacuous truth
-    assert R.geneval_reward([laptop], metadata) == pytest.approx(1 / 3)
-    assert R.geneval_reward([cow, cow, laptop], metadata) == pytest.approx(1 / 3)  # parts 0, 1, 0
-    # Two laptops, both left of the cow: the reference is ambiguous; parts 0, 1, 0.
-    assert R.geneval_reward([cow, laptop, laptop], metadata) == pytest.approx(1 / 3)
-
-
-def test_the_number_of_parts_does_not_depend_on_the_image():
-    metadata = meta(need("laptop"), need("cow", 2, color="red", position=["right of", 0]))
-    cow, laptop = thing("cow", box=RIGHT), thing("laptop", box=LEFT)
-    assert R.geneval_reward([cow, cow, laptop], metadata) == 1
-    assert R.geneval_reward([cow, laptop], metadata) == pytest.approx((1 + 1 / 2 + 0 + 0) / 4)
+@pytest.mark.parametrize("rule", [R.geneval_verdict, R.geneval_reward])
+def test_rules_without_a_checklist_are_an_error_not_true(rule):
+    for metadata in ({}, {"include": []}, {"tag": "colors"}):
+        with pytest.raises(ValueError, match="include"):
+            rule([DOG], metadata)
 
 
 def test_reward_is_one_exactly_where_an_exact_verdict_is_true_on_random_scenes():
@@ -269,12 +212,9 @@ def test_geneval_score_weighs_tags_not_images():
     assert R.per_tag_accuracy(verdicts, tags) == {"colors": 0.25, "position": 1.0}
     assert R.geneval_score(verdicts, tags) == 0.625  # (1/4 + 1) / 2; the mean over images would be 2/5
     assert list(R.per_tag_accuracy(np.array([1, 0, 1]) > 0, ["b", "a", "b"]).items()) == [("b", 1.0), ("a", 0.0)]
-
-
-@pytest.mark.parametrize("verdicts, tags", [([], []), ([True], []), ([True], ["a", "b"]), ([], ["a"])])
-def test_geneval_score_needs_one_tag_a_verdict(verdicts, tags):
-    with pytest.raises(ValueError):
-        R.geneval_score(verdicts, tags)
+    for verdicts, tags in (([], []), ([True], []), ([True], ["a", "b"]), ([], ["a"])):
+        with pytest.raises(ValueError):
+            R.geneval_score(verdicts, tags)
 
 
 # ------------------------------------------------------------------------------------------------- VLM judges
@@ -282,17 +222,11 @@ def test_expected_score_by_hand():
     # p(4) = 3/4, p(5) = 1/4 after normalising over the score tokens: 4.25. " 4" and "4" add up.
     logprobs = {"4": math.log(0.2), " 4": math.log(0.1), "5\n": math.log(0.1), "Good": math.log(0.6)}
     assert R.expected_score(logprobs) == pytest.approx(4.25)
-
-
-@pytest.mark.parametrize("score", [1, 2, 3, 4, 5])
-def test_one_certain_token_is_its_own_score(score):
-    assert R.expected_score({str(score): -0.7}) == score
-    assert R.expected_score({str(score): 0.0} | {str(s): -math.inf for s in range(1, 6) if s != score}) == score
-
-
-def test_expected_score_of_equal_log_probs_is_three_however_small_they_are():
-    assert R.expected_score({str(s): -1000.0 for s in range(1, 6)}) == pytest.approx(3)
+    assert R.expected_score({str(s): -1000.0 for s in range(1, 6)}) == pytest.approx(3), "however small they are"
     assert R.expected_score({"1": -1000.0, "2": -1000.0 - math.log(3)}) == pytest.approx(1.25)
+    for score in range(1, 6):
+        assert R.expected_score({str(score): -0.7}) == score
+        assert R.expected_score({str(score): 0.0} | {str(s): -math.inf for s in range(1, 6) if s != score}) == score
 
 
 def test_levels_are_five_to_one_and_several_tokens_that_say_one_word_add_up():
@@ -321,35 +255,18 @@ def reply(quality="3", instruction="4", overall="5"):
 def test_parse_judge_reads_the_three_tags_of_figure_6():
     assert R.parse_judge(reply()) == {"quality": 3.0, "instruction": 4.0, "overall": 5.0}
     assert R.parse_judge(reply("1", "4.5", "2.25")) == {"quality": 1.0, "instruction": 4.5, "overall": 2.25}
-
-
-def test_parse_judge_takes_the_scores_after_the_thought():
     text = "<Thought> <OverallScore>1</OverallScore>? No. </Thought>" + reply(overall="4")
-    assert R.parse_judge(text)["overall"] == 4
+    assert R.parse_judge(text)["overall"] == 4, "the score after the thought"
 
 
-@pytest.mark.parametrize(
-    "text, tag",
-    [
-        (reply(quality="X"), "QualityScore"),
-        (reply(quality="0.9"), "QualityScore"),
-        (reply(instruction="5.1"), "InstructionScore"),
-        (reply(overall="-3"), "OverallScore"),
-        (reply(overall="4/5"), "OverallScore"),
-        (reply(overall=""), "OverallScore"),
-        ("I cannot judge images.", "QualityScore"),
-        (reply().replace("OverallScore", "Overall"), "OverallScore"),
-    ],
-)
-def test_an_unreadable_reply_is_an_error_with_the_reply_in_it(text, tag):
-    for rule in (R.parse_judge, R.judge_reward):
-        with pytest.raises(R.RewardError, match=f"no <{tag}> from 1 to 5 in the reply") as error:
-            rule(text)
-        assert text in str(error.value)
+UNREADABLE = [reply(quality="X"), reply(quality="0.9"), "I cannot judge images.", reply(instruction="5.1"),
+              *(reply(overall=bad) for bad in ("-3", "4/5", "")), reply().replace("Overall", "Total")]  # fmt: skip
 
 
-def test_judge_reward_is_the_overall_rating_over_five():
-    assert [R.judge_reward(reply(overall=str(n))) for n in range(1, 6)] == [0.2, 0.4, 0.6, 0.8, 1.0]
+@pytest.mark.parametrize("text", UNREADABLE)
+def test_an_unreadable_reply_is_an_error_with_the_reply_in_it(text):
+    with pytest.raises(R.RewardError, match=re.escape(text)):
+        R.parse_judge(text)
 
 
 def test_unifiedreward_is_the_last_number_after_final_score():
@@ -423,10 +340,12 @@ def test_a_failed_level_caps_the_total_and_higher_levels_cap_it_lower():
 
 
 def test_the_properties_of_a_capped_score_refuse_rules_that_are_not():
-    mean = lambda s: statistics.fmean(s.values())  # noqa: E731
-    upside_down = lambda s: min(  # noqa: E731
-        mean(s), *(s[level] + 3 - rank for rank, level in enumerate(R.ALIGNMENT)), s["objects"]
-    )
+    def mean(s):
+        return statistics.fmean(s.values())
+
+    def upside_down(s):
+        return min(mean(s), *(s[level] + 3 - rank for rank, level in enumerate(R.ALIGNMENT)), s["objects"])
+
     assert not is_capped_rule(mean), "no cap"
     assert not is_capped_rule(lambda s: min(mean(s), 6 - max(s.values()))), "worse for better"
     assert not is_capped_rule(upside_down)
@@ -493,27 +412,17 @@ def test_composite_by_hand_and_sample_by_sample():
         R.composite(scores, weights[:, :1])
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, None])
-def test_a_score_that_is_no_number_names_its_scorer_and_prompt(bad):
-    with pytest.raises(R.RewardError, match="scorer 'ocr': .*'a cat'"):
-        R.check_scores("ocr", [0.1, bad, 0.3], PROMPTS)
+NO_ANSWER = [*([0.1, bad, 0.3] for bad in (math.nan, math.inf, -math.inf, None, 1.5, -0.5)),
+             [0.1, 0.2], [0.1] * 4, [[0.1], [0.2], [0.3]], 0.5]  # fmt: skip
 
 
-def test_check_scores_bounds_are_inclusive_and_optional():
-    assert R.check_scores("s", [0, 1, 0.5], PROMPTS, low=0, high=1).tolist() == [0, 1, 0.5]
-    assert R.check_scores("s", [-9, 30, 0.5], PROMPTS).tolist() == [-9, 30, 0.5]
-    assert R.check_scores("s", [5, 0, 0.5], PROMPTS, low=0).tolist() == [5, 0, 0.5]
-    with pytest.raises(R.RewardError, match="scorer 's': 1.5 .*'a cow'"):
-        R.check_scores("s", [0, 1, 1.5], PROMPTS, low=0, high=1)
-    with pytest.raises(R.RewardError, match="scorer 's': -0.5 .*'a dog'"):
-        R.check_scores("s", [-0.5, 1, 1], PROMPTS, low=0)
-
-
-@pytest.mark.parametrize("scores", [[0.1, 0.2], [0.1] * 4, [[0.1], [0.2], [0.3]], 0.5])
-def test_check_scores_wants_one_number_a_prompt(scores):
+@pytest.mark.parametrize("scores", NO_ANSWER)
+def test_an_answer_is_one_finite_number_a_prompt_within_the_bounds_or_an_error_that_names_scorer_and_prompt(scores):
     # (B, 1) times (B,) is (B, B): the shape bug of the released code starts with a score of shape (B, 1).
-    with pytest.raises(R.RewardError, match="scorer 's'"):
-        R.check_scores("s", scores, PROMPTS)
+    with pytest.raises(R.RewardError, match="scorer 'ocr': " + (".*'a cat'" if np.shape(scores) == (3,) else "")):
+        R.check_scores("ocr", scores, PROMPTS, low=0, high=1)
+    assert R.check_scores("s", [0, 1, 0.5], PROMPTS, low=0, high=1).tolist() == [0, 1, 0.5], "bounds are inclusive"
+    assert R.check_scores("s", [-9, 30, 0.5], PROMPTS).tolist() == [-9, 30, 0.5], "and optional"
 
 
 # ---------------------------------------------------------------------------------------------------- Table 2
@@ -533,14 +442,11 @@ MISPRINTED = {
 }
 
 
-@pytest.mark.parametrize("row", TABLE_2)
-def test_table2_average_reproduces_the_printed_row(row):
-    *columns, printed = TABLE_2[row]
-    assert round(R.table2_average(*columns), 4) == printed
+def test_table2_average_reproduces_the_printed_rows():
+    for *columns, printed in TABLE_2.values():
+        assert round(R.table2_average(*columns), 4) == printed
 
 
-@pytest.mark.parametrize("row", MISPRINTED)
-def test_two_rows_of_table2_are_misprinted_with_the_base_models_average(row):
-    *columns, printed, right = MISPRINTED[row]
-    assert printed == TABLE_2["SD-3.5-M"][-1]
-    assert round(R.table2_average(*columns), 4) == right
+def test_two_rows_of_table2_are_misprinted_with_the_base_models_average():
+    for *columns, printed, right in MISPRINTED.values():
+        assert printed == TABLE_2["SD-3.5-M"][-1] and round(R.table2_average(*columns), 4) == right

@@ -1,12 +1,13 @@
 """Do the scorers of CLIP's kin hand the right pixels to the right network, and its numbers on as they should?
 
-The networks are tiny and random, saved in the layouts of the public ones; what they should say is computed by other
-routes: transformers' own forward, the published models written out by hand in the names of their files, closed forms.
+The networks are tiny and random. What they should say is computed by other routes: transformers' own forward, and for
+the published pickles open_clip's and BLIP's architectures built from torch's modules, whose names are their files'.
 """
 
 import math
 import os
 import pickle
+from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +16,8 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from tests.helpers.refusals import refusal
+from torch import nn
 
 from rewards import RewardError
 from scorers import clip as clip_module
@@ -22,7 +25,7 @@ from scorers import convert
 from scorers.clip import aesthetic, clipscore, hps, imagereward, pickscore
 from scorers.common import batched
 from tests.helpers.clip import HEADS, PROMPTS, SIDE, TEXTS, pictures, prompt, save_clip
-from tests.helpers.sd3 import _clip_vocabulary
+from tests.helpers.sd3 import _clip_vocabulary, _randomise
 
 
 @pytest.fixture(scope="module")
@@ -31,16 +34,12 @@ def clip(tmp_path_factory):
 
 
 # ------------------------------------------------------------------------------------------- a batch, part by part
-def mean_of(pixels, prompts):
-    return [p.mean() / 255 + len(q.text) for p, q in zip(pixels, prompts, strict=True)]
-
-
 def test_a_batch_is_looked_at_in_parts_and_its_order_is_kept():
     sizes = []
 
     def judge(pixels, prompts):
         sizes.append(len(pixels))
-        return mean_of(pixels, prompts)
+        return [p.mean() / 255 + len(q.text) for p, q in zip(pixels, prompts, strict=True)]
 
     images, prompts = pictures(7), [prompt("x" * n) for n in (3, 1, 4, 1, 5, 9, 2)]
     scores = batched("mean", judge, 0, 99, batch=3).score(images, prompts, None)
@@ -49,18 +48,13 @@ def test_a_batch_is_looked_at_in_parts_and_its_order_is_kept():
     assert scores.tolist() == pytest.approx(expected, abs=2e-3)
 
 
-@pytest.mark.parametrize(
-    ("images", "fault"),
-    [
-        (torch.full((2, 3, 4, 4), math.nan), r"\[0, 1\], they are in \[nan"),
-        (pictures(2) * 255, r"they are in \[0"),
-        (pictures(2) * 2 - 1, r"they are in \[-"),
-        (pictures(2)[:, :1], r"\(B, 3, H, W\), got \(2, 1, 40, 40\)"),
-    ],
-)
-def test_pictures_that_are_none_are_refused_by_name(images, fault):
-    with pytest.raises(RewardError, match=rf"scorer 'mean': images must be .*{fault}.*for the prompt 'a cat'"):
-        batched("mean", mean_of, 0, 99, 4).score(images, PROMPTS[:2], None)
+UNSEEN = [torch.full((2, 3, 4, 4), math.nan), pictures(2) * 255, pictures(2) * 2 - 1, pictures(2)[:, :1], pictures(3)]
+
+
+@pytest.mark.parametrize("images", UNSEEN)
+def test_pictures_that_are_none_are_refused_by_name(images):
+    message = refusal(batched("odd", lambda *_: [1, 1], 0, 9, 4).score, images, PROMPTS[:2], None, error=RewardError)
+    assert message.startswith("scorer 'odd': ") and "images" in message
 
 
 def test_whatever_fails_in_a_model_is_one_line_with_scorer_prompt_and_cause():
@@ -74,17 +68,13 @@ def test_whatever_fails_in_a_model_is_one_line_with_scorer_prompt_and_cause():
         scorer.score(pictures(2), PROMPTS[:2], None)
     with pytest.raises(RewardError, match="'odd': nan is not finite, for the prompt ''"):
         scorer.score(pictures(1), PROMPTS[2:3], None)
-    with pytest.raises(RewardError, match="'odd': 3 images for 2 prompts"):
-        scorer.score(pictures(3), PROMPTS[:2], None)
-    with pytest.raises(RewardError, match="batch is 0; it must be 1 at least"):
-        batched("odd", judge, 0, 1, batch=0)
     with pytest.raises(RewardError, match="2 prompts but scores of shape"):  # a (B, 1) would broadcast later
         batched("odd", lambda pixels, _: [[0.1], [0.2]], 0, 1, 4).score(pictures(2), PROMPTS[:2], None)
 
 
 # --------------------------------------------------------------------------------------------------- CLIP and kin
 def own_logits(folder, images, texts):
-    """exp(logit_scale) cos by CLIPModel's forward, each pair on its own, and the cosine."""
+    """exp(logit_scale) cos by CLIPModel's forward, each pair on its own."""
     from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
     model, tokenizer = CLIPModel.from_pretrained(folder).eval(), CLIPTokenizer.from_pretrained(folder)
@@ -132,219 +122,179 @@ def test_clip_crops_a_wide_picture_and_hps_does_not(clip):
     assert torch.equal(padded, hps(model=str(clip)).score(square, prompts, None))
 
 
-def head_state(width, prefix="", seed=3):
-    rng, sizes = torch.Generator().manual_seed(seed), (width, 1024, 128, 64, 16, 1)
-    state = {}
-    for place, rows, columns in zip((0, 2, 4, 6, 7), sizes[1:], sizes, strict=False):
-        state[f"{prefix}{place}.weight"] = torch.randn(rows, columns, generator=rng) / columns**0.5
-        state[f"{prefix}{place}.bias"] = torch.randn(rows, generator=rng)
-    return state
+# ---------------------------------------------------------------------------------------------- published pickles
+def module(**children):
+    """A torch module with these children and parameters, and no forward of its own."""
+    made = nn.Module()
+    for name, child in children.items():
+        setattr(made, name, child)
+    return made
 
 
-def head_by_hand(state, x, prefix=""):
-    for place in (0, 2, 4, 6, 7):
-        x = x @ state[f"{prefix}{place}.weight"].T + state[f"{prefix}{place}.bias"]
-    return x[:, 0]
+def head(width):
+    """The published linear head: its layers are numbered with the dropouts between them."""
+    torch.manual_seed(3)
+    drop = nn.Dropout(0.2)
+    made = nn.Sequential(nn.Linear(width, 1024), drop, nn.Linear(1024, 128), drop, nn.Linear(128, 64), drop,
+                         nn.Linear(64, 16), nn.Linear(16, 1))  # fmt: skip
+    _randomise(made)
+    return made
 
 
 def test_aesthetic_is_the_published_linear_head_on_unit_image_features(clip, tmp_path):
     from transformers import CLIPImageProcessorPil, CLIPModel
 
-    state, images = head_state(12, "layers."), pictures(3)
-    torch.save(state, tmp_path / "head.pth")
+    rate, images = head(12), pictures(3)
+    torch.save(module(layers=rate).state_dict(), tmp_path / "head.pth")
     folder = convert.convert("aesthetic", tmp_path / "head.pth", tmp_path / "head")
     scores = aesthetic(model=str(clip), head=str(folder), batch=2).score(images, PROMPTS[:3], None)
-    pixels = CLIPImageProcessorPil.from_pretrained(clip)(images, return_tensors="pt", do_rescale=False)
+    arrays = list((images * 255).round().byte().permute(0, 2, 3, 1).numpy())
+    pixels = CLIPImageProcessorPil.from_pretrained(clip)(arrays, return_tensors="pt")
     with torch.no_grad():
         features = CLIPModel.from_pretrained(clip).eval().get_image_features(**pixels).pooler_output
-    expected = head_by_hand(state, features / features.norm(dim=1, keepdim=True), "layers.")
-    assert torch.allclose(scores, expected, atol=1e-2) and scores.std() > 0.02  # 8 bits on one side only
-    with pytest.raises(RewardError, match="no head for 12 features .*convert.convert"):
-        safetensors.torch.save_file(head_state(13), folder / "head.safetensors")
+        expected = rate(F.normalize(features, dim=1))[:, 0]
+    assert torch.allclose(scores, expected, atol=1e-4) and scores.std() > 0.02
+    safetensors.torch.save_file(head(13).state_dict(), folder / "head.safetensors")
+    with pytest.raises(RewardError, match="no head for 12 features"):
         aesthetic(model=str(clip), head=str(folder))
 
 
-# --------------------------------------------------------------------------------------- hps: open_clip's own names
-def open_clip_state(seed=1):
-    """The tiny CLIP of `save_clip` as open_clip would have saved it."""
-    rng, state = torch.Generator().manual_seed(seed), {}
+class Block(nn.Module):
+    """A transformer block as open_clip has it."""
 
-    def add(name, *shape, shift=0.0):
-        state[name] = torch.randn(*shape, generator=rng) / max(1, math.prod(shape[1:])) ** 0.5 + shift
+    def __init__(self, width, inner):
+        super().__init__()
+        self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attn = nn.MultiheadAttention(width, HEADS, batch_first=True)
+        fc, proj = nn.Linear(width, inner), nn.Linear(inner, width)
+        self.mlp = nn.Sequential(OrderedDict(c_fc=fc, gelu=nn.GELU(), c_proj=proj))
 
-    for side, width, inner, layers in (("visual.", 32, 36, 3), ("", 20, 28, 2)):
-        norms = ("ln_pre", "ln_post") if side else ("ln_final",)
-        blocks = [f"{side}transformer.resblocks.{n}." for n in range(layers)]
-        for norm in [f"{side}{n}" for n in norms] + [f"{b}{n}" for b in blocks for n in ("ln_1", "ln_2")]:
-            add(f"{norm}.weight", width, shift=1.0)
-            add(f"{norm}.bias", width)
-        for block in blocks:
-            for name, rows, columns in (("attn.in_proj_", 3 * width, width), ("attn.out_proj.", width, width),
-                                        ("mlp.c_fc.", inner, width), ("mlp.c_proj.", width, inner)):  # fmt: skip
-                add(f"{block}{name}weight", rows, columns)
-                add(f"{block}{name}bias", rows)
-    add("visual.conv1.weight", 32, 3, 8, 8)
-    add("visual.class_embedding", 32)
-    add("visual.positional_embedding", 10, 32)
-    add("visual.proj", 32, 12)
-    add("token_embedding.weight", len(_clip_vocabulary()), 20)
-    add("positional_embedding", 30, 20)
-    add("text_projection", 20, 12)
-    return state | {"logit_scale": torch.tensor(2.0)}
+    def forward(self, x, mask=None):
+        h = self.ln_1(x)
+        x = x + self.attn(h, h, h, attn_mask=mask, need_weights=False)[0]
+        return x + self.mlp(self.ln_2(x))
 
 
-def open_clip_features(state, pixels, tokens):
-    """Unit features by open_clip's architecture, straight from its names."""
+def open_clip():
+    """The tiny CLIP of `save_clip` in open_clip's architecture and names."""
+    blocks = [nn.ModuleList(Block(*sizes) for _ in range(n)) for n, sizes in ((3, (32, 36)), (2, (20, 28)))]
+    empty = {name: nn.Parameter(torch.zeros(shape)) for name, shape in (("proj", (32, 12)), ("place", (10, 32)))}
+    visual = module(conv1=nn.Conv2d(3, 32, 8, 8, bias=False), class_embedding=nn.Parameter(torch.zeros(32)),
+                    positional_embedding=empty["place"], proj=empty["proj"], ln_pre=nn.LayerNorm(32),
+                    ln_post=nn.LayerNorm(32), transformer=module(resblocks=blocks[0]))  # fmt: skip
+    model = module(visual=visual, token_embedding=nn.Embedding(len(_clip_vocabulary()), 20), ln_final=nn.LayerNorm(20),
+                   positional_embedding=nn.Parameter(torch.zeros(30, 20)), transformer=module(resblocks=blocks[1]),
+                   text_projection=nn.Parameter(torch.zeros(20, 12)))  # fmt: skip
+    torch.manual_seed(1)
+    _randomise(model)
+    model.logit_scale = nn.Parameter(torch.tensor(2.0))
+    return model
 
-    def norm(x, name):
-        return F.layer_norm(x, x.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"])
 
-    def run(x, side, layers, mask=None):
-        for n in range(layers):
-            block = f"{side}transformer.resblocks.{n}."
-            attention = torch.nn.MultiheadAttention(x.shape[-1], HEADS, batch_first=True)
-            own = f"{block}attn."
-            attention.load_state_dict({k[len(own) :]: v for k, v in state.items() if k.startswith(own)})
-            h = norm(x, f"{block}ln_1")
-            x = x + attention(h, h, h, attn_mask=mask, need_weights=False)[0]
-            inner = F.linear(norm(x, f"{block}ln_2"), state[f"{block}mlp.c_fc.weight"], state[f"{block}mlp.c_fc.bias"])
-            x = x + F.linear(F.gelu(inner), state[f"{block}mlp.c_proj.weight"], state[f"{block}mlp.c_proj.bias"])
-        return x
-
-    x = F.conv2d(pixels, state["visual.conv1.weight"], stride=8).flatten(2).transpose(1, 2)
-    x = torch.cat([state["visual.class_embedding"].expand(len(x), 1, -1), x], 1) + state["visual.positional_embedding"]
-    image = norm(run(norm(x, "visual.ln_pre"), "visual.", 3)[:, 0], "visual.ln_post") @ state["visual.proj"]
-    length = tokens.shape[1]
-    y = state["token_embedding.weight"][tokens] + state["positional_embedding"][:length]
-    y = norm(run(y, "", 2, torch.full((length, length), -math.inf).triu(1)), "ln_final")
-    text = y[torch.arange(len(y)), tokens.argmax(1)] @ state["text_projection"]  # the end token is the largest
-    return F.normalize(image, dim=1), F.normalize(text, dim=1)
+@torch.no_grad()
+def open_clip_cosine(model, pixels, tokens):
+    see, length = model.visual, tokens.shape[1]
+    x = see.conv1(pixels).flatten(2).mT
+    x = see.ln_pre(torch.cat([see.class_embedding.expand(len(x), 1, -1), x], 1) + see.positional_embedding)
+    for block in see.transformer.resblocks:
+        x = block(x)
+    y = model.token_embedding(tokens) + model.positional_embedding[:length]
+    for block in model.transformer.resblocks:
+        y = block(y, torch.full((length, length), -math.inf).triu(1))
+    end = model.ln_final(y)[torch.arange(len(y)), tokens.argmax(1)]  # the end token is the largest
+    return F.cosine_similarity(see.ln_post(x[:, 0]) @ see.proj, end @ model.text_projection)
 
 
 def test_hps_from_an_open_clip_file_is_open_clips_cosine(clip, tmp_path):
     from transformers import CLIPImageProcessorPil, CLIPTokenizer
 
-    state = open_clip_state()
-    torch.save({"epoch": 3, "state_dict": state}, tmp_path / "HPS.pt")
+    model, images = open_clip(), pictures(4)
+    torch.save({"epoch": 3, "state_dict": model.state_dict()}, tmp_path / "HPS.pt")
     folder = convert.convert("hps", tmp_path / "HPS.pt", tmp_path / "hps", like=str(clip))
-    images = pictures(4)
     scores = hps(model=str(folder)).score(images, PROMPTS, None)
     arrays = list((images * 255).round().byte().permute(0, 2, 3, 1).numpy())
     pixels = CLIPImageProcessorPil.from_pretrained(clip)(arrays, return_tensors="pt")["pixel_values"]
-    tokenizer = CLIPTokenizer.from_pretrained(clip)
-    tokens = tokenizer(TEXTS, padding="max_length", max_length=30, return_tensors="pt").input_ids
-    with torch.no_grad():
-        image, text = open_clip_features(state, pixels, tokens)
-    expected = (image * text).sum(1)
+    tokens = CLIPTokenizer.from_pretrained(clip)(TEXTS, padding="max_length", max_length=30, return_tensors="pt")
+    expected = open_clip_cosine(model, pixels, tokens.input_ids)
     assert torch.allclose(scores, expected, atol=1e-5) and scores.std() > 0.01
 
 
-# ------------------------------------------------------------------------------------- imagereward: BLIP's own names
-def blip_state(seed=2):
-    """A tiny ImageReward.pt: BLIP's vision transformer (128 wide, 2 heads) and text half (64 wide, 1 head)."""
-    rng, state = torch.Generator().manual_seed(seed), {}
+class BlipBlock(nn.Module):
+    """A block of BLIP's vision transformer, 128 wide, of 2 heads."""
 
-    def linear(name, rows, columns):
-        state[f"{name}.weight"] = torch.randn(rows, columns, generator=rng) / columns**0.5
-        state[f"{name}.bias"] = 0.3 * torch.randn(rows, generator=rng)
+    def __init__(self):
+        super().__init__()
+        self.norm1, self.norm2 = (nn.LayerNorm(128, 1e-6) for _ in range(2))
+        self.attn = module(qkv=nn.Linear(128, 384), proj=nn.Linear(128, 128))
+        self.mlp = module(fc1=nn.Linear(128, 100), fc2=nn.Linear(100, 128))
 
-    def norm(name, width):
-        state[f"{name}.weight"] = 1 + 0.3 * torch.randn(width, generator=rng)
-        state[f"{name}.bias"] = 0.3 * torch.randn(width, generator=rng)
-
-    v, t = "blip.visual_encoder.", "blip.text_encoder."
-    state[f"{v}cls_token"], state[f"{v}pos_embed"] = (torch.randn(1, n, 128, generator=rng) for n in (1, 10))
-    state[f"{v}patch_embed.proj.weight"] = torch.randn(128, 3, 8, 8, generator=rng) / 14
-    state[f"{v}patch_embed.proj.bias"] = torch.randn(128, generator=rng)
-    norm(f"{v}norm", 128)
-    for n in range(2):
-        block = f"{v}blocks.{n}."
-        for name in ("norm1", "norm2"):
-            norm(block + name, 128)
-        for name, rows, columns in (("attn.qkv", 384, 128), ("attn.proj", 128, 128), ("mlp.fc1", 100, 128),
-                                    ("mlp.fc2", 128, 100)):  # fmt: skip
-            linear(block + name, rows, columns)
-    for name, rows in (("word", 40), ("position", 50)):
-        state[f"{t}embeddings.{name}_embeddings.weight"] = torch.randn(rows, 64, generator=rng)
-    state[f"{t}embeddings.position_ids"] = torch.arange(50)[None]
-    norm(f"{t}embeddings.LayerNorm", 64)
-    for n in range(3):
-        layer = f"{t}encoder.layer.{n}."
-        for kind, source in (("attention", 64), ("crossattention", 128)):
-            for name, columns in (("query", 64), ("key", source), ("value", source)):
-                linear(f"{layer}{kind}.self.{name}", 64, columns)
-            linear(f"{layer}{kind}.output.dense", 64, 64)
-            norm(f"{layer}{kind}.output.LayerNorm", 64)
-        linear(f"{layer}intermediate.dense", 72, 64)
-        linear(f"{layer}output.dense", 64, 72)
-        norm(f"{layer}output.LayerNorm", 64)
-    for name, width in (("vision_proj", 128), ("text_proj", 64)):  # BLIP's contrastive heads, which rate nothing
-        linear(f"blip.{name}", 7, width)
-    return state | head_state(64, "mlp.layers.")
+    def forward(self, x):
+        q, k, v = self.attn.qkv(self.norm1(x)).unflatten(-1, (3, 2, 64)).permute(2, 0, 3, 1, 4)
+        x = x + self.attn.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return x + self.mlp.fc2(F.gelu(self.mlp.fc1(self.norm2(x))))
 
 
-def blip_by_hand(state, pixels, tokens, mask):
-    """ImageReward's rating before it is standardised, straight from BLIP's names."""
+def image_reward():
+    """A tiny ImageReward in its file's names: BLIP's text half is BERT (64 wide, 1 head) with cross-attention."""
+    from transformers import BertConfig, BertModel
 
-    def linear(x, name):
-        return F.linear(x, state[f"{name}.weight"], state[f"{name}.bias"])
+    places = {name: nn.Parameter(torch.zeros(1, n, 128)) for name, n in (("cls_token", 1), ("pos_embed", 10))}
+    eye = module(**places, patch_embed=module(proj=nn.Conv2d(3, 128, 8, 8)), norm=nn.LayerNorm(128, 1e-6),
+                 blocks=nn.ModuleList(BlipBlock() for _ in range(2)))  # fmt: skip
+    config = BertConfig(vocab_size=40, hidden_size=64, intermediate_size=72, num_hidden_layers=3, num_attention_heads=1,
+                        max_position_embeddings=50, is_decoder=True, add_cross_attention=True)  # fmt: skip
+    text = BertModel(config, add_pooling_layer=False)
+    text.config.is_decoder = False  # every word sees every other one
+    for layer in text.encoder.layer:
+        layer.attention.self.is_causal = False
+        for name in ("key", "value"):  # the picture is wider than the text
+            setattr(layer.crossattention.self, name, nn.Linear(128, 64))
+    del text.embeddings.token_type_embeddings  # BLIP has none
+    contrast = {"vision_proj": nn.Linear(128, 7), "text_proj": nn.Linear(64, 7)}  # these rate nothing
+    model = module(blip=module(visual_encoder=eye, text_encoder=text, **contrast), mlp=module(layers=head(64)))
+    torch.manual_seed(2)
+    _randomise(model)
+    text.embeddings.token_type_embeddings = lambda types: 0.0
+    return model
 
-    def norm(x, name, eps):
-        return F.layer_norm(x, x.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"], eps)
 
-    v, t = "blip.visual_encoder.", "blip.text_encoder."
-    x = F.conv2d(pixels, state[f"{v}patch_embed.proj.weight"], state[f"{v}patch_embed.proj.bias"], stride=8)
-    x = torch.cat([state[f"{v}cls_token"].expand(len(x), -1, -1), x.flatten(2).mT], 1) + state[f"{v}pos_embed"]
-    for n in range(2):
-        block = f"{v}blocks.{n}."
-        qkv = linear(norm(x, f"{block}norm1", 1e-6), f"{block}attn.qkv").unflatten(-1, (3, 2, 64))
-        qkv = qkv.permute(2, 0, 3, 1, 4)
-        x = x + linear(F.scaled_dot_product_attention(*qkv).transpose(1, 2).flatten(2), f"{block}attn.proj")
-        x = x + linear(F.gelu(linear(norm(x, f"{block}norm2", 1e-6), f"{block}mlp.fc1")), f"{block}mlp.fc2")
-    seen = norm(x, f"{v}norm", 1e-6)
-    words, places = (state[f"{t}embeddings.{name}_embeddings.weight"] for name in ("word", "position"))
-    y = norm(words[tokens] + places[: tokens.shape[1]], f"{t}embeddings.LayerNorm", 1e-12)
-    for n in range(3):
-        layer = f"{t}encoder.layer.{n}."
-        for kind, source, keep in (("attention", None, mask[:, None, :].bool()), ("crossattention", seen, None)):
-            source = y if source is None else source
-            q, k, w = (linear(s, f"{layer}{kind}.self.{name}") for s, name in
-                       ((y, "query"), (source, "key"), (source, "value")))  # fmt: skip
-            out = linear(F.scaled_dot_product_attention(q, k, w, attn_mask=keep), f"{layer}{kind}.output.dense")
-            y = norm(y + out, f"{layer}{kind}.output.LayerNorm", 1e-12)
-        out = linear(F.gelu(linear(y, f"{layer}intermediate.dense")), f"{layer}output.dense")
-        y = norm(y + out, f"{layer}output.LayerNorm", 1e-12)
-    return head_by_hand(state, y[:, 0], "mlp.layers.")
+@torch.no_grad()
+def blip_rating(model, pixels, tokens):
+    """ImageReward's rating before it is standardised."""
+    see = model.blip.visual_encoder
+    x = see.patch_embed.proj(pixels).flatten(2).mT
+    x = torch.cat([see.cls_token.expand(len(x), -1, -1), x], 1) + see.pos_embed
+    for block in see.blocks:
+        x = block(x)
+    read = model.blip.text_encoder(**tokens, encoder_hidden_states=see.norm(x)).last_hidden_state
+    return model.mlp.layers(read[:, 0])[:, 0]
 
 
 @pytest.fixture(scope="module")
 def blip(tmp_path_factory):
     from transformers import BertTokenizer
 
-    root = tmp_path_factory.mktemp("imagereward")
+    root, model = tmp_path_factory.mktemp("imagereward"), image_reward()
     letters = [*"abcdefghijklmnopqrstuvwxyz"]
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters[:10], *(f"##{c}" for c in letters[:20])]
     BertTokenizer(vocab={token: k for k, token in enumerate(vocabulary)}).save_pretrained(root / "bert")
-    state = blip_state()
+    state = {**model.state_dict(), "blip.text_encoder.embeddings.position_ids": torch.arange(50)[None]}
     torch.save(state, root / "ImageReward.pt")
     folder = convert.convert("imagereward", root / "ImageReward.pt", root / "folder", like=str(root / "bert"))
-    return SimpleNamespace(folder=folder, state=state, file=root / "ImageReward.pt", bert=root / "bert")
+    return SimpleNamespace(folder=folder, model=model, state=state, bert=root / "bert")
 
 
-def test_imagereward_from_its_file_is_blip_and_the_head_written_out_by_hand(blip):
+def test_imagereward_from_its_file_is_blip_and_its_head(blip):
     from transformers import BertTokenizer, CLIPImageProcessorPil
 
-    prompts = [prompt(text) for text in ("abc", "a bad cab " * 20, "", "cab")]
-    images = pictures(4)
+    prompts, images = [prompt(text) for text in ("abc", "a bad cab " * 20, "", "cab")], pictures(4)
     scores = imagereward(model=str(blip.folder), batch=3).score(images, prompts, None)
-    tokenizer = BertTokenizer.from_pretrained(blip.bert)
-    padding = {"padding": "max_length", "truncation": True, "max_length": 35}
-    tokens = tokenizer([p.text for p in prompts], return_tensors="pt", **padding)
+    padding = {"padding": "max_length", "truncation": True, "max_length": 35, "return_token_type_ids": False}
+    tokens = BertTokenizer.from_pretrained(blip.bert)([p.text for p in prompts], return_tensors="pt", **padding)
     assert tokens.input_ids[0, 0] == 2 and 0 < tokens.attention_mask.float().mean() < 1
     arrays = list((images * 255).round().byte().permute(0, 2, 3, 1).numpy())
     prepare = CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
-    pixels = prepare(arrays, return_tensors="pt")["pixel_values"]
-    raw = blip_by_hand(blip.state, pixels, tokens.input_ids, tokens.attention_mask)
+    raw = blip_rating(blip.model, prepare(arrays, return_tensors="pt")["pixel_values"], tokens)
     assert torch.allclose(scores, (raw - 0.16717362830052426) / 1.0333394966054072, atol=1e-4) and scores.std() > 0.05
 
 
@@ -359,7 +309,7 @@ class Payload:
 
 def test_converting_runs_no_code_that_a_pickle_brings_along(tmp_path):
     (tmp_path / "evil.pt").write_bytes(pickle.dumps({"state_dict": Payload(tmp_path / "was-here")}, protocol=2))
-    with pytest.raises(RewardError, match="evil.pt: not a readable file of weights"):
+    with pytest.raises(RewardError, match="evil.pt: "):
         convert.convert("hps", tmp_path / "evil.pt", tmp_path / "out")
     assert sorted(os.listdir(tmp_path)) == ["evil.pt"]
     pickle.loads((tmp_path / "evil.pt").read_bytes())
@@ -370,33 +320,26 @@ def test_converting_runs_no_code_that_a_pickle_brings_along(tmp_path):
 def test_a_weight_too_many_too_few_or_of_another_shape_is_no_conversion(clip, blip, tmp_path, change):
     dense = "blip.text_encoder.encoder.layer.1.output.dense.weight"
     cases = {
-        "hps": (open_clip_state(), "visual.transformer.resblocks.1.mlp.c_fc.weight", clip),
+        "hps": (open_clip().state_dict(), "visual.transformer.resblocks.1.mlp.c_fc.weight", clip),
         "imagereward": (dict(blip.state), dense, blip.bert),
-        "aesthetic": (head_state(12, "layers."), "layers.4.weight", ""),
+        "aesthetic": (module(layers=head(12)).state_dict(), "layers.4.weight", ""),
     }
     for kind, (state, key, like) in cases.items():
         if change == "remove":
             del state[key]
-        elif change == "add":
-            state[key.replace("weight", "wait")] = torch.zeros(2)
         else:
-            state[key] = torch.zeros(2, 5)
+            state[key if change == "shape" else key.replace("weight", "wait")] = torch.zeros(2, 5)
         torch.save(state, tmp_path / "x.pt")
-        with pytest.raises(RewardError, match=f"x.pt: not the weights of {kind}, ") as caught:
-            convert.convert(kind, tmp_path / "x.pt", tmp_path / "out", like=str(like))
-        assert "\n" not in str(caught.value)
-        assert os.listdir(tmp_path) == ["x.pt"]
+        message = refusal(convert.convert, kind, tmp_path / "x.pt", tmp_path / "out", str(like), error=RewardError)
+        assert f"x.pt: not the weights of {kind}, " in message and os.listdir(tmp_path) == ["x.pt"]
 
 
 @pytest.mark.parametrize("kind", ["hps", "imagereward", "aesthetic"])
 def test_what_is_published_as_a_pickle_is_asked_for_with_the_way_to_convert_it(kind, tmp_path):
-    factory = getattr(clip_module, kind)
-    with pytest.raises(RewardError, match=f"'{kind}': .*convert"):
-        factory()
     (tmp_path / "model.pt").touch()
-    options = {"head" if kind == "aesthetic" else "model": str(tmp_path)}
-    with pytest.raises(RewardError, match=r"model.pt.*convert"):
-        factory(**options)
+    for options in ({}, {"head" if kind == "aesthetic" else "model": str(tmp_path)}):
+        with pytest.raises(RewardError, match=f"'{kind}': .*convert"):
+            getattr(clip_module, kind)(**options)
 
 
 def test_a_checkpoint_that_lacks_weights_is_refused_where_transformers_would_draw_them(clip, tmp_path):
@@ -404,12 +347,7 @@ def test_a_checkpoint_that_lacks_weights_is_refused_where_transformers_would_dra
     for file in clip.iterdir():
         if file.is_file() and file.suffix != ".safetensors":
             (tmp_path / file.name).write_bytes(file.read_bytes())
-    with pytest.raises(RewardError, match="'clipscore'") as caught:
-        clipscore(model=str(tmp_path))
-    assert "\n" not in str(caught.value)
+    assert "'clipscore'" in refusal(clipscore, model=str(tmp_path), error=RewardError)
     del state["visual_projection.weight"]
     safetensors.torch.save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(RewardError, match="visual_projection.weight"):
-        clipscore(model=str(tmp_path))
-    with pytest.raises(ValueError, match="nowhere"):
-        clipscore(model="./nowhere")
+    assert "visual_projection.weight" in refusal(clipscore, model=str(tmp_path), error=RewardError)

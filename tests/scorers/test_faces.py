@@ -2,18 +2,20 @@
 
 import importlib.util
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+from PIL import Image, ImageFilter, ImageOps
+from tests.helpers.refusals import refusal as _refusal
 
 from data.files import Prompt
 from rewards import Face, RewardError
 from scorers import common
 from scorers import faces as F
+from scorers.geneval import geneval
+from scorers.ocr import ocr
 
 
 def prompts(*texts):
@@ -21,11 +23,7 @@ def prompts(*texts):
 
 
 def refusal(call, *arguments):
-    """The message of the RewardError that a call gives; it is one line."""
-    with pytest.raises(RewardError) as error:
-        call(*arguments)
-    assert "\n" not in str(error.value)
-    return str(error.value)
+    return _refusal(call, *arguments, error=RewardError)
 
 
 # ----------------------------------------------------------------------------------------------------- the scorer
@@ -56,34 +54,33 @@ def test_each_sample_is_compared_with_its_own_source():
     assert seen.count((6, 6, 3)) == seen.count((5, 5, 3)) == 1, "a group's source is looked at once"
 
 
-def test_a_source_without_a_face_is_an_error_that_names_the_prompt():
-    scorer = F.face(toy_engine()[0])
-    images, black = plain(1, 0, 0)[None], plain(0, 0, 0)
-    message = refusal(scorer.score, images, prompts("give her a hat"), [black])
-    assert "'give her a hat'" in message and "identity" in message and "skip" in message
-
-
-def test_or_it_is_skipped_with_one_neutral_score_for_the_whole_group():
-    scorer = F.face(toy_engine()[0], no_face="skip")
+def test_a_source_without_a_face_is_an_error_or_skipped_with_one_neutral_score_for_the_whole_group():
     images = torch.stack([plain(1, 0, 0), plain(0, 1, 0), plain(0, 0, 0)])
+    message = refusal(F.face(toy_engine()[0]).score, images, prompts(*["give her a hat"] * 3), [plain(0, 0, 0)] * 3)
+    assert "'give her a hat'" in message and "identity" in message and "skip" in message
+    scorer = F.face(toy_engine()[0], no_face="skip")
     scores = scorer.score(images, prompts("p", "p", "p"), [plain(0, 0, 0)] * 3)
     assert scores.tolist() == [F.NEUTRAL] * 3 and (scores - scores.mean()).eq(0).all(), "no advantage for anybody"
 
 
-def test_what_cannot_be_scored_is_named():
+def test_what_cannot_be_scored_is_named(monkeypatch, tmp_path):
     assert "never" in refusal(F.face, toy_engine()[0], "never")
     scorer = F.face(toy_engine()[0])
     assert "source images" in refusal(scorer.score, plain(1, 0, 0)[None], prompts("p"), None)
     bad = plain(1, 0, 0)
     bad[0, 1, 2] = math.inf
     assert "'my p'" in refusal(scorer.score, bad[None], prompts("my p"), [plain(1, 0, 0)])
+    if importlib.util.find_spec("dlib"):
+        assert str(tmp_path) in refusal(F.dlib_engine, str(tmp_path)), "its files are missing"
 
 
-def test_a_missing_engine_names_the_extra_and_missing_files_their_folder(monkeypatch, tmp_path):
-    monkeypatch.setattr(common, "find_spec", lambda name: name == "dlib" or None)
-    monkeypatch.setitem(sys.modules, "dlib", type(sys)("dlib"))
-    assert "[face]" in refusal(F.face), "the package with its files is missing"
-    assert str(tmp_path / F.DLIB_FILES[0]) in refusal(F.dlib_engine, str(tmp_path))
+EXTRAS = {"face": F.face, "ocr": ocr, "geneval": geneval}
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_a_scorer_whose_packages_are_missing_names_their_extra(monkeypatch, extra):
+    monkeypatch.setattr(common, "find_spec", lambda name: None)
+    assert f"[{extra}]" in refusal(EXTRAS[extra])
 
 
 # ------------------------------------------------------------------------------------------------ real photographs
@@ -116,18 +113,10 @@ def score(scorer, source, result):
 
 def test_one_person_keeps_her_identity_through_edits_that_do_not_touch_it(dlib_scorer, hopper):
     assert score(dlib_scorer, hopper, hopper) == 1
-    for edited in (
-        ImageOps.mirror(hopper),
-        ImageOps.grayscale(hopper).convert("RGB"),
-        ImageEnhance.Brightness(hopper).enhance(1.3),
-        hopper.filter(ImageFilter.GaussianBlur(2)),
-        hopper.resize((256, 300)),
-        hopper.resize((1024, 1200)),
-    ):
-        assert 0.85 < score(dlib_scorer, hopper, edited) < 1
-
-
-def test_a_picture_without_her_scores_zero(dlib_scorer, hopper):
+    edited = (ImageOps.mirror(hopper), ImageOps.grayscale(hopper).convert("RGB"), hopper.resize((256, 300)),
+              hopper.filter(ImageFilter.GaussianBlur(2)), hopper.resize((1024, 1200)))  # fmt: skip
+    assert all(0.85 < score(dlib_scorer, hopper, each) < 1 for each in edited)
+    assert score(dlib_scorer, hopper, hopper.rotate(45)) > 0.85, "a tilted head is not taken for a lost one"
     assert score(dlib_scorer, hopper, Image.new("RGB", (300, 300), "gray")) == 0
     assert "no face found" in refusal(score, dlib_scorer, Image.new("RGB", (300, 300), "gray"), hopper)
 
@@ -140,7 +129,3 @@ def test_another_person_scores_below_half_and_a_crowd_as_its_likeliest_member(dl
     together.paste(hopper, (512, 0))
     assert score(dlib_scorer, collins, together) > 0.9 and score(dlib_scorer, hopper, together) > 0.9
     assert score(dlib_scorer, together, hopper) > 0.9, "she fills more of the picture"
-
-
-def test_a_tilted_head_is_not_taken_for_a_lost_one(dlib_scorer, hopper):
-    assert score(dlib_scorer, hopper, hopper.rotate(45)) > 0.85

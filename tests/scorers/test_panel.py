@@ -15,8 +15,7 @@ from data.files import Prompt
 from rewards import RewardError, Scorer
 from scorers import panel as S
 from scorers import registry
-from tiny import drawings as tiny
-from tiny import edits as tiny_edit
+from tiny import drawings, edits
 
 P, G = 4, 3  # prompts and their samples; with K = 3 scorers no two sizes are alike but K and G, hence:
 B = P * G
@@ -36,28 +35,23 @@ def pictures(count=B):
     return torch.arange(count).float()[:, None, None, None].expand(count, 3, 2, 5) / 100
 
 
-def row_of(picture):
-    return round(picture.mean().item() * 100)
-
-
 class Fake:
     """A scorer that answers `values[row]` about the picture of a row; `fails` is asked about every row first.
 
-    It notes what it was asked, takes its time and looks at the pictures in an order of its own.
+    It notes what it was asked, and looks at the pictures in an order of its own.
     """
 
-    def __init__(self, name, values=None, fails=lambda row, prompt: None, seconds=0.0, low=-math.inf, high=math.inf):
+    def __init__(self, name, values=None, fails=lambda row, prompt: None, low=-math.inf, high=math.inf):
         self.values = np.arange(1.0, B + 1) if values is None else np.asarray(values)
-        self.calls, self.fails, self.seconds = [], fails, seconds
+        self.calls, self.fails = [], fails
         self.scorer = Scorer(name, self.score, low, high)
 
     def score(self, images, prompts, sources=None):
         assert images.shape[1:] == (3, 2, 5) and len(images) == len(prompts)
-        rows = [row_of(image) for image in images]
+        rows = [round(image.mean().item() * 100) for image in images]
         self.calls.append((rows, [p.text for p in prompts], sources))
         found = torch.zeros(len(rows))
         for i in random.Random(len(rows)).sample(range(len(rows)), len(rows)):
-            time.sleep(self.seconds)
             self.fails(rows[i], prompts[i])
             found[i] = float(self.values[rows[i]])
         return found
@@ -67,10 +61,10 @@ def panel(weights, *fakes, **more):
     return S.Panel([fake.scorer for fake in fakes], weights, **more)
 
 
-def refuses(*rows, kind=RewardError, words="no score"):
+def refuses(*rows, kind=RewardError):
     def fails(row, prompt):
         if row in rows:
-            raise kind(f"{words} for the prompt {prompt.text!r}")
+            raise kind(f"no score for the prompt {prompt.text!r}")
 
     return fails
 
@@ -83,9 +77,7 @@ def test_a_prompts_weights_are_its_categorys_else_its_tags_else_its_tasks_else_t
         some = panel({c: rows[c] for c in (*known.split(), "default")}, Fake("a"), Fake("b"))
         assert some.weight("a", full) == expected and some.category(full) == (*known.split(), "default")[0]
         assert some.weight("b", full) == (5 if expected == 4 else 0), "another row adds nothing to the one that serves"
-    plain = panel({c: rows[c] for c in ("colors", "text", "default")}, Fake("a"), Fake("b"))
-    assert plain.weight("a", prompt(1, "text")) == 3 and plain.weight("a", prompt(1, "quality", tag="colors")) == 2
-    assert plain.weight("a", prompt(1, "quality", category="other")) == 4
+    assert some.weight("a", prompt(1, "quality", tag="other", category="unknown")) == 4
 
 
 def test_a_prompt_that_no_weights_serve_is_an_error_that_names_its_line():
@@ -97,13 +89,6 @@ def test_a_prompt_that_no_weights_serve_is_an_error_that_names_its_line():
     ):  # no dropped group mends it
         with pytest.raises(RewardError, match="^mine.jsonl:2: .*'quality'"):
             ask()
-
-
-@pytest.mark.parametrize("names", ["a", "a b c"])
-def test_every_scorer_needs_a_use_and_every_name_a_scorer(names):
-    with pytest.raises(ValueError, match="scorers"):
-        panel({"default": {"a": 1.0}}, *map(Fake, names.split()), watched=["b"])
-    panel({"default": {"a": 1.0}}, Fake("a"), Fake("b"), watched=["b"])
 
 
 # ------------------------------------------------------------------------------------------------- who is asked
@@ -135,33 +120,23 @@ def test_each_scorer_is_asked_once_about_the_rows_where_it_counts_and_answers_go
 
 def test_a_watched_scorer_is_asked_about_everything_and_pays_nothing():
     some, fakes = mixed(watched=("c", "b"))
-    found = some.ask(pictures(), batch(*MIXED), G)
+    found, quiet = (one.ask(pictures(), batch(*MIXED), G) for one in (some, mixed()[0]))
     assert [len(fake.calls[0][0]) for fake in fakes] == [9, 12, 12] and not np.isnan(found.values[1:]).any()
-    alone, _ = mixed()
-    quiet = alone.ask(pictures(), batch(*MIXED), G)
     assert np.array_equal(S.totals(found), S.totals(quiet))
     for combine in ("sum", "normalised"):
         a, b = (S.advantages(scores, G, combine, "batch") for scores in (found, quiet))
         assert torch.equal(a, b) and a.abs().sum() > 1
 
 
-def test_a_batch_of_edits_and_others_is_asked_about_one_after_the_other():
-    """A scorer sees a source for every picture or none at all; answers go back to their rows."""
-    fake = Fake("a", [7.0, 5.0, 3.0, 2.0, 11.0, 13.0])
-    some, prompts = panel({"text": {"a": 1.0}}, fake), [prompt(i) for i in range(6)]
-    order = [5, 0, 3, 1, 4, 2]
-    found = some.ask(pictures()[order], prompts, 1, ["s0", None, None, "s3", None, "s5"])
-    assert fake.calls == [([5, 1, 2], ["p0", "p3", "p5"], ["s0", "s3", "s5"]), ([0, 3, 4], ["p1", "p2", "p4"], None)]
-    assert found.values.tolist() == [[13.0, 7.0, 2.0, 5.0, 11.0, 3.0]] and not found.lost.any()
-
-
-def test_a_scorer_that_counts_for_other_prompts_alone_is_handed_no_sources_at_all():
-    edits, others = Fake("a"), Fake("b")
-    some = panel({"edit": {"a": 1.0}, "t2i": {"b": 1.0}}, edits, others)
-    prompts = [prompt(0, "t2i"), prompt(1, "edit"), prompt(2, "t2i"), prompt(3, "edit")]
-    found = some.ask(pictures(4), prompts, 1, [None, "s1", None, "s3"])
-    assert edits.calls == [([1, 3], ["p1", "p3"], ["s1", "s3"])] and others.calls == [([0, 2], ["p0", "p2"], None)]
-    np.testing.assert_array_equal(found.values, [[math.nan, 2, math.nan, 4], [1, math.nan, 3, math.nan]])
+def test_a_scorer_sees_a_source_for_every_picture_or_none_at_all_and_answers_go_back_to_their_rows():
+    both, others = Fake("a", [7.0, 5.0, 3.0, 2.0, 11.0, 13.0]), Fake("b")
+    some = panel({"edit": {"a": 1.0}, "t2i": {"a": 1.0, "b": 1.0}}, both, others)
+    prompts = [prompt(i, task) for i, task in enumerate(("edit", "t2i", "t2i", "edit", "t2i", "edit"))]
+    found = some.ask(pictures()[[5, 0, 3, 1, 4, 2]], prompts, 1, ["s0", None, None, "s3", None, "s5"])
+    assert both.calls == [([5, 1, 2], ["p0", "p3", "p5"], ["s0", "s3", "s5"]), ([0, 3, 4], ["p1", "p2", "p4"], None)]
+    assert others.calls == [([0, 3, 4], ["p1", "p2", "p4"], None)] and not found.lost.any()
+    none = math.nan
+    np.testing.assert_array_equal(found.values, [[13, 7, 2, 5, 11, 3], [none, 1, 4, none, 5, none]])
 
 
 # ---------------------------------------------------------------------------------- a score that cannot be had
@@ -173,10 +148,11 @@ def one(value, low=0.0, high=1.0, **more):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1.5, -0.25])
-def test_an_answer_that_is_no_score_ends_the_step_and_names_scorer_and_prompt(value):
+def test_an_answer_that_is_no_score_ends_the_step_or_is_dropped_with_its_group(value):
     with pytest.raises(RewardError, match="^scorer 'b': .*, for the prompt 'p1'$"):
         one(value).ask(pictures(), batch(*MIXED), G)
-    assert not one(0.75).ask(pictures(), batch(*MIXED), G).lost.any()
+    dropped = one(value, drop=True).ask(pictures(), batch(*MIXED), G)
+    assert dropped.lost.reshape(P, G).all(1).tolist() == [False, True, False, False] and dropped.lost.sum() == G
     if math.isfinite(value):
         found = one(value, -math.inf, math.inf).ask(pictures(), batch(*MIXED), G)
         assert found.values[1, 4] == value, "a scorer without a range may say any number"
@@ -193,21 +169,16 @@ def test_whatever_cannot_be_judged_is_a_reward_error_and_a_bug_is_not():
             panel(weights, fake, drop=lenient).ask(pictures(), prompts, G)
 
 
-def test_dropping_loses_exactly_the_groups_that_a_scorer_fails_on():
-    a, b = Fake("a"), Fake("b", fails=refuses(4, 5, 10))  # two samples of prompt 1, one of prompt 3
+def test_dropping_loses_exactly_the_groups_that_some_scorer_fails_on():
+    a, b = Fake("a", fails=refuses(0)), Fake("b", fails=refuses(4, 5, 10))  # two samples of prompt 1, one of prompt 3
     found = panel({"default": {"a": 1.0, "b": 1.0}}, a, b, drop=True).ask(pictures(), batch(*MIXED), G)
-    assert found.lost.tolist() == [False] * 3 + [True] * 3 + [False] * 3 + [True] * 3
-    assert len(a.calls) == 1 and not np.isnan(found.values[0]).any()
+    assert found.lost.tolist() == [True] * 6 + [False] * 3 + [True] * 3
     assert [rows for rows, _, _ in b.calls] == [list(range(B)), *([g, g + 1, g + 2] for g in range(0, B, 3))]
     np.testing.assert_array_equal(found.values[1], [1, 2, 3, *[math.nan] * 3, 7, 8, 9, *[math.nan] * 3])
 
 
-def test_several_scorers_losses_add_up_and_a_fault_that_passes_loses_nothing():
-    a, b = Fake("a", fails=refuses(0)), Fake("b", fails=refuses(8))
-    weights = {"default": {"a": 1.0, "b": 1.0}}
-    found = panel(weights, a, b, drop=True).ask(pictures(), batch(*MIXED), G)
-    assert found.lost.tolist() == [True] * 3 + [False] * 3 + [True] * 3 + [False] * 3
-    moods = iter([RewardError("gone"), None, None, None, None])
+def test_a_fault_that_passes_loses_nothing():
+    moods = iter([RewardError("gone"), None])
 
     def moody(row, prompt):
         if row == 0 and (mood := next(moods)):
@@ -217,16 +188,10 @@ def test_several_scorers_losses_add_up_and_a_fault_that_passes_loses_nothing():
     assert not found.lost.any() and found.values[0].tolist() == list(range(1, B + 1))
 
 
-def test_a_nan_is_a_failure_that_can_be_dropped_too():
-    found = one(math.nan, drop=True).ask(pictures(), batch(*MIXED), G)
-    assert found.lost.reshape(P, G).all(1).tolist() == [False, True, False, False] and found.lost.sum() == G
-
-
 # -------------------------------------------------------------------------------------------------- advantages
 def scored(lost=()):
     """Answers about the mixed batch, some groups lost."""
-    some, _ = mixed()
-    found = some.ask(pictures(), batch(*MIXED), G)
+    found = mixed()[0].ask(pictures(), batch(*MIXED), G)
     for p in lost:
         found.lost[p * G : p * G + G] = True
     return found
@@ -276,12 +241,6 @@ def test_the_weights_reach_q_eq_13_as_one_column_a_prompt(monkeypatch):
     assert not torch.allclose(S.advantages(answers, G, "normalised", "group"), right, atol=0.1)
 
 
-def test_one_scorer_is_normalised_alike_however_it_is_combined():
-    answers = panel({"default": {"a": 2.5}}, Fake("a")).ask(pictures(), batch(*MIXED), G)
-    a, b = (S.advantages(answers, G, combine, "group") for combine in ("sum", "normalised"))
-    torch.testing.assert_close(b, 2.5 * a, msg="Eq. 4 is blind to a factor, Eq. 13 weighs after the division")
-
-
 @pytest.mark.parametrize(("combine", "std"), WAYS)
 def test_a_lost_group_gets_nothing_and_has_no_influence_on_the_others(combine, std):
     found = scored(lost=[1])
@@ -295,25 +254,13 @@ def test_a_lost_group_gets_nothing_and_has_no_influence_on_the_others(combine, s
         zeros = np.nan_to_num(np.insert(values, 1, 0.0, axis=1))
         wrong = by_hand(zeros, WEIGHTS_KP, combine, std)[kept]
         assert np.abs(wrong - advantages[kept].numpy()).max() > 0.05
-
-
-@pytest.mark.parametrize(("combine", "std"), WAYS)
-def test_where_every_group_is_lost_there_is_no_advantage_and_no_warning(combine, std):
-    found = scored(lost=range(P))
-    found.values[:] = math.nan
+    gone = scored(lost=range(P))
+    gone.values[:] = math.nan
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert torch.equal(S.advantages(found, G, combine, std), torch.zeros(P, G))
-        metrics = S.metrics(found, G)
+        assert torch.equal(S.advantages(gone, G, combine, std), torch.zeros(P, G))
+        metrics = S.metrics(gone, G)
     assert metrics.pop("lost") == 1 and all(map(math.isnan, metrics.values()))
-
-
-def test_a_sample_moves_its_own_group_only():
-    found = scored()
-    before = S.advantages(found, G, "sum", "group")
-    found.values[0, 10] += 1.0  # prompt 3
-    after = S.advantages(found, G, "sum", "group")
-    assert torch.equal(after[:3], before[:3]) and not torch.allclose(after[3], before[3], atol=0.01)
 
 
 # ------------------------------------------------------------------------------------------- what is logged of it
@@ -324,21 +271,19 @@ def small():
     return S.Scores(("a", "b"), values, weights, np.zeros(4, bool))
 
 
-def test_totals_are_weighted_sums_and_nan_for_what_is_lost():
+def test_totals_metrics_and_histograms_by_hand():
     found = small()
     assert S.totals(found).tolist() == [2.0, 8.0, 3 - 0.5 * 2, 5 - 0.5 * 8]
-    found.lost[:2] = True
-    np.testing.assert_array_equal(S.totals(found), [math.nan, math.nan, 2.0, 1.0])
-
-
-def test_the_metrics_by_hand():
-    found = small()
     # totals 2 8 | 2 1: their mean is 13/4; half the distances within groups are 3 and 1/2
     expected = {"reward": 3.25, "group_std": 1.75, "reward/a": 13 / 4, "reward/b": 5.0, "lost": 0.0}
     assert S.metrics(found, 2) == pytest.approx(expected)
+    assert {k: v.tolist() for k, v in S.histograms(found).items()} == {"rewards/a": [1, 4, 3, 5], "rewards/b": [2, 8]}
     found.lost[:2], found.values[0, :2] = True, math.nan
+    np.testing.assert_array_equal(S.totals(found), [math.nan, math.nan, 2.0, 1.0])
     expected = {"reward": 1.5, "group_std": 0.5, "reward/a": 4.0, "reward/b": 5.0, "lost": 0.5}
     assert S.metrics(found, 2) == pytest.approx(expected), "a lost row is no 0"
+    found.values[1] = math.nan
+    assert list(S.histograms(found)) == ["rewards/a"], "an empty one cannot be drawn"
 
 
 def test_shares_of_a_batch_are_joined_row_by_row():
@@ -351,37 +296,24 @@ def test_shares_of_a_batch_are_joined_row_by_row():
     np.testing.assert_array_equal(whole.weights, found.weights)
 
 
-def test_histograms_hold_every_answer_and_nothing_else():
-    found = small()
-    shown = S.histograms(found)
-    assert {key: values.tolist() for key, values in shown.items()} == {"rewards/a": [1, 4, 3, 5], "rewards/b": [2, 8]}
-    found.values[1] = math.nan
-    assert list(S.histograms(found)) == ["rewards/a"], "an empty one cannot be drawn"
-
-
 UP, FLAT, DOWN = [0.1, 0.3, 0.5, 0.7], [0.4] * 4, [0.7, 0.5, 0.3, 0.1]
-ALARMS = [  # trained, watched, window, drop, alarm; with windows of 2: UP goes 0.2 -> 0.6, DOWN 0.6 -> 0.2
-    (UP, DOWN, 2, 0.6, True),
-    (UP, DOWN, 2, 0.7, False),  # it fell from 0.6 to 0.2, by two thirds
-    (UP, UP, 2, 0.001, False),
-    (FLAT, DOWN, 2, 0.001, False),  # nothing is gained by it
-    (DOWN, DOWN, 2, 0.001, False),
-    (UP, FLAT, 2, 0.001, False),
-    (UP, DOWN[:3], 2, 0.001, False),  # before two windows
-    # the best stretch is not the first one: 0.2 0.5 0.7 0.4 in windows of 2, and it fell by 3/7 of 0.7
-    ([0, 0, 1, 1, 1], [0.1, 0.3, 0.7, 0.7, 0.1], 2, 0.4, True),
-    ([0, 0, 1, 1, 1], [0.1, 0.3, 0.7, 0.7, 0.1], 2, 0.45, False),
+PEAK, NAN = [0.1, 0.3, 0.7, 0.7, 0.1], math.nan
+ALARMS = [  # trained, watched, drop, alarm, in windows of 2: UP goes 0.2 -> 0.6, DOWN 0.6 -> 0.2
+    (UP, DOWN, 0.6, True),
+    (UP, DOWN, 0.7, False),  # it fell from 0.6 to 0.2, by two thirds
+    (UP, UP, 0.001, False),
+    (FLAT, DOWN, 0.001, False),  # nothing is gained by it
+    (UP, DOWN[:3], 0.001, False),  # before two windows
+    # the best stretch is not the first one: 0.2 0.5 0.7 0.4, and it fell by 3/7 of 0.7
+    ([0, 0, 1, 1, 1], PEAK, 0.4, True),
+    ([0, 0, 1, 1, 1], PEAK, 0.45, False),
+    ([NAN, 0.1, 0.3, 0.5, NAN, 0.7], [0.7, NAN, 0.5, 0.3, 0.1, NAN], 0.3, True),  # nan: nobody was asked at this step
 ]
 
 
-@pytest.mark.parametrize(("trained", "watched", "window", "drop", "alarm"), ALARMS)
-def test_the_alarm_by_hand(trained, watched, window, drop, alarm):
-    assert bool(S.is_hacked(trained, watched, window, drop)) is alarm
-
-
-def test_steps_at_which_nobody_was_asked_do_not_hide_an_alarm():
-    trained, watched = [math.nan, 0.1, 0.3, 0.5, math.nan, 0.7], [0.7, math.nan, 0.5, 0.3, 0.1, math.nan]
-    assert S.is_hacked(trained, watched, 2, 0.3) and not S.is_hacked(trained, watched[::-1], 2, 0.3)
+@pytest.mark.parametrize(("trained", "watched", "drop", "alarm"), ALARMS)
+def test_the_alarm_by_hand(trained, watched, drop, alarm):
+    assert bool(S.is_hacked(trained, watched, 2, drop)) is alarm
 
 
 # ------------------------------------------------------------------------------------------------- in the background
@@ -389,41 +321,30 @@ def test_steps_at_which_nobody_was_asked_do_not_hide_an_alarm():
 def later():
     """Makes a `Later` and closes it."""
     made = []
-
-    def make(work):
-        made.append(S.Later(work))
-        return made[-1]
-
-    yield make
+    yield lambda work: made.append(S.Later(work)) or made[-1]
     for one in made:
         one.close()
 
 
-def test_batches_are_scored_one_by_one_in_their_order_and_each_future_has_its_own(later):
-    log, busy = [], threading.Lock()
+def test_batches_are_scored_one_by_one_in_their_order_while_the_caller_goes_on(later):
+    log, busy, gate = [], threading.Lock(), threading.Event()
 
     def work(number, factor):
+        gate.wait(5)
         assert busy.acquire(blocking=False), "two at a time"
         log.append(("begin", number))
         time.sleep(0.02 if number == 0 else 0)  # the first is the slowest
         log.append(("end", number))
         busy.release()
-        return number * factor
+        return number * factor, threading.current_thread()
 
     line = later(work)
     futures = [line.submit(number, 10) for number in range(5)]
-    assert futures[4].result(5) == 40 and [f.result(0) for f in futures] == [0, 10, 20, 30, 40]
-    assert log == [(what, number) for number in range(5) for what in ("begin", "end")]
-
-
-def test_the_caller_goes_on_while_a_batch_is_scored(later):
-    gate = threading.Event()
-    line = later(lambda: (gate.wait(5), threading.current_thread())[1])
-    futures = [line.submit(), line.submit()]
     assert not any(f.done() for f in futures), "nothing can be done before the gate opens"
     gate.set()
-    assert {f.result(5).name for f in futures} == {"scoring"} and futures[0].result().daemon
-    assert futures[0].result() is not threading.current_thread()
+    assert futures[4].result(5)[0] == 40 and [f.result(0)[0] for f in futures] == [0, 10, 20, 30, 40]
+    assert log == [(what, number) for number in range(5) for what in ("begin", "end")]
+    assert futures[0].result()[1].daemon, "a run that ends does not wait for it"
 
 
 def test_what_a_scorer_raises_is_raised_where_its_answer_is_wanted_and_nowhere_else(later):
@@ -435,8 +356,7 @@ def test_what_a_scorer_raises_is_raised_where_its_answer_is_wanted_and_nowhere_e
         return number
 
     line = later(work)
-    futures = [line.submit(number) for number in range(5)]
-    for number, future in enumerate(futures):
+    for number, future in enumerate([line.submit(number) for number in range(5)]):
         if number in faults:
             with pytest.raises(type(faults[number])) as caught:
                 future.result(5)
@@ -446,23 +366,23 @@ def test_what_a_scorer_raises_is_raised_where_its_answer_is_wanted_and_nowhere_e
 
 
 # -------------------------------------------------------------------------------------------------- the scorers
-def built(weights, in_tiny_world=True, drop=False, scorers=None, watch=()):
+def built(weights, world=drawings, drop=False, scorers=None, watch=()):
     names = [*(name for row in weights.values() for name in row), *watch]
     entries = {name: (scorers or {}).get(name, {"kind": name}) for name in names}
-    return S.build(registry.Asked(entries, weights, watch), "cpu", in_tiny_world, drop)
+    return S.build(registry.Asked(entries, weights, watch, world), "cpu", drop)
 
 
 def test_the_tiny_worlds_scorers_are_its_own(capsys):
     some = built({"text": {"task": 1.0}, "quality": {"quality": 0.4, "mine": 0.6}}, scorers={"mine": {"kind": "ocr"}})
     assert [(s.name, s.low, s.high) for s in some.scorers.values()] == [(n, 0, 1) for n in ("task", "quality", "mine")]
-    prompts = [p for p in tiny.make_prompts("text", "test", 2) for _ in range(G)]
-    images = torch.stack([torch.from_numpy(tiny.draw({"word": word, "color": "black"})) for word in
+    prompts = [p for p in drawings.make_prompts("text", "test", 2) for _ in range(G)]
+    images = torch.stack([torch.from_numpy(drawings.draw({"word": word, "color": "black"})) for word in
                           (prompts[0].text[-4:-1], "ZZZ", "ACE", prompts[3].text[-4:-1], "ZZZ", "ACE")])  # fmt: skip
     found = some.ask(images, prompts, G)
-    np.testing.assert_allclose(found.values[0], tiny.score_ocr(images, prompts), rtol=1e-6)
+    np.testing.assert_allclose(found.values[0], drawings.score_ocr(images, prompts), rtol=1e-6)
     assert found.values[0, [0, 3]].tolist() == [1, 1] and found.values[0, 1] < 1 and np.isnan(found.values[1:]).all()
     assert capsys.readouterr().err == "", "they have no known answers of their own"
-    circle = tiny.make_prompts("composition", "test", 1) * 2
+    circle = drawings.make_prompts("composition", "test", 1) * 2
     with pytest.raises(RewardError, match="^scorer 'words': "):
         built({"default": {"words": 1.0}}, scorers={"words": {"kind": "ocr"}}).ask(torch.ones(2, 3, 24, 24), circle, 2)
 
@@ -478,27 +398,27 @@ def test_a_scorer_is_put_to_its_known_answer_and_takes_the_name_that_it_is_asked
 def test_a_scorer_that_fails_its_self_test_ends_the_run_before_another_is_loaded(monkeypatch):
     made = []
 
-    def make(kind, options, device, tiny):
+    def make(kind, *_):
         made.append(kind)
         return Scorer(kind, lambda images, prompts, sources=None: torch.zeros(len(prompts)), 0.0, 1.0)
 
     monkeypatch.setattr(registry, "make", make)
     with pytest.raises(RewardError, match="^scorer 'jpeg' failed its self-test"):
-        built({"default": {"x": 1.0, "ocr": 1.0}}, False, scorers={"x": {"kind": "jpeg"}})
+        built({"default": {"x": 1.0, "ocr": 1.0}}, None, scorers={"x": {"kind": "jpeg"}})
     assert made == ["jpeg"]
 
 
 def test_the_editing_worlds_defaults_score_both_tasks_of_one_batch():
     """Perfect pictures of every category and kind, by --rewards' defaults: every answer is 1, from its own scorers."""
-    some = S.build(registry.read("", ("t2i", "edit"), True), "cpu", True)
+    some = S.build(registry.read("", ("t2i", "edit"), edits), "cpu")
     assert list(some.scorers) == ["preference", "quality", "instruction", "identity"]
-    drawn = tiny_edit.make_prompts("t2i", "test", 6)
-    rows = [(p, None, tiny.draw({"word": p.text[-4:-1], "color": "red"} if '"' in p.text else
-             tiny.scene_of(p.metadata, random.Random(0), 0))) for p in drawn]  # fmt: skip
-    for kind in tiny_edit.EDITS:
-        source, result, text, asked = tiny_edit.sample_edit(kind, random.Random(3))
+    drawn = edits.make_prompts("t2i", "test", 6)
+    rows = [(p, None, drawings.draw({"word": p.text[-4:-1], "color": "red"} if '"' in p.text else
+             drawings.scene_of(p.metadata, random.Random(0), 0))) for p in drawn]  # fmt: skip
+    for kind in edits.EDITS:
+        source, result, text, asked = edits.sample_edit(kind, random.Random(3))
         edit = Prompt(text, "edit", {"tag": kind, **asked, "prompt": text}, "x:1")
-        rows.insert(2, (edit, torch.from_numpy(tiny_edit.draw(source)), tiny_edit.draw(result)))
+        rows.insert(2, (edit, torch.from_numpy(edits.draw(source)), edits.draw(result)))
     prompts, sources, images = zip(*rows, strict=True)
     found = some.ask(torch.stack([torch.from_numpy(image) for image in images]), prompts, 1, sources)
     is_edit = np.array([p.task == "edit" for p in prompts])

@@ -2,16 +2,17 @@
 
 import functools
 import json
-import re
 
 import pytest
 import torch
+from tests.helpers.refusals import refusal as _refusal
 
 import settings
-from harness import cli
+from harness import cli, load
 from rewards import RewardError, Scorer
 from scorers import registry as R
 from scorers import remote, rubrics
+from scorers import world as real
 from tests.helpers.runs import metrics
 from tiny import drawings, edits
 
@@ -28,22 +29,16 @@ def write(tmp_path, content):
 
 
 def refusal(call, *arguments):
-    """The message of the RewardError that a call gives; it is one line."""
-    with pytest.raises(RewardError) as error:
-        call(*arguments)
-    assert "\n" not in str(error.value)
-    return str(error.value)
+    return _refusal(call, *arguments, error=RewardError)
 
 
 # ------------------------------------------------------------------------------------------------------- by default
 BLEND = {"quality": 0.4, "preference": 0.6}
 DEFAULTS = [
-    ("--preset tiny --stage grpo --task text", {"text": {"task": 1.0}}),
     ("--preset tiny --stage grpo --task quality", {"quality": BLEND}),
     ("--preset tiny --stage grpo --task mix",
      {"composition": {"task": 1.0}, "text": {"task": 1.0}, "quality": BLEND}),
     ("--preset tiny --stage curate --tasks quality,text", {"quality": BLEND, "text": {"task": 1.0}}),
-    ("--preset flow-opd --stage grpo --task composition", {"composition": {"geneval": 1.0}}),
     ("--preset flow-opd --stage grpo --task mix",
      {"composition": {"geneval": 1.0}, "text": {"ocr": 1.0}, "quality": {"pickscore": 1.0}}),
     ("--stage curate --tasks edit", {"edit": {"instruction": 0.6, "identity": 0.4}}),
@@ -53,72 +48,60 @@ DEFAULTS = [
 @pytest.mark.parametrize(("line", "weights"), DEFAULTS, ids=[line for line, _ in DEFAULTS])
 def test_without_rewards_each_task_that_is_drawn_is_paid_by_its_own(line, weights):
     s, _ = cli.parse(line.split())
-    asked = R.read("", settings.rewarded_tasks(s), settings.is_tiny(s))
+    asked = load.asked_of(s)
     own = {"instruction": {"kind": "vlm", "dtype": "bfloat16", "rubric": "editing"},
            "identity": {"kind": "face", "no_face": "skip"}}  # fmt: skip
     expected = {name: own.get(name, {"kind": name}) for row in weights.values() for name in row}
-    assert asked == R.Asked(expected, weights) and list(asked.weights) == list(weights), "in the order of the tasks"
+    world = drawings if "tiny" in line else real
+    assert asked == R.Asked(expected, weights, (), world) and list(asked.weights) == list(weights)
     asked.weights["text"], asked.scorers["task"] = {}, {}
-    assert R.read("", settings.rewarded_tasks(s), settings.is_tiny(s)).weights == weights, "nothing is shared"
+    assert load.asked_of(s).weights == weights, "nothing is shared"
 
 
 def test_no_name_means_two_things_and_no_category_has_two_rows_of_weights():
     assert not set(R.NAMED) & set(R.KINDS)
-    for table in (R.DEFAULTS, R.TINY_DEFAULTS):
-        assert set(table) == set(settings.TASKS)
-        categories = [category for rows in table.values() for category in rows]
+    for owner, tasks in ((real, settings.TASKS), (drawings, drawings.TASKS), (edits, edits.TASKS)):
+        assert set(owner.REWARDS) == set(tasks)
+        categories = [category for rows in owner.REWARDS.values() for category in rows]
         assert len(categories) == len(set(categories)), "one task's row would replace another's"
-        assert all(sum(row.values()) == pytest.approx(1) for rows in table.values() for row in rows.values())
-    assert {*R.TINY} == {*drawings.SCORERS, "task", *edits.SCORERS}
+        assert all(sum(row.values()) == pytest.approx(1) for rows in owner.REWARDS.values() for row in rows.values())
+    assert all(entry["rubric"] in rubrics.RUBRICS for entry in R.NAMED.values() if entry["kind"] == "vlm")
 
 
-# --------------------------------------------------------------------------------------------------- the short form
+# ------------------------------------------------------------------------------------- the short form, and the file
 def test_the_short_form_weighs_scorers_for_all_prompts():
-    found = R.read("geneval=0.8,pickscore=.2,jpeg,portrait=-1,my.py:own=2,", (), False)
+    found = R.read("geneval=0.8,pickscore=.2,jpeg,portrait=-1,my.py:own=2,", (), real)
     assert found.weights == {"default": {"geneval": 0.8, "pickscore": 0.2, "jpeg": 1.0, "portrait": -1.0, "own": 2.0}}
     kinds = {name: {"kind": name} for name in ("geneval", "pickscore", "jpeg")}
     assert found.scorers == {**kinds, "portrait": R.NAMED["portrait"], "own": {"kind": "my.py:own"}}
-    assert R.read("identity=1", (), True).scorers == {"identity": {"kind": "identity"}}, "the tiny world's own"
+    assert R.read("identity=1", (), edits).scorers == {"identity": {"kind": "identity"}}, "the tiny world's own"
 
 
-SHORT = ["orc=1", "=1", "jpeg,preference=1", "ocr=1,task=much", "ocr=1=2", "ocr=nan", "ocr=-inf", "ocr=3,jpeg,ocr=3",
-         "ocr=0,jpeg=0.0", ","]  # fmt: skip
-
-
-@pytest.mark.parametrize("text", SHORT)
-def test_a_short_form_that_cannot_work_is_refused_by_name(text):
-    assert refusal(R.read, text, (), False).startswith("--rewards ")
-
-
-# ---------------------------------------------------------------------------------------------------------- the file
 def test_the_example_that_is_shown_can_be_used_as_it_stands(tmp_path):
     shown, _ = json.JSONDecoder().raw_decode(R.__doc__[R.__doc__.index('{"scorers"') :])
-    found = R.read(write(tmp_path, shown), (), False)
+    found = R.read(write(tmp_path, shown), (), real)
     assert found.scorers == {**shown["scorers"], "geneval": {"kind": "geneval"}, "aesthetic": {"kind": "aesthetic"}}
     assert found.weights == {"composition": {"geneval": 0.8, "pick": 0.2}, "default": {"judge": 1.0}}
     assert found.watch == ("aesthetic",)
-    R.check(found, False)
+    R.check(found)
 
 
 def test_a_file_names_its_scorers_and_what_it_does_not_define_is_a_kind_of_its_own(tmp_path):
     scorers = {"soft": {"kind": "geneval", "batch": 2, "device": "cuda:1", "dtype": "bfloat16"}, "ocr": JUDGE}
     content = {"scorers": scorers, "weights": {"counting": {"soft": 1, "beauty": -2}, "text": {"ocr": 0.5}},
                "watch": ["jpeg", "soft"]}  # fmt: skip
-    found = R.read(write(tmp_path, content), (), False)
+    found = R.read(write(tmp_path, content), (), real)
     assert found.scorers == {**scorers, "beauty": R.NAMED["beauty"], "jpeg": {"kind": "jpeg"}}
     assert found.weights == {"counting": {"soft": 1.0, "beauty": -2.0}, "text": {"ocr": 0.5}}
     assert found.watch == ("jpeg", "soft")
-
-
-def test_the_short_form_is_a_file_of_default_weights(tmp_path):
-    content = {"weights": {"default": {"geneval": 0.8, "pickscore": 0.2}}}
-    assert R.read(write(tmp_path, content), (), False) == R.read("geneval=0.8,pickscore=0.2", (), False)
 
 
 def given(**more):
     return {"weights": {"default": {"jpeg": 1.0}}, **more}
 
 
+SHORT = ["orc=1", "=1", "jpeg,preference=1", "ocr=1,task=much", "ocr=1=2", "ocr=nan", "ocr=-inf", "ocr=3,jpeg,ocr=3",
+         "ocr=0,jpeg=0.0", ",", "no.json"]  # fmt: skip
 FILES = [
     '{"weights": ', b'{"weights": "\xff"}', "[1]", {}, given(wieghts={}), {"weights": []}, given(scorers=[]),
     given(watch={"ocr": {"drop": 1}}), given(watch=[3]), {"weights": {}}, {"weights": {"default": {}}},
@@ -131,15 +114,11 @@ FILES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("content", FILES, ids=[str(content)[:60] for content in FILES])
-def test_a_file_that_cannot_work_is_refused_by_its_name(tmp_path, content):
-    file = write(tmp_path, content)
-    assert refusal(R.read, file, (), False).startswith(f"--rewards {file}: ")
-
-
-def test_the_refusals_start_from_a_file_that_works_and_a_missing_one_is_named(tmp_path):
-    assert R.read(write(tmp_path, given(watch=["ocr"])), (), False).watch == ("ocr",)
-    assert refusal(R.read, f"{tmp_path}/no.json", (), False).startswith(f"--rewards {tmp_path}/no.json: ")
+@pytest.mark.parametrize("content", [*SHORT, *FILES], ids=lambda content: str(content)[:60])
+def test_what_cannot_work_is_refused_by_its_name(tmp_path, content):
+    text = content if content in SHORT else write(tmp_path, content)
+    assert refusal(R.read, text, (), real).startswith(f"--rewards {text}: ")
+    assert R.read(write(tmp_path, given(watch=["ocr"])), (), real).watch == ("ocr",), "a file that works"
 
 
 # ------------------------------------------------------------------------------------------------------- the options
@@ -159,16 +138,15 @@ NAMED_IN = {"vlm": "rubric", "trained": "model", "served": "", "judge": ""}
 
 @pytest.mark.parametrize(("kind", "options"), [(kind, o) for kind, some in WRONG.items() for o in some])
 def test_an_option_that_a_factory_does_not_take_is_refused_before_anything_is_loaded(kind, options):
-    options = {key: value for key, value in options.items() if key != "kind"}
-    said = refusal(R.check, R.Asked({"mine": {"kind": kind, **options}}, {}), False)
+    said = refusal(R.check, R.Asked({"mine": {**options, "kind": kind}}, {}))
     assert said.startswith("scorer 'mine': ") and NAMED_IN.get(kind, next(iter(options), "")) in said
 
 
 def test_the_tiny_worlds_own_scorers_take_no_options_and_are_no_kinds_elsewhere():
     asked = R.Asked({"x": {"kind": "geneval", "strict": True}}, {})
-    R.check(asked, False)
-    assert "geneval has no options" in refusal(R.check, asked, True)
-    assert "no kind 'task'" in refusal(R.check, R.Asked({"x": {"kind": "task"}}, {}), False)
+    R.check(asked)
+    assert "geneval has no options" in refusal(R.check, asked._replace(world=drawings))
+    assert "no kind 'task'" in refusal(R.check, R.Asked({"x": {"kind": "task"}}, {}))
 
 
 SENT = {"dtype": "bfloat16", "device": "cuda:3", "rubric": "alignment", "thought": True, "endpoints": ["http://a:1"],
@@ -202,10 +180,6 @@ def test_every_option_of_a_kind_reaches_its_factory(monkeypatch, kind):
     assert calls.pop() == {**needed, **({"device": "cuda:7"} if "device" in options else {})}
 
 
-def test_named_judges_ask_rubrics_that_there_are():
-    assert all(entry["rubric"] in rubrics.RUBRICS for entry in R.NAMED.values() if entry["kind"] == "vlm")
-
-
 # -------------------------------------------------------------------------------------------- a function of one's own
 OWN = """
 def darkness(images, prompts, sources):
@@ -234,5 +208,4 @@ def test_a_file_without_the_function_is_refused(tmp_path):
     assert "no file" in refusal(R.own, f"{tmp_path}/other.py:light")
     own = R.make(f"{tmp_path}/own.py:darkness", {})
     assert isinstance(own, Scorer) and own.name == "darkness"
-    assert re.match("scorer 'x': .* has no options", refusal(R.check, R.Asked(
-        {"x": {"kind": f"{tmp_path}/own.py:darkness", "batch": 3}}, {}), False))  # fmt: skip
+    assert "has no options" in refusal(R.make, f"{tmp_path}/own.py:darkness", {"batch": 3})

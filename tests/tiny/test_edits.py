@@ -174,7 +174,7 @@ def test_a_part_of_the_core_caps_the_rest():
     assert half == pytest.approx(0.5), "(1 + 4/2) is the cap"
 
 
-@pytest.mark.parametrize("name", E.SCORERS)
+@pytest.mark.parametrize("name", ("instruction", "identity"))
 def test_the_scorers_have_the_signature_of_all_scorers(name):
     edits, scorer = [EDITS[kind][0] for kind in KINDS], E.scorer(name)
     images, before = (torch.stack([tensor(canvas.draw(e[i])) for e in edits]) for i in (2, 1))

@@ -16,7 +16,6 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from tests.helpers.refusals import refusal
 from torch import nn
 
 from rewards import RewardError
@@ -24,6 +23,7 @@ from scorers import clip as clip_module
 from scorers import convert
 from scorers.clip import aesthetic, clipscore, hps, imagereward, pickscore
 from scorers.common import batched
+from tests.helpers.checks import refusal
 from tests.helpers.clip import HEADS, PROMPTS, SIDE, TEXTS, pictures, prompt, save_clip
 from tests.helpers.sd3 import _clip_vocabulary, _randomise
 

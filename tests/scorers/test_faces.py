@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFilter, ImageOps
-from tests.helpers.refusals import refusal as _refusal
 
 from data.files import Prompt
 from rewards import Face, RewardError
@@ -16,6 +15,7 @@ from scorers import common
 from scorers import faces as F
 from scorers.geneval import geneval
 from scorers.ocr import ocr
+from tests.helpers.checks import refusal as _refusal
 
 
 def prompts(*texts):

@@ -5,7 +5,6 @@ import json
 
 import pytest
 import torch
-from tests.helpers.refusals import refusal as _refusal
 
 import settings
 from harness import cli, load
@@ -13,6 +12,7 @@ from rewards import RewardError, Scorer
 from scorers import registry as R
 from scorers import remote, rubrics
 from scorers import world as real
+from tests.helpers.checks import refusal as _refusal
 from tests.helpers.runs import metrics
 from tiny import drawings, edits
 

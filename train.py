@@ -61,6 +61,7 @@ from harness.ranks import USER_ERRORS
 from harness.rollout import Row, Trajectories, batches, micro_batches, prompts_of
 from harness.run import Run
 from models import flow, hub, lora
+from models.experts import STUDENT
 from scorers import panel as scoring
 from scorers import vlm_trained
 from scorers.panel import Panel
@@ -323,7 +324,7 @@ def merge_teachers(s: Settings) -> Run:
     merged = merge.merge_lora(states, method=s.merge_method, scales=scales)
     rank = next(value.shape[0] for key, value in merged.items() if "lora_A" in key)
     config = lora.lora_config(rank, rank)  # merge_lora's update is B @ A at scale 1, hence alpha = rank
-    model.add_adapter(flow.STUDENT, config, merged)
+    model.add_adapter(STUDENT, config, merged)
     run = Run(s, model, config)
     run.save()
     return run

@@ -1,6 +1,6 @@
 """The model card of a checkpoint: README.md with the Hub's front matter, how to load it, how it was made."""
 
-import html
+import json
 import re
 from collections.abc import Mapping
 
@@ -13,31 +13,28 @@ def model_card(settings: Mapping, metrics: Mapping, scores: Mapping, step: int, 
     """README.md of a checkpoint's folder, an adapter's or a whole transformer's.
 
     `settings` are the run's resolved settings, `metrics` the last line of metrics.jsonl, `scores` {name: number} of the
-    last evaluation; `pipeline` is the diffusers class that loads the adapter, "" if there is none. Any strings will do:
-    they are escaped. A base that is a local path is left out of the front matter, which the Hub would refuse.
+    last evaluation; `pipeline` is the diffusers class that loads the adapter, "" if there is none. A base that is a
+    local path is left out of the front matter, which the Hub would refuse. Whatever a user may have written stands as
+    JSON or as a Python string in a block of code, where nothing is taken for Markdown.
     """
-    base, stage = str(settings.get("model", "")), str(settings.get("stage", ""))
-    whole = settings.get("parameters") == "full" or stage == "pretrain"
+    whole = settings.get("parameters") == "full" or settings.get("stage") == "pretrain"
     does = ["image-to-image", "text-to-image"] if "Edit" in pipeline else ["text-to-image"]  # an editor draws too
     front = ModelCardData(
-        base_model=hub_id(base) or None,
+        base_model=hub_id(str(settings.get("model", ""))) or None,
         library_name="diffusers",
         pipeline_tag=does[0],
         tags=[*([] if whole else ["lora", "peft"]), *does, "flow-matching", "reinforcement-learning"],
     )
-    trained = f"Stage {_cell(stage)}, {int(step)} steps, on {_cell(base)}."
-    if stage == "opd":
-        trained += f" On-policy distillation with the estimator {_cell(settings.get('estimator', ''))}."
-    teachers = dict(settings.get("teachers") or {}) if stage in ("opd", "sft", "merge") else {}
+    record = {
+        "step": step, "scores": scores, "last training metrics": metrics,
+        "settings": {key: value for key, value in settings.items() if value not in ("", None, {}, [])},
+    }  # fmt: skip
+    name = re.sub(r"[^\w.-]+", " ", str(settings.get("name", "")))
     parts = [
-        "---", front.to_yaml(), "---", "", f"# {_cell(settings.get('name') or 'LoRA')}", "",
+        "---", front.to_yaml(), "---", "", f"# {name}", "",
         "A whole transformer." if whole else "A LoRA adapter; its update is `alpha / r * B @ A`.", "",
         "## How to load it", "", "```python", _code(settings, pipeline, whole), "```", "",
-        "## How it was trained", "", trained, "",
-        *_table("teacher of", teachers),
-        *_table("setting", {key: value for key, value in settings.items() if value not in ("", None, {}, [])}),
-        *(["## Scores", "", *_table("score", scores)] if scores else []),
-        *(["## Last training metrics", "", *_table("metric", metrics)] if metrics else []),
+        "## How it was trained", "", "```json", json.dumps(record, indent=1, default=str), "```", "",
     ]  # fmt: skip
     return "\n".join(parts)
 
@@ -88,23 +85,3 @@ def _calls(settings: Mapping, pipeline: str) -> list[str]:
         "draw = QwenImagePipeline(**parts)",
         f'image = draw("a photo of two cats", {options}).images[0]',
     ]  # fmt: skip
-
-
-def _table(title: str, rows: Mapping) -> list[str]:
-    if not rows:
-        return []
-    return [f"| {title} | value |", "|---|---|", *(f"| {_cell(k)} | {_cell(v)} |" for k, v in rows.items()), ""]
-
-
-def _cell(value: object) -> str:
-    """Any value as text on one line that Markdown and HTML take literally."""
-    # An underscore between letters, as in most names of settings, emphasises nothing and stays readable.
-    special = r"[\\`*\[\]|~]|(?<![^\W_])_|_(?![^\W_])"
-    return re.sub(special, r"\\\g<0>", html.escape(_flat(value), quote=False))
-
-
-def _flat(value: object) -> str:
-    """Any value as text on one line."""
-    if isinstance(value, Mapping):
-        return ", ".join(f"{_flat(k)}={_flat(v)}" for k, v in value.items())
-    return " ".join((f"{value:.6g}" if isinstance(value, float) else str(value)).split())

@@ -27,6 +27,7 @@ from harness.reward import RewardRun
 from harness.run import Run
 from models import flow, hub, lora, qwen_vl, tiny
 from models import load as models
+from models.experts import STUDENT
 from scorers import panel, registry, vlm_trained, world
 from settings import Settings, is_tiny, rewarded_tasks, task_list
 from tiny import drawings, edits
@@ -162,7 +163,7 @@ def student_run(s: Settings) -> Run:
         state, config = model.read_adapter(folder)
     with torch.random.fork_rng(devices=[]):  # the gaussian A of a new adapter
         torch.manual_seed(seed_for(s.seed, "lora"))
-        model.add_adapter(flow.STUDENT, config, state)
+        model.add_adapter(STUDENT, config, state)
     return Run(s, model, config)
 
 

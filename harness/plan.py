@@ -26,6 +26,7 @@ from data.files import DataError
 from harness import checkpoints, load, ranks, rollout
 from harness.counting import forwards
 from models import flow, hub, lora, qwen, tiny
+from models.experts import STUDENT
 from scorers import registry
 from settings import RL, Settings, SettingsError, is_tiny, student_cfg, task_list, teacher_cfg, trained_cfg
 
@@ -85,7 +86,7 @@ def trained_numbers(s: Settings, base: flow.FlowModel) -> int:
         config = lora.lora_config(s.rank, s.alpha)
         if s.init and not hub.hub_id(s.init):
             config = base.read_adapter(hub.locate(s.init))[1]
-        base.add_adapter(flow.STUDENT, config)
+        base.add_adapter(STUDENT, config)
     return numbers(base.trainable().values())
 
 

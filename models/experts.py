@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from models import hub, lora
@@ -79,7 +80,7 @@ class Experts:
         self.source = "a new model"  # where the weights came from, for error messages and adapter files
         self.fingerprint = ""  # hash of the base weights: an adapter remembers the base it was trained on
         self.adapters: dict[str, LoraConfig] = {}
-        self.layers: list[nn.Module] = []  # the backbone's modules that carry adapters
+        self.layers: list[BaseTunerLayer] = []  # the backbone's modules that carry adapters
         self.hosted: dict[str, HostExpert] = {}
         self.trains = ""  # "", "lora" or "full": what `trainable` hands to the optimizer
 
@@ -87,16 +88,14 @@ class Experts:
     def add_adapter(self, name: str, config: LoraConfig, state: dict[str, Tensor] | None = None) -> None:
         """Put one LoRA on the backbone, from `state` or new; see `lora.add`."""
         lora.add(self.backbone, name, config, state)
-        self.adapters[name], self.layers = config, lora.layers_of(self.backbone)
+        self.adapters[name] = config
+        self.layers = [layer for layer in self.backbone.modules() if isinstance(layer, BaseTunerLayer)]
         if name == STUDENT:
             self.trains = "lora"
         self._use(STUDENT)
 
     def add_expert(self, name: str, where: str) -> None:
-        """Add a frozen expert from a Hub id, folder or run: a LoRA, or a full checkpoint of the same architecture.
-
-        ModelError names the file if it does not fit this model.
-        """
+        """Add a frozen expert from a Hub id, folder or run: a LoRA, or a full checkpoint of the same architecture."""
         folder = hub.locate(where)
         if hub.kind(folder) == "full":
             module = hub.read_transformer(folder, self._dtype(), self.backbone.config)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 import sde
-from models.experts import STUDENT, Experts  # noqa: F401
+from models.experts import Experts
 
 
 class Cond(NamedTuple):

@@ -18,7 +18,6 @@ import huggingface_hub
 import torch
 import transformers
 from diffusers import QwenImageTransformer2DModel, SD3Transformer2DModel, logging
-from huggingface_hub import constants, errors
 
 from data.common import first_line
 
@@ -53,10 +52,8 @@ def locate(where: str | Path, patterns: Sequence[str] = (*ADAPTER_FILES, *TRANSF
     """The folder that a user means by a model, teacher, anchor or init; the Hub's files are fetched to its cache.
 
     A folder is itself, a run's folder stands for its last checkpoint, an adapter's weight file for its folder.
-    What is no path is a Hub id, `owner/name[/folder][@revision]`. Of it, only files that match `patterns` (relative to
-    the folder) and are no pickles are fetched. If HF_HUB_OFFLINE is set, only the cache is asked.
-    What starts with . / ~, has a file's ending, or begins with a folder that exists is a path, and is never looked for
-    on the Hub. Raises ModelError, one line that says what to do.
+    What is no path (see `hub_id`) is a Hub id, `owner/name[/folder][@revision]`. Of it, only files that match
+    `patterns` (relative to the folder) and are no pickles are fetched. ModelError, one line that says what to do.
     """
     where = str(where)
     path = Path(where).expanduser()
@@ -65,11 +62,7 @@ def locate(where: str | Path, patterns: Sequence[str] = (*ADAPTER_FILES, *TRANSF
             raise ModelError(f"{path}: neither a folder nor one of {', '.join(ADAPTER_FILES)}; give its folder")
         return path.parent
     if where and path.is_dir():
-        last = last_checkpoint(path)
-        names = {entry.name for entry in path.iterdir()}
-        if last is None and "checkpoints" in names and not names & {*ADAPTER_FILES, "transformer"}:
-            raise ModelError(f"{path}: the run has no complete checkpoint yet; let it run on, or give another folder")
-        return last or path
+        return last_checkpoint(path) or path
     if not hub_id(where):
         raise ModelError(f"{where or repr(where)}: no such file or folder; give a path or a Hub id owner/name")
     return _download(where, patterns)
@@ -97,20 +90,13 @@ def base_and_revision(source: str) -> tuple[str, str]:
 
 def _download(where: str, patterns: Sequence[str]) -> Path:
     match = HUB_ID.fullmatch(where)
-    repo, inside, revision = match["repo"], match["inside"].strip("/"), match["revision"]
+    repo, inside = match["repo"], match["inside"].strip("/")
     wanted = [f"{inside}/{pattern}" if inside else pattern for pattern in patterns]
     try:
-        options = {"revision": revision, "allow_patterns": wanted, "ignore_patterns": list(PICKLES)}
-        root = huggingface_hub.snapshot_download(repo, **options)
-    except Exception as fault:  # a repository that is not there or gated, no network, a full disk
-        ways = {
-            errors.GatedRepoError: f"gated: accept its licence at {constants.ENDPOINT}/{repo}, then `hf auth login`",
-            errors.RevisionNotFoundError: f"no revision {revision or 'main'} there",
-            errors.RepositoryNotFoundError: "no public repository (if it is private: `hf auth login`)",
-            errors.LocalEntryNotFoundError: "no connection, and the cache lacks it",
-            errors.OfflineModeIsEnabled: "HF_HUB_OFFLINE is set, and the cache lacks it",
-        }
-        reason = next((way for error, way in ways.items() if isinstance(fault, error)), first_line(fault))
+        options = {"allow_patterns": wanted, "ignore_patterns": list(PICKLES)}
+        root = huggingface_hub.snapshot_download(repo, revision=match["revision"], **options)
+    except Exception as fault:  # not there, gated, no network, a full disk: the library's own words, on one line
+        reason = " ".join(str(fault).split()) or type(fault).__name__
         raise ModelError(f"{where}: no such path here, and not fetched from the Hub ({reason})") from fault
     folder = Path(root, inside)
     if not any(any(folder.glob(pattern)) for pattern in patterns):
@@ -119,10 +105,7 @@ def _download(where: str, patterns: Sequence[str]) -> Path:
 
 
 def kind(folder: Path) -> str:
-    """What a folder holds: "peft" (preferred if both adapters are there), "diffusers", or "full", a whole transformer.
-
-    Raises ModelError if it holds none of them, or half of one.
-    """
+    """What a folder holds: "peft" (preferred if both are there), "diffusers", or "full", a whole transformer."""
     folder = Path(folder)
     found = [name for name in ADAPTER_FILES if (folder / name).is_file()]
     if set(PEFT_FILES) <= set(found):
@@ -161,10 +144,7 @@ def fingerprint(folder: Path) -> str:
 
 # --------------------------------------------------------------------------------------------------------- parts
 def require_parts(folder: Path, parts: Iterable[str]) -> None:
-    """ModelError if a pipeline's folder lacks one of these folders.
-
-    transformers makes up a tokenizer without a word, and a VAE is missed at the first picture, after hours of training.
-    """
+    """ModelError if a pipeline's folder lacks one of these folders."""
     for part in parts:
         if not (folder / part).is_dir():
             raise ModelError(f"{folder / part}: missing; the base must be a pipeline in diffusers' layout")
@@ -174,7 +154,7 @@ def read_part(kind: type, folder: Path, dtype: torch.dtype | None = None):
     """`kind.from_pretrained(folder)`, frozen if it has weights (then with a `dtype`), or a ModelError of one line."""
     require_parts(folder.parent, [folder.name])
     try:
-        return kind.from_pretrained(folder) if dtype is None else _weights(kind, folder, dtype)
+        return kind.from_pretrained(folder) if dtype is None else read_weights(kind, folder, dtype)
     except Exception as fault:
         raise ModelError(f"{folder}: not readable as {kind.__name__} ({first_line(fault)})") from fault
 
@@ -192,19 +172,19 @@ def read_transformer(folder: Path, dtype: torch.dtype, like: dict | None = None)
             raise ModelError(f"{folder / 'config.json'}: another architecture: {key} is {config[key]}, not {ours}")
     try:
         kind = TRANSFORMERS[config.get("_class_name", SD3Transformer2DModel.__name__)]
-        return _weights(kind, folder, dtype, strict=True)
+        return read_weights(kind, folder, dtype, strict=True)
     except Exception as fault:  # safetensors, a missing file, shapes, a class that is not known here
         raise ModelError(f"{folder}: not a readable transformer ({first_line(fault)})") from fault
 
 
-def _weights(kind: type, folder: Path, dtype: torch.dtype, strict: bool = False):
+def read_weights(kind: type, folder: Path, dtype: torch.dtype, strict: bool = False):
     """A module from its own library, frozen. ValueError if its file lacks a tensor, or has one too many if `strict`."""
     # low_cpu_mem_usage stays at its default: weights go straight from the file into place
     options = {"torch_dtype": dtype, "use_safetensors": True, "output_loading_info": True}
     module, found = kind.from_pretrained(folder, **options)
     # The libraries only warn of these, and what is missing is random or empty. The T5 encoder shares its embeddings
     # between two names, and the file may hold one of them.
-    amiss = [key for key in found["missing_keys"] if "embed_tokens" not in key]
+    amiss = [key for key in found["missing_keys"] if key != "encoder.embed_tokens.weight"]
     if amiss := sorted([*amiss, *(found["unexpected_keys"] if strict else [])]):
         raise ValueError(f"its weights are not those that its config describes: {amiss[0]}")
     return module.requires_grad_(False).eval()

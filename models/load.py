@@ -3,12 +3,22 @@
 from pathlib import Path
 
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 
-from models import qwen
 from models.flow import FlowModel
-from models.hub import TRANSFORMER_FILES, ModelError, locate, read_json
-from models.sd3 import SD35Model, load_sd35
-from models.tiny import TinyModel, TinyQwenModel, load_tiny, new_tiny  # noqa: F401  for callers that have not moved
+from models.hub import (
+    TRANSFORMER_FILES,
+    ModelError,
+    fingerprint,
+    locate,
+    read_json,
+    read_part,
+    read_transformer,
+    require_parts,
+)  # fmt: skip
+from models.qwen import LONGEST_TEXT, PIPELINES, QwenFlow, QwenModel
+from models.sd3 import SD35Model
+from models.tiny import load_tiny
 
 # What a base checkpoint consists of, in the Hub's layout; nothing else of a repository is fetched.
 BASE_FILES = (
@@ -26,36 +36,41 @@ def load(
 ) -> FlowModel:  # fmt: skip
     """The base of a run, frozen, on `device`, from a folder or Hub id: a tiny model, SD3.5 or a Qwen-Image.
 
-    The options behind `tiny` are of the published models. ModelError, one line, for what is no such model.
+    The options behind `tiny` are of the published models, of which the transformer is read now and the rest when it is
+    needed. ModelError, one line, for what is no such model, or cannot be.
     """
     folder = locate(where, BASE_FILES)
-    name = "" if tiny else pipeline_name(folder)
     if tiny:
         model: FlowModel = load_tiny(folder, device)  # it keeps its source: the folder, a run's last checkpoint
-    elif name in qwen.PIPELINES:
-        model = qwen.load_qwen(folder, name, device, precision, resolution, text_length, source_resolution)
     else:
-        model = load_sd35(folder, device, precision, resolution, text_length)
-    if rescale and not isinstance(model, qwen.QwenFlow):
+        model = _published(folder, device, precision, resolution, text_length, source_resolution)
+        model.precision, model.source = precision, where  # a Hub id stays one: adapters name their base by it
+        if gradient_checkpointing:
+            model.transformer.enable_gradient_checkpointing()
+    if rescale and not isinstance(model, QwenFlow):
         raise ModelError(f"--cfg-rescale is Qwen-Image's guidance, and {where} is none: leave it out")
     if rescale:
         model.rescale = True
-    if not tiny:
-        model.source = where  # a Hub id stays one: adapters name their base by it
-        if gradient_checkpointing:
-            model.transformer.enable_gradient_checkpointing()
     return model
 
 
-def pipeline_name(folder: Path) -> str:
-    """The class of a diffusers pipeline, one that is known here; ModelError, one line, for anything else."""
-    index = folder / "model_index.json"
-    if not index.is_file():
-        raise ModelError(
-            f"{index}: missing; --model must be a pipeline in diffusers' layout, or with --preset tiny or tiny-qwen "
-            "a base of that world"
-        )
-    name, known = read_json(index).get("_class_name"), (SD35Model.pipeline, *qwen.PIPELINES)
-    if name not in known:
-        raise ModelError(f"{index}: a {name}; the known ones are {', '.join(known)}")
-    return name
+def _published(folder: Path, device, precision: str, side: int, text_length: int, source_side: int) -> FlowModel:
+    file, known = folder / "model_index.json", (SD35Model.pipeline, *PIPELINES)
+    if not file.is_file():
+        raise ModelError(f"{file}: missing; --model must be a pipeline, or with a tiny preset a base of that world")
+    index = read_json(file)
+    if (name := index.get("_class_name")) not in known:
+        raise ModelError(f"{file}: a {name}; the known ones are {', '.join(known)}")
+    if name in PIPELINES and (text_length > LONGEST_TEXT or source_side % 16):  # VAE 8 x patch 2
+        raise ModelError(f"Qwen-Image reads --text-length <= {LONGEST_TEXT}, --source-resolution a multiple of 16")
+    # transformers makes up a tokenizer without a word, and a VAE is missed at the first picture, hours later.
+    require_parts(folder, [part for part, library in index.items() if isinstance(library, list) and any(library)])
+    scheduler = read_part(FlowMatchEulerDiscreteScheduler, folder / "scheduler")
+    like = {"_class_name": ("QwenImage" if name in PIPELINES else "SD3") + "Transformer2DModel"}
+    transformer = read_transformer(folder / "transformer", getattr(torch, precision), like)
+    if name in PIPELINES:
+        model = QwenModel(folder, name, transformer, scheduler, device, side, source_side or side, text_length)
+    else:
+        model = SD35Model(folder, transformer, scheduler, device, side, text_length)
+    model.fingerprint = fingerprint(folder / "transformer")
+    return model

@@ -8,8 +8,7 @@ alpha / r * B @ A. A reader that loses alpha takes r for it, and the pictures ar
     diffusers   pytorch_lora_weights.safetensors, keys `transformer.MODULE.lora_A.weight`. alpha stands in the file's
                 metadata, or in entries of its own, or nowhere. What `load_lora_weights` reads.
 
-The libraries' own readers and writers do the work. What they only warn of is an error here: `read_adapter` checks that
-every tensor has its place in the model and that nothing but alpha / r * B @ A is asked for.
+The libraries' own readers and writers do the work. What they only warn of is an error here.
 """
 
 import copy
@@ -83,11 +82,6 @@ def state_of(module: nn.Module, name: str) -> dict[str, Tensor]:
     return {key: value.detach().cpu().clone().contiguous() for key, value in state.items()}
 
 
-def layers_of(module: nn.Module) -> list[BaseTunerLayer]:
-    """The modules of a module that carry adapters."""
-    return [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
-
-
 def select(layers: Iterable[BaseTunerLayer], name: str | None, trained: str) -> None:
     """Have these layers compute with the adapter `name`, or with none; gradients belong to the adapter `trained`.
 
@@ -109,12 +103,9 @@ def read_adapter(
     """An adapter in either layout, checked against a model: ({MODULE.lora_A.weight: (r, in), ...}, config), float32.
 
     `modules` are the model's named modules, `source` and `fingerprint` its name and the hash of its weights. The
-    config says what the factors need, r, alpha and targets, and nothing else: a dropout or an initialisation belongs to
-    the training that is over. If a diffusers file does not tell alpha, it is r, as stock diffusers has it, and a line
-    on stderr says so.
-
-    Raises ModelError, one line naming the folder, for what is not readable, an adapter of another base, tensors without
-    a place in the model, and variants of LoRA whose update is not alpha / r * B @ A with one alpha and r for all.
+    config has r, alpha and targets only: a dropout or an initialisation belongs to the training that is over.
+    ModelError, one line naming the folder, for what is not readable, another base's, has no place in the model, or
+    has an update other than alpha / r * B @ A with one alpha and r for all.
     """
     folder, layout = Path(folder), kind(folder)
     if layout == "full":
@@ -179,26 +170,20 @@ def _check_places(state: Mapping[str, Tensor], rank: int, modules: Mapping[str, 
         raise ValueError("it holds no tensor at all")
     for key, value in state.items():
         name, _, factor = key.removesuffix(".weight").rpartition(".")
-        layer = modules.get(name)
-        if factor not in ("lora_A", "lora_B") or not hasattr(layer, "in_features"):
-            raise ValueError(f"{key} is no factor of a linear layer of the model")
+        layer, partner = modules.get(name), {"lora_A": "lora_B", "lora_B": "lora_A"}.get(factor)
+        if not hasattr(layer, "in_features") or f"{name}.{partner}.weight" not in state:
+            raise ValueError(f"{key} is not one of the two factors of a linear layer of the model")
         needed = (rank, layer.in_features) if factor == "lora_A" else (layer.out_features, rank)
-        if tuple(value.shape) != needed:
-            raise ValueError(f"{key} is {tuple(value.shape)}, and the model needs {needed}")
-        if f"{name}.{'lora_B' if factor == 'lora_A' else 'lora_A'}.weight" not in state:
-            raise ValueError(f"{key} has no partner")
-        if not value.isfinite().all():
-            raise ValueError(f"{key} holds values that are not finite")
+        if tuple(value.shape) != needed or not value.isfinite().all():
+            raise ValueError(f"{key} is {tuple(value.shape)}, and the model needs {needed}, all of it finite")
 
 
 def _check_base(folder: Path, named: str, base: str, source: str, fingerprint: str) -> None:
     """ModelError if the adapter was trained on other weights; the shapes of two bases of one kind agree."""
-    if base and fingerprint:  # then names do not matter
-        if base != fingerprint:
-            raise ModelError(f"{folder}: trained on another base ({base}) than {source} ({fingerprint})")
-    elif hub_id(named) and hub_id(source) and hub_id(named).lower() != hub_id(source).lower():
+    names = [hub_id(named).lower(), hub_id(source).lower()]
+    if (base != fingerprint) if base and fingerprint else all(names) and names[0] != names[1]:
         raise ModelError(
-            f"{folder}: trained on another base ({named}) than {source}; give that one as the model, or correct "
+            f"{folder}: trained on another base ({named or base}) than {source}; give that one, or correct "
             "base_model_name_or_path if they are the same"
         )
 
@@ -223,9 +208,8 @@ def save_adapter(
 ) -> None:  # fmt: skip
     """Write an adapter in PEFT's layout and, if `pipeline` is a diffusers pipeline with LoRAs, in diffusers' too.
 
-    `state` holds {MODULE.lora_A.weight: (r, in), ...}; the files hold float32. `source` is the base as the user names
-    it; `fingerprint`, the hash of its weights, lets `read_adapter` refuse the adapter on another base. The config
-    stays as it was. Not atomic: a run renames the whole checkpoint when it is complete.
+    The files hold float32. `source` is the base as the user names it; `fingerprint`, the hash of its weights, lets
+    `read_adapter` refuse the adapter on another base. Not atomic: a run renames the whole checkpoint when it is done.
     """
     config = copy.copy(config)
     name, revision = base_and_revision(source)

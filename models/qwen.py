@@ -10,27 +10,24 @@
     rescaled guidance  the guided velocity keeps the length of the one with the prompt: `QwenFlow.guide`
     a grid by size     the scheduler's shift grows with the number of tokens: `shift_of`
 
-`QwenFlow` is what the tiny-qwen world's model (tiny.py) shares with `QwenModel`, the published pipelines:
-QwenImagePipeline draws, QwenImageEditPipeline and QwenImageEditPlusPipeline edit as well as draw.
+`QwenFlow` is what the tiny-qwen world's model (tiny.py) shares with `QwenModel`, the published pipelines.
 """
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from functools import cache
-from hashlib import sha256
 from pathlib import Path
 
 import diffusers
 import numpy as np
 import torch
-from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
+from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
 from PIL import Image
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from models import qwen_vl
-from models.flow import Cond, FlowModel, joined
-from models.hub import ModelError, fingerprint, read_part, read_transformer, require_parts
+from models.flow import Cond, FlowModel
+from models.published import Published, digest
 
 DRAWS = "QwenImagePipeline"
 # Pipeline -> what it puts before an edit's prompt (if its template has no place for the picture), and the side of a
@@ -129,63 +126,31 @@ class QwenFlow(FlowModel):
         return {name: p for name, p in super().trainable().items() if not any(part in name for part in unread)}
 
 
-class QwenModel(QwenFlow):
-    """A published Qwen-Image: a text encoder (8 B) that is used once, a VAE that is loaded when a picture is there.
-
-    A model that edits draws too, with QwenImagePipeline's template: one transformer for both of Q's tasks.
-    """
+class QwenModel(QwenFlow, Published):
+    """A published Qwen-Image. One that edits draws too, with QwenImagePipeline's template: one model for both tasks."""
 
     empty = " "  # what the published pipelines are guided away from
+    vae_kind = AutoencoderKLQwenImage
 
     def __init__(self, folder: Path, name: str, transformer: QwenImageTransformer2DModel, scheduler, device,
                  side: int, source_side: int, text_length: int):  # fmt: skip
-        super().__init__(transformer, device)
-        self.folder, self.pipeline, self.scheduler = folder, name, scheduler
-        self.source_side, self.text_length = source_side, text_length
-        self.latent_shape = (transformer.config.out_channels, side // 8, side // 8)
+        super().__init__(folder, transformer, scheduler, device, side, text_length)
+        self.pipeline, self.edits, self.source_side = name, name in EDITS, source_side
         self.train_shift = shift_of(scheduler.config, (side // 8 // transformer.config.patch_size) ** 2)
-        self.known: dict[tuple[str, str], Cond] = {}  # (prompt, picture's digest) -> its Cond of one row, on the host
         self.sources: dict[str, Tensor] = {}  # picture's digest -> its latents (1, C, h, w), on the host
-        self._vae: AutoencoderKLQwenImage | None = None
 
-    def prepare(self, prompts: Iterable[str], images: Iterable[Tensor | None] | None = None) -> None:
-        """Encode each distinct prompt (of an edit, with its picture) not known yet; then the text encoder may go.
-
-        One prompt at a time: a row computed in another batch differs in its last bits, and a resumed run, which
-        has fewer prompts left to encode, would not be the same run. `images` may be made one by one, for none is kept.
-        ModelError if a picture cannot be used.
-        """
-        self._rows(prompts, images)
-
-    def encode(self, prompts: Sequence[str], images: Sequence[Tensor | None] | None = None) -> Cond:
-        """Prompts, and the source pictures of edits, -> Cond on the device; what `prepare` has not seen, now."""
-        return joined(self._rows(prompts, images)).to(self.device)
-
-    @torch.no_grad()
-    def _rows(self, prompts: Iterable[str], images: Iterable[Tensor | None] | None) -> list[Cond]:
-        prompts, encoder, rows = list(prompts), None, []
-        images = [None] * len(prompts) if images is None else images
-        shown = tqdm(prompts, desc="encoding prompts", leave=False, delay=1)  # no bar for what is known
-        for prompt, image in zip(shown, images, strict=True):
-            digest = _digest(image)
-            if (prompt, digest) not in self.known:
-                if image is not None and self.pipeline == DRAWS:
-                    raise ModelError(f"{self.source}: this model takes no source picture; use Qwen-Image-Edit")
-                encoder = encoder or self._text_encoder()
-                tokens = text_tokens(encoder, self.pipeline, prompt, image, self.text_length).cpu()
-                if image is not None and digest not in self.sources:
-                    self.sources[digest] = self.latents(image).cpu()
-                self.known[prompt, digest] = Cond(tokens, None, None, self.sources.get(digest))
-            rows.append(self.known[prompt, digest])
-        if encoder and self.device.type == "cuda":
-            del encoder
-            torch.cuda.empty_cache()
-        return rows
-
-    def _text_encoder(self) -> qwen_vl.VLM:
-        processor = self.folder / "processor" if self.pipeline in EDITS else None
+    def read_encoders(self) -> qwen_vl.VLM:
+        processor = self.folder / "processor" if self.edits else None
         places = (self.folder / "text_encoder", self.folder / "tokenizer", processor)
         return qwen_vl.read(*places, self.device, self._dtype())
+
+    def encode_row(self, encoders: qwen_vl.VLM, prompt: str, image: Tensor | None) -> Cond:
+        tokens = text_tokens(encoders, self.pipeline, prompt, image, self.text_length)
+        if image is None:
+            return Cond(tokens)
+        if (known := digest(image)) not in self.sources:
+            self.sources[known] = self.latents(image).cpu()
+        return Cond(tokens, source=self.sources[known])
 
     @torch.no_grad()
     def latents(self, image: Tensor) -> Tensor:
@@ -198,25 +163,15 @@ class QwenModel(QwenFlow):
         pixels = torch.from_numpy(np.array(square(image, self.source_side))).permute(2, 0, 1) / 127.5 - 1
         mean, std = self._scale()
         frame = pixels[None, :, None].to(self.device)  # the VAE is a video's: a picture is one frame
-        z = self._read_vae().encode(frame, return_dict=False)[0].mode()  # no sample: the same picture, the same tokens
+        z = self.vae().encode(frame, return_dict=False)[0].mode()  # no sample: the same picture, the same tokens
         return (z[:, :, 0] - mean) / std
 
-    @torch.no_grad()
-    def decode(self, x: Tensor) -> Tensor:
-        """Latents -> images (B, 3, H, W) in [0, 1] on the CPU, through the VAE in float32 (bfloat16 shows bands)."""
-        (mean, std), images = self._scale(), []
-        for row in x.float().to(self.device).split(1):  # one at a time: its memory, not its speed, is what matters here
-            decoded = self._read_vae().decode((row * std + mean)[:, :, None], return_dict=False)[0][:, :, 0]
-            images.append((decoded / 2 + 0.5).clamp(0, 1).cpu())
-        return torch.cat(images)
-
-    def _read_vae(self) -> AutoencoderKLQwenImage:
-        if self._vae is None:
-            self._vae = read_part(AutoencoderKLQwenImage, self.folder / "vae", torch.float32).to(self.device)
-        return self._vae
+    def pixels(self, latents: Tensor) -> Tensor:
+        mean, std = self._scale()
+        return self.vae().decode((latents * std + mean)[:, :, None], return_dict=False)[0][:, :, 0]
 
     def _scale(self) -> tuple[Tensor, Tensor]:
-        config = self._read_vae().config
+        config = self.vae().config
         mean, std = (torch.tensor(row, device=self.device) for row in (config.latents_mean, config.latents_std))
         return mean[:, None, None], std[:, None, None]
 
@@ -250,36 +205,9 @@ def text_tokens(vlm: qwen_vl.VLM, name: str, prompt: str, image: Tensor | None, 
     return hidden[:, drop:][:, : longest + int(inputs["mm_token_type_ids"].sum())]
 
 
-def _digest(image: Tensor | None) -> str:
-    return "" if image is None else sha256(str(tuple(image.shape)).encode() + image.numpy().tobytes()).hexdigest()
-
-
 @cache
 def _template(name: str) -> tuple[str, int]:
     """A stock pipeline's text around a prompt, and how many of its first tokens are dropped again."""
     kind = getattr(diffusers, name)
     empty = kind(**dict.fromkeys(list(inspect.signature(kind).parameters)))
     return empty.prompt_template_encode, empty.prompt_template_encode_start_idx
-
-
-def load_qwen(
-    folder: Path, name: str, device: torch.device | str = "cpu", precision: str = "float32", resolution: int = 512,
-    text_length: int = 512, source_resolution: int = 0, rescale: bool = False,
-) -> QwenModel:  # fmt: skip
-    """Read one of `PIPELINES` from a folder in the Hub's layout: now the transformer, the rest when it is needed.
-
-    ModelError, one line, for what is missing or cannot be, before anything heavy is read.
-    """
-    require_parts(folder, ("tokenizer", "text_encoder", "vae", *(["processor"] if name in EDITS else [])))
-    if text_length > LONGEST_TEXT:
-        raise ModelError(f"--text-length {text_length}: Qwen-Image reads at most {LONGEST_TEXT} tokens")
-    if source_resolution % 16:
-        raise ModelError(f"--source-resolution {source_resolution}: must be a multiple of 16 (VAE 8 x patch 2)")
-    scheduler = read_part(FlowMatchEulerDiscreteScheduler, folder / "scheduler")
-    like = {"_class_name": QwenImageTransformer2DModel.__name__}
-    transformer = read_transformer(folder / "transformer", getattr(torch, precision), like)
-    sides = resolution, source_resolution or resolution
-    model = QwenModel(folder, name, transformer, scheduler, device, *sides, text_length)
-    model.precision, model.source, model.fingerprint = precision, str(folder), fingerprint(folder / "transformer")
-    model.rescale = rescale
-    return model

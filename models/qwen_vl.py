@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
 from data.common import first_line
-from models.hub import ModelError, locate, read_json
+from models.hub import ModelError, locate, read_json, read_weights
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")  # all write a picture into the text alike
 FILES = ("*.json", "merges.txt", "*.safetensors")  # what the Hub has of a VLM
@@ -134,12 +134,8 @@ def read(network: Path, tokenizer: Path, processor: Path | None, device: torch.d
             folder = processor
             images = AutoImageProcessor.from_pretrained(processor, backend="pil")
         folder = network
-        options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
-        module, found = AutoModelForImageTextToText.from_pretrained(network, **options)
-        # transformers only warns of these, and a missing weight would be random.
-        if amiss := sorted([*found["missing_keys"], *found["unexpected_keys"]]):
-            raise ValueError(f"its weights are not those that its config describes: {amiss[0]}")
-        vlm = VLM(words, images, module.requires_grad_(False).to(device).eval())
+        module = read_weights(AutoModelForImageTextToText, network, dtype, strict=True).to(device)
+        vlm = VLM(words, images, module)
         if [vlm.token(mark) for mark in CONTROL][-1] != module.config.image_token_id:
             raise ValueError(f"tokenizer and network disagree about {PICTURE}")
         if images and not hasattr(images, "merge_size"):

@@ -90,9 +90,7 @@ class TinyQwenModel(QwenFlow, TinyModel):
         cond, source = self.text_encoder(tokens.to(self.device)), None
         if images is not None and any(image is not None for image in images):
             if any(image is None or image.shape != self.latent_shape for image in images):
-                raise ModelError(
-                    f"this world's source pictures are {SIZE} x {SIZE} pixels, one an edit"
-                )
+                raise ModelError(f"a batch of edits has one source picture of {self.latent_shape} for each")
             source = self.latents(torch.stack(list(images)))
         return Cond(cond.tokens, None, (tokens > 0).to(self.device), source)
 
@@ -118,12 +116,10 @@ def new_tiny(
 
 
 def load_tiny(folder: Path, device: torch.device | str = "cpu") -> TinyModel:
-    """Read a base checkpoint of `--stage pretrain`, frozen; ModelError names what is missing or unreadable."""
+    """Read a base checkpoint of `--stage pretrain`, frozen; ModelError names what is not readable."""
     words = folder / "text_encoder" / "model.safetensors"
     if (folder / "model_index.json").is_file():
         raise ModelError(f"{folder}: a diffusers pipeline, not a base of the tiny world: leave --preset tiny out")
-    if not words.is_file():
-        raise ModelError(f"{words}: missing; is {folder} a base checkpoint? `--stage pretrain` writes one")
     transformer = read_transformer(folder, torch.float32)
     qwen = isinstance(transformer, QwenImageTransformer2DModel)
     vocabulary = edits.VOCABULARY if qwen else drawings.VOCABULARY

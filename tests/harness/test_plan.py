@@ -12,6 +12,7 @@ import train
 from harness import cli, plan, ranks
 from harness.counting import forwards
 from models import flow, hub
+from models.experts import STUDENT
 
 
 def parse(line, prog="train.py"):
@@ -160,7 +161,7 @@ def test_parameters_are_those_that_a_run_trains(world, more, request):
         model.train_fully()
     else:
         state, config = model.read_adapter(teacher) if s.init else (None, plan.lora.lora_config(s.rank, s.alpha))
-        model.add_adapter(flow.STUDENT, config, state)
+        model.add_adapter(STUDENT, config, state)
     assert plan.trained_numbers(s, plan.base_of(s)) == plan.numbers(model.trainable().values())
 
 

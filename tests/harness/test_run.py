@@ -27,7 +27,8 @@ from data.common import write_atomic
 from harness import cli, weights
 from harness import run as runtime
 from harness.run import Run
-from models import flow, hub
+from models import hub
+from models.experts import STUDENT
 from models.lora import lora_config
 from models.tiny import new_tiny
 from settings import SettingsError
@@ -167,7 +168,7 @@ def test_muon_trains_the_matrices_of_a_new_bases_blocks_and_adamw_all_else():
     ends = {"text_encoder.word.weight", "transformer.proj_out.weight", "transformer.context_embedder.weight"}
     assert ends <= adamw, "embeddings and the way out"
     lora = lora_config(4, 8.0)
-    for prepare in (lambda model: model.add_adapter(flow.STUDENT, lora), lambda model: model.train_fully()):
+    for prepare in (lambda model: model.add_adapter(STUDENT, lora), lambda model: model.train_fully()):
         names, found = optimizers(prepare)
         assert found == {torch.optim.AdamW: set(names.values())}, "other stages have AdamW alone, as in the papers"
 

@@ -54,10 +54,11 @@ def save_random_adapter(base, folder, seed, rank=4):
     """An adapter whose B factors are not zero: it draws other pictures than the base and than any other seed's."""
     import torch
 
-    from models import flow, lora, tiny
+    from models import lora, tiny
+    from models.experts import STUDENT
 
     model, config = tiny.load_tiny(base), lora.lora_config(rank, 2.0 * rank)
-    model.add_adapter(flow.STUDENT, config)
+    model.add_adapter(STUDENT, config)
     rng = torch.Generator().manual_seed(seed)
     state = {k: 0.2 * torch.randn(v.shape, generator=rng) for k, v in model.adapter_state().items()}
     lora.save_adapter(folder, state, config, model.source, model.fingerprint)
@@ -114,11 +115,12 @@ def close(a, b, tolerance=1e-5):
 
 def with_adapter(world, folder):
     """A tiny model of the test's own that runs as one adapter (and could train it)."""
-    from models import flow, tiny
+    from models import tiny
+    from models.experts import STUDENT
 
     model = tiny.load_tiny(world.base)
     state, config = model.read_adapter(folder)
-    model.add_adapter(flow.STUDENT, config, state)
+    model.add_adapter(STUDENT, config, state)
     return model
 
 

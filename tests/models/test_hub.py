@@ -11,20 +11,17 @@ import pytest
 import safetensors.torch
 import torch
 from diffusers import AutoencoderKL
-from huggingface_hub import errors
 from safetensors import safe_open
 
 from models import hub
-from models.hub import ADAPTER_FILES, LORA_FILE, PEFT_FILES, TRANSFORMER_FILES, ModelError
+from models.hub import ADAPTER_FILES, PEFT_FILES, TRANSFORMER_FILES, ModelError
 from models.load import BASE_FILES
-from tests.helpers import sd3
 from tests.helpers.checks import refusal
-from tests.helpers.qwen_hub import build_qwen
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return sd3.build_sd35(tmp_path_factory.mktemp("sd35"))
+def base(folders):
+    return folders["sd35"]
 
 
 @pytest.fixture
@@ -69,7 +66,6 @@ def test_a_run_stands_for_its_last_complete_checkpoint(fetched, tmp_path):
     checkpoints = tmp_path / "run" / "checkpoints"
     checkpoints.mkdir(parents=True)
     assert hub.last_checkpoint(tmp_path / "run") is None and hub.last_checkpoint(tmp_path / "none") is None
-    assert "no complete checkpoint" in refusal(hub.locate, "run")
     (checkpoints / ".step-000003").mkdir()
     assert hub.last_checkpoint(tmp_path / "run") is None, "it is being written"
     for name in ("step-000002", "step-000010", "step-000010.old", "step-999999", "step-1000000"):
@@ -118,24 +114,11 @@ def test_other_files_are_fetched_on_request_and_a_repository_without_them_is_ref
     assert "owner/name" in refusal(hub.locate, "owner/name")
 
 
-RESPONSE = SimpleNamespace(headers={}, request=None, status_code=401)
-HUB_FAULTS = {
-    "licence": errors.GatedRepoError("401\nlong", response=RESPONSE),
-    "no public repository": errors.RepositoryNotFoundError("404\nlong", response=RESPONSE),
-    "no revision r1": errors.RevisionNotFoundError("404\nlong", response=RESPONSE),
-    "no connection": errors.LocalEntryNotFoundError("Cannot find\nlong"),
-    "HF_HUB_OFFLINE": errors.OfflineModeIsEnabled("offline"),
-    "500 broken": errors.HfHubHTTPError("\n500 broken\nlong", response=RESPONSE),
-    "No space left": OSError(28, "No space left on device"),
-    "TimeoutError": TimeoutError(),
-}
-
-
-@pytest.mark.parametrize("reason", HUB_FAULTS)
-def test_what_the_hub_refuses_is_said_in_one_line(fetched, reason):
-    fetched.answer = HUB_FAULTS[reason]
+@pytest.mark.parametrize("fault", [OSError("404 Client Error.\n\nRepository Not Found\n"), TimeoutError()])
+def test_what_the_hub_refuses_is_said_in_its_own_words_on_one_line(fetched, fault):
+    fetched.answer = fault
     said = refusal(hub.locate, "o/n@r1")
-    assert said.startswith("o/n@r1: ") and reason in said
+    assert said.startswith("o/n@r1: ") and (" ".join(str(fault).split()) or "TimeoutError") in said
 
 
 def test_offline_the_cache_is_asked_and_nothing_else(monkeypatch, adapter, tmp_path):
@@ -152,13 +135,13 @@ def test_offline_the_cache_is_asked_and_nothing_else(monkeypatch, adapter, tmp_p
     assert hub.locate("owner/name") == snapshot and hub.kind(snapshot) == "peft"
 
 
-def test_what_is_fetched_of_a_base_is_what_a_run_needs_and_no_more(base, tmp_path):
+def test_what_is_fetched_of_a_base_is_what_a_run_needs_and_no_more(folders):
     """Names of the published repositories' files: the right ones match, copies and pickles do not."""
 
     def wanted(name):
         return any(fnmatch.fnmatch(name, pattern) for pattern in BASE_FILES)  # as the Hub's client filters
 
-    for folder in (base, build_qwen(tmp_path / "qwen", "plus")):
+    for folder in (folders["sd35"], folders["plus"]):
         for file in map(str, (file.relative_to(folder) for file in folder.rglob("*") if file.is_file())):
             assert wanted(file) == ("generation_config" not in file), file
     for name in ("text_encoder_3/model-00001-of-00002.safetensors", "vae/config.json", "tokenizer_3/spiece.model",
@@ -235,31 +218,22 @@ WEIGHTS = {
     "a pickle": pickled,
     "a missing tensor": lambda file: rewrite(file, lambda t: t.popitem()),
     "another shape": lambda file: rewrite(file, lambda t: t.update({[*t][-1]: torch.ones(3)})),
+    "no config": lambda file: (file.parent / "config.json").unlink(),
+    "half a config": lambda file: (file.parent / "config.json").write_text("{"),
+    "another model's config": lambda file: (file.parent / "config.json").write_text('{"_class_name": "Flux2DModel"}'),
+    "a tensor too many": lambda file: rewrite(file, lambda t: t.update(extra=torch.ones(2))),
 }
 
 
 @pytest.mark.parametrize("part", ["transformer", "vae"])
 @pytest.mark.parametrize("fault", WEIGHTS)
-def test_weights_that_are_not_whole_are_refused_in_one_line(base, tmp_path, part, fault):
+def test_a_part_that_is_not_whole_is_refused_in_one_line(base, tmp_path, part, fault):
     folder = shutil.copytree(base / part, tmp_path / part)
     WEIGHTS[fault](folder / "diffusion_pytorch_model.safetensors")
-    read = hub.read_transformer if part == "transformer" else lambda *args: hub.read_part(AutoencoderKL, *args)
-    assert refusal(read, folder, torch.float32).startswith(f"{folder}: not ")
-
-
-@pytest.mark.parametrize("text", [None, "{", "[1]", '{"_class_name": "FluxTransformer2DModel"}'])
-def test_a_transformer_whose_config_is_not_one_is_refused(base, tmp_path, text):
-    folder = shutil.copytree(base / "transformer", tmp_path / "transformer")
-    (folder / "config.json").unlink()
-    if text is not None:
-        (folder / "config.json").write_text(text)
-    assert refusal(hub.read_transformer, folder, torch.float32).startswith(str(folder))
-
-
-def test_a_transformer_with_a_tensor_too_many_is_another_one(base, tmp_path):
-    folder = shutil.copytree(base / "transformer", tmp_path / "transformer")
-    rewrite(folder / "diffusion_pytorch_model.safetensors", lambda t: t.update(extra=torch.ones(2)))
-    assert "extra" in refusal(hub.read_transformer, folder, torch.float32)
+    if part == "transformer":
+        assert refusal(hub.read_transformer, folder, torch.float32).startswith(str(folder))
+    elif fault != "a tensor too many":  # a published VAE may have some that are not used
+        assert refusal(hub.read_part, AutoencoderKL, folder, torch.float32).startswith(f"{folder}: not ")
 
 
 def test_only_what_changes_the_function_makes_another_architecture(base, tmp_path):
@@ -272,9 +246,6 @@ def test_only_what_changes_the_function_makes_another_architecture(base, tmp_pat
         hub.read_transformer(base, torch.float32, {"_class_name": "QwenImageTransformer2DModel"})
 
 
-def test_a_missing_part_is_refused_by_its_folder(base, tmp_path):
-    folder = shutil.copytree(base, tmp_path / "copy")
-    shutil.rmtree(folder / "vae")
-    assert str(folder / "vae") in refusal(hub.read_part, AutoencoderKL, folder / "vae", torch.float32)
-    hub.require_parts(folder, ["transformer"])
-    assert LORA_FILE not in refusal(hub.require_parts, folder, ["transformer", "vae"])
+def test_a_missing_part_is_refused_by_its_folder(base):
+    hub.require_parts(base, ["transformer"])
+    assert str(base / "unet") in refusal(hub.require_parts, base, ["transformer", "unet"])

@@ -18,8 +18,8 @@ WIDTH = 32
 PROMPTS = ["a photo of a red circle", 'a sign that says "CAT"', "a photo of two crosses"]
 
 
-def new_base(seed=0, width=WIDTH):
-    return new_tiny(seed, width=width, layers=2)
+def new_base(seed=0, width=WIDTH, qwen=False):
+    return new_tiny(seed, width=width, layers=2, qwen=qwen)
 
 
 @pytest.fixture(scope="module")
@@ -55,11 +55,12 @@ def test_a_picture_for_a_model_that_draws_only_is_refused():
     assert model.encode(PROMPTS[:2], [None, None]).source is None, "no picture is no edit"
 
 
-def test_prompts_are_encoded_without_gradient_and_tokens_with():
-    model = new_base()
-    assert not model.encode(PROMPTS).tokens.requires_grad
-    model.encode_tokens(torch.tensor([tiny.tokenize(PROMPTS[0])])).pooled.sum().backward()
-    assert model.text_encoder.word.weight.grad.abs().sum() > 0
+@pytest.mark.parametrize("qwen", [False, True])
+def test_prompts_are_encoded_without_gradient_and_tokens_with(qwen):
+    model = new_base(qwen=qwen)
+    assert not model.encode(PROMPTS[:1]).tokens.requires_grad
+    model.encode_tokens(torch.tensor([model.tokenize(PROMPTS[0])])).tokens.sum().backward()
+    assert model.text_encoder.word.weight.grad.abs().sum() > 0, "pretraining learns the words"
 
 
 def test_decoding_and_latents_are_inverse_and_decoding_is_clamped():
@@ -100,58 +101,38 @@ def test_a_base_checkpoint_comes_back_bitwise_frozen_and_with_a_fingerprint(base
     assert torch.equal(velocity(model), velocity(new_base()))
     assert not any(p.requires_grad for p in (*model.transformer.parameters(), *model.text_encoder.parameters()))
     assert model.source == str(base) and re.fullmatch("[0-9a-f]{16}", model.fingerprint)
-    assert load_tiny(base).fingerprint == model.fingerprint
-    other = new_base(1)
-    other.save_full(tmp_path, other.transformer.state_dict())
-    assert load_tiny(tmp_path).fingerprint != model.fingerprint
-
-
-def test_what_is_saved_is_the_state_that_is_given(base, tmp_path):
-    model = load_tiny(base)
     averaged = {key: 2 * value for key, value in model.transformer.state_dict().items()}
-    model.save_full(tmp_path, averaged)
+    model.save_full(tmp_path, averaged)  # the state that is given
     again = load_tiny(tmp_path)
-    assert same(dict(again.transformer.state_dict()), averaged)
+    assert same(dict(again.transformer.state_dict()), averaged) and again.fingerprint != model.fingerprint
     assert same(dict(again.text_encoder.state_dict()), dict(model.text_encoder.state_dict()))
 
 
-def broken(folder, fault, tmp_path):
-    """A copy of a base with something wrong."""
-    folder = shutil.copytree(folder, tmp_path / "copy")
+FILES = ("transformer/config.json", "transformer/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors")
+
+
+@pytest.mark.parametrize("fault", ["another width", "a pipeline", *FILES])
+def test_a_tiny_base_that_is_not_whole_is_refused(base, tmp_path, fault):
+    folder = shutil.copytree(base, tmp_path / "copy")
     if fault == "another width":
         wide = new_base(width=64)
         wide.save_full(tmp_path / "wide", wide.transformer.state_dict())
         shutil.copytree(tmp_path / "wide" / "text_encoder", folder / "text_encoder", dirs_exist_ok=True)
     elif fault == "a pipeline":
         (folder / "model_index.json").write_text("{}")
-    elif fault.startswith("no "):
-        (folder / fault[3:]).unlink()
     else:
-        (folder / fault[5:]).write_bytes((folder / fault[5:]).read_bytes()[:99])
-    return folder
-
-
-FILES = ("transformer/config.json", "transformer/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors")
-
-
-@pytest.mark.parametrize(
-    "fault", ["another width", "a pipeline", *(f"{how} {f}" for how in ("no", "half") for f in FILES)]
-)
-def test_a_tiny_base_that_is_not_whole_is_refused(base, tmp_path, fault):
-    folder = broken(base, fault, tmp_path)
+        (folder / fault).write_bytes((folder / fault).read_bytes()[:99])
+        assert str(folder) in refusal(load_tiny, folder)
+        (folder / fault).unlink()
     assert str(folder) in refusal(load_tiny, folder)
 
 
 # ------------------------------------------------------------------------------------------ the tiny-qwen world's model
 @pytest.fixture(scope="module")
 def qwen_base(tmp_path_factory):
-    folder, model = tmp_path_factory.mktemp("models") / "qwen-base", new_qwen()
+    folder, model = tmp_path_factory.mktemp("models") / "qwen-base", new_base(qwen=True)
     model.save_full(folder, model.transformer.state_dict())
     return folder
-
-
-def new_qwen(seed=0):
-    return new_tiny(seed, width=WIDTH, layers=2, qwen=True)
 
 
 def tiny_pictures(rows):
@@ -176,9 +157,6 @@ def test_the_tiny_qwen_models_text_has_a_mask_and_its_sources_are_pixels(qwen_ba
     assert model.encode(prompts).source is None and model.encode(prompts, [None] * 3).source is None
     for wrong in ([images[0], None, images[2]], [image[:, :20] for image in images]):
         refusal(model.encode, prompts, wrong)
-    fresh = new_qwen()
-    fresh.encode_tokens(ids, images).tokens.sum().backward()
-    assert fresh.text_encoder.word.weight.grad.abs().sum() > 0, "pretraining learns the words"
 
 
 @torch.no_grad()
@@ -187,15 +165,12 @@ def test_the_tiny_qwen_model_reads_the_source_the_text_and_no_padding(qwen_base)
     x, t = torch.randn(3, 3, 24, 24, generator=torch.Generator().manual_seed(0)), torch.tensor([0.9, 0.5, 0.1])
     cond = model.encode(prompts, images)
     found = model.velocity(x, t, cond)
-    assert gap(model.velocity(x, t, model.encode(prompts)), found) > 1e-3, "with and without a source"
-    assert gap(model.velocity(x, t, cond._replace(source=cond.source.flip(0))), found) > 1e-3
-    assert gap(model.velocity(x, t, model.encode(prompts[::-1], images)), found) > 1e-3
+    others = cond._replace(source=None), cond._replace(source=cond.source.flip(0)), model.encode(prompts[::-1], images)
+    assert all(gap(model.velocity(x, t, other), found) > 1e-3 for other in others)
     loud = cond._replace(tokens=cond.tokens + 50.0 * ~cond.mask[..., None])
     assert gap(model.velocity(x, t, loud), found) < 1e-5
-    again = new_qwen()
+    again = new_base(qwen=True)
     assert torch.equal(again.velocity(x, t, again.encode(prompts, images)), found), "made again, or saved and read"
-    alone = model.velocity(x[1:2], 0.5, cond.rows(slice(1, 2)))
-    assert gap(alone, found[1:2]) < 1e-5
 
 
 def test_the_tiny_qwen_models_unread_parameters_do_not_train(qwen_base):
@@ -204,6 +179,6 @@ def test_the_tiny_qwen_models_unread_parameters_do_not_train(qwen_base):
     model.velocity(torch.randn(2, 3, 24, 24), 0.5, model.encode(known_prompts(2), tiny_pictures(2))).sum().backward()
     got = {name for name, p in model.transformer.named_parameters() if p.grad is not None}
     assert set(model.trainable()) == got and len(got) < len(dict(model.transformer.named_parameters()))
-    fresh = new_qwen()
+    fresh = new_base(qwen=True)
     assert not [n for n in fresh.trainable() if "transformer_blocks.1.txt_mlp" in n], "nor in pretraining"
     assert {"text_encoder.word.weight", "text_encoder.place.weight"} < set(fresh.trainable())

@@ -1,4 +1,4 @@
-"""Oracles for Qwen-Image: packing and guidance by hand, the published pipelines in parts and as a whole."""
+"""Oracles for SD3.5 and Qwen-Image: the stock pipelines in parts and as a whole, and which model a folder is."""
 
 import re
 import shutil
@@ -6,8 +6,9 @@ import shutil
 import diffusers
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
-from diffusers import QwenImagePipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline, StableDiffusion3Pipeline
 from diffusers.pipelines.qwenimage import pipeline_qwenimage, pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
 from PIL import Image
 from transformers import (
@@ -20,33 +21,32 @@ from transformers import (
 
 import sde
 from harness.card import model_card
+from models import load as models
 from models import lora as adapters
-from models import qwen, qwen_vl
+from models import qwen
 from models.experts import STUDENT
+from models.sd3 import SD35Model
+from models.tiny import TinyModel, TinyQwenModel, new_tiny
 from tests.helpers.checks import gap, parity, refusal
 from tests.helpers.qwen_hub import PIPELINES, WIDTH, build_qwen
-from tests.helpers.sd3 import random_lora
+from tests.helpers.sd3 import CLIP_POOLED, T5_WIDTH, random_lora
 
-KINDS = tuple(PIPELINES)  # "" draws, "edit" and "plus" edit
 EDITORS = ("edit", "plus")
 PROMPTS = ["a red fox", "a much longer prompt: the user's texture, of 12 words or so", "x"]
-LONG = "a crowded market square " * 60
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    root = tmp_path_factory.mktemp("qwen-hub")
-    return {kind: build_qwen(root / PIPELINES[kind], kind) for kind in KINDS}
+LONG = "a crowded market square " * 60  # more than CLIP's 77 tokens, and than T5's 256 of this tokenizer
+# Findings, 2: ten steps with SD3's shift 3, on the grid of a thousand training times.
+TEN_STEPS = [1, 0.960, 0.913, 0.858, 0.790, 0.707, 0.602, 0.465, 0.278, 0.009, 0]
 
 
 def load(folders, kind="", **more):
-    return qwen.load_qwen(folders[kind], PIPELINES[kind], **{"resolution": 64, **more})
+    return models.load(str(folders[kind]), **{"resolution": 64, **more})
 
 
 @pytest.fixture(scope="module")
 def stock(folders):
     """The published pipelines themselves; where they edit, with the token types that they forget."""
-    pipes = {"": QwenImagePipeline.from_pretrained(folders[""])}
+    pipes = {"sd35": StableDiffusion3Pipeline.from_pretrained(folders["sd35"])}
+    pipes[""] = QwenImagePipeline.from_pretrained(folders[""])
     patch = pytest.MonkeyPatch()
     patch.setattr(ProcessorMixin, "check_argument_for_proper_class", lambda *_: None)  # there is no video half here
     for kind in EDITORS:
@@ -84,54 +84,49 @@ def noise(model, rows, seed=7):
     return torch.randn(rows, *model.latent_shape, generator=torch.Generator().manual_seed(seed))
 
 
-# ------------------------------------------------------------------------------------------------------- packing
-def test_tokens_are_patches_row_by_row_and_channels_come_before_the_place_in_a_patch():
+# -------------------------------------------------------------------------------------------- packing and guidance
+def test_tokens_are_the_stock_pipelines_patches_row_by_row_and_unpacking_undoes_it():
     x = torch.arange(16.0).reshape(1, 2, 2, 4)  # channel 0 is 0 1 2 3 / 4 5 6 7, channel 1 is 8 more
-    expected = [[[0, 1, 4, 5, 8, 9, 12, 13], [2, 3, 6, 7, 10, 11, 14, 15]]]
-    assert qwen.pack(x, 2).tolist() == expected
-    tall = x.reshape(1, 2, 4, 2)
-    assert qwen.pack(tall, 2)[0, 1].tolist() == [4, 5, 6, 7, 12, 13, 14, 15], "the second row of patches"
-
-
-def test_packing_is_the_stock_pipelines_and_unpacking_undoes_it():
+    assert qwen.pack(x, 2).tolist() == [[[0, 1, 4, 5, 8, 9, 12, 13], [2, 3, 6, 7, 10, 11, 14, 15]]]
     x = torch.randn(3, 16, 8, 12, generator=torch.Generator().manual_seed(0))
     tokens = qwen.pack(x, 2)
     assert torch.equal(tokens, QwenImagePipeline._pack_latents(x, 3, 16, 8, 12)) and tokens.shape == (3, 24, 64)
     assert torch.equal(QwenImagePipeline._unpack_latents(tokens, 64, 96, 8)[:, :, 0], x)
-    assert torch.equal(qwen.unpack(tokens, 2, 8, 12), x)
-    odd = torch.randn(2, 3, 8, 4, generator=torch.Generator().manual_seed(1))
     for p in (1, 2, 4):
-        assert torch.equal(qwen.unpack(qwen.pack(odd, p), p, 8, 4), odd)
-        assert qwen.pack(odd, p).shape == (2, 32 // p**2, 3 * p**2)
+        assert torch.equal(qwen.unpack(qwen.pack(x, p), p, 8, 12), x)
 
 
-# ------------------------------------------------------------------------------------------------------ guidance
 def test_rescaled_guidance_has_the_direction_of_guidance_and_the_length_of_the_velocity_with_the_prompt(folders):
     model = load(folders)
     # Two tokens of 1 x 2 x 2. The first: uncond (1,0,0,0), cond (0,1,0,0), scale 3: (-2,3,0,0), length sqrt 13 -> 1.
     uncond = torch.tensor([[1.0, 0, 0, 2], [0, 0, 0, 0]]).reshape(1, 1, 2, 4)
     cond = torch.tensor([[0.0, 1, 3, 4], [0, 0, 0, 0]]).reshape(1, 1, 2, 4)
-    plain = [[-2, 3, 9, 8], [0, 0, 0, 0]]
-    assert model.guide(uncond, cond, 3.0)[0, 0].tolist() == plain
+    assert model.guide(uncond, cond, 3.0)[0, 0].tolist() == [[-2, 3, 9, 8], [0, 0, 0, 0]]
     model.rescale = True
-    found = model.guide(uncond, cond, 3.0)[0, 0]
     a, b = 13**-0.5, 5 / 145**0.5
-    torch.testing.assert_close(found, torch.tensor([[-2 * a, 3 * a, 9 * b, 8 * b], [0, 0, 0, 0]]))
+    expected = torch.tensor([[-2 * a, 3 * a, 9 * b, 8 * b], [0, 0, 0, 0]])
+    torch.testing.assert_close(model.guide(uncond, cond, 3.0)[0, 0], expected)
     assert model.guide(0 * uncond, 0 * cond, 3.0).isfinite().all()
 
 
 # ---------------------------------------------------------------------------------------------------------- text
-@pytest.mark.parametrize(("kind", "count"), [("", 34), ("edit", 64), ("plus", 64)])
-def test_what_is_dropped_of_the_text_is_the_template(folders, kind, count):
-    """The test pipelines' tokenizer has the templates' words: as many tokens as the real one makes of them."""
-    template, drop = qwen._template(PIPELINES[kind])
-    read = Qwen2Tokenizer.from_pretrained(folders[kind] / "tokenizer")
-    before = re.split(re.escape("{}") + "|" + re.escape("<|vision_start|>"), template)[0]
-    assert len(read(before).input_ids) == drop == count
+@torch.no_grad()
+@pytest.mark.parametrize("length", [256, 20])
+def test_sd35s_text_is_encoded_as_the_stock_pipeline_encodes_it(folders, stock, length):
+    prompts = [*PROMPTS, "", LONG]
+    cond = load(folders, "sd35", text_length=length).encode(prompts)
+    assert cond.tokens.shape == (5, 77 + length, T5_WIDTH) and cond.pooled.shape == (5, sum(CLIP_POOLED))
+    for i, prompt in enumerate(prompts):
+        tokens, empty, pooled, empty_pooled = stock["sd35"].encode_prompt(
+            prompt, None, None, max_sequence_length=length
+        )
+        assert torch.equal(cond.tokens[i], tokens[0]) and torch.equal(cond.pooled[i], pooled[0])
+        assert torch.equal(cond.tokens[3], empty[0]) and torch.equal(cond.pooled[3], empty_pooled[0]), "guidance's"
+    assert gap(cond.pooled[0], cond.pooled[2]) > 1e-2, "prompts differ"
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PIPELINES)
 def test_a_prompt_without_a_picture_is_encoded_as_qwen_image_encodes_it(folders, stock, kind):
     """On a model that edits too: one transformer draws and edits."""
     model, prompts = load(folders, kind, text_length=200), [*PROMPTS, "", " ", "\n\n  it's", LONG]
@@ -178,44 +173,52 @@ def test_the_stock_pipelines_leave_out_which_tokens_are_the_picture(folders, sto
 
 @torch.no_grad()
 def test_the_length_of_the_text_is_a_setting_that_does_not_cut_the_picture(folders):
-    whole = {kind: load(folders, kind) for kind in ("", "plus")}
-    short = {kind: load(folders, kind, text_length=20) for kind in ("", "plus")}
-    assert torch.equal(short[""].encode([LONG]).tokens, whole[""].encode([LONG]).tokens[:, :20])
+    whole, short = load(folders, "plus"), load(folders, "plus", text_length=20)
+    assert torch.equal(short.encode([LONG]).tokens, whole.encode([LONG]).tokens[:, :20])
     seen = 9  # 84 x 84 pixels, the tiny processor's largest, in 28 x 28 a token
-    cut, all_of_it = short["plus"].encode([LONG], [picture(64, 64)]), whole["plus"].encode([LONG], [picture(64, 64)])
+    cut, all_of_it = short.encode([LONG], [picture(64, 64)]), whole.encode([LONG], [picture(64, 64)])
     assert cut.tokens.shape[1] == 20 + seen and torch.equal(cut.tokens, all_of_it.tokens[:, : 20 + seen])
 
 
-@pytest.fixture
-def asked(monkeypatch):
-    """What is asked of the text encoders, "load", then (prompt, has a picture), and of the VAE, "source"."""
-    seen, read, tokens, latents = [], qwen_vl.read, qwen.text_tokens, qwen.QwenModel.latents
-    monkeypatch.setattr(qwen_vl, "read", lambda *args: (seen.append("load"), read(*args))[1])
-    monkeypatch.setattr(
-        qwen, "text_tokens", lambda *args: (seen.append((args[2], args[3] is not None)), tokens(*args))[1]
-    )
-    monkeypatch.setattr(qwen.QwenModel, "latents", lambda *args: (seen.append("source"), latents(*args))[1])
-    return seen
-
-
-def test_encoders_are_loaded_once_asked_once_for_a_prompt_and_a_picture_and_let_go(folders, asked):
-    model, one, other = load(folders, "plus"), picture(64, 64, 0), picture(64, 64, 1)
-    assert asked == [], "nothing is loaded before it is needed"
+@pytest.mark.parametrize("kind", ["sd35", "plus"])
+def test_encoders_are_loaded_once_asked_once_for_a_prompt_and_a_picture_and_let_go(folders, monkeypatch, kind):
+    model, asked = load(folders, kind), []
+    read, encode, latents = model.read_encoders, model.encode_row, getattr(model, "latents", None)
+    monkeypatch.setattr(model, "read_encoders", lambda: (asked.append("load"), read())[1])
+    monkeypatch.setattr(model, "encode_row", lambda *args: (asked.append((args[1], args[2] is not None)),
+                                                            encode(*args))[1])  # fmt: skip
+    monkeypatch.setattr(model, "latents", lambda *args: (asked.append("source"), latents(*args))[1], raising=False)
+    seeds = (None, 0, 0, 1, 0) if kind == "plus" else (None,) * 5
     # Pictures may come one by one, and need not outlive their turn: two may then have one address.
-    pictures = (None if seed is None else picture(64, 64, seed) for seed in (None, 0, 0, 1, 0))
-    model.prepare(iter(["a", "a", "b", "a", "a"]), pictures)
-    expected = ["load", ("a", False), ("a", True), "source", ("b", True), ("a", True), "source"]
-    assert asked == expected, "a picture is known by what it shows, not by the tensor that it is in"
-    cond = model.encode(["a", "b", "a"], [one, one, other])
+    model.prepare(iter(["a", "a", "b", "a", "a"]), (None if seed is None else picture(64, 64, seed) for seed in seeds))
+    expected = ["load", ("a", False), ("b", False)]
+    if kind == "plus":  # a picture is known by what it shows, not by the tensor that it is in
+        expected = ["load", ("a", False), ("a", True), "source", ("b", True), ("a", True), "source"]
+    assert asked == expected
+    images = [None if seed is None else picture(64, 64, seed) for seed in seeds[1:4]]
+    cond = model.encode(["a", "b", "a"], images)
     model.prepare(["a"])
     model.prepare([])
     assert asked == expected, "all of it was known"
-    assert torch.equal(cond.source[0], cond.source[1]) and gap(cond.source[0], cond.source[2]) > 1e-2
-    assert not [key for key, value in vars(model).items() if isinstance(value, qwen_vl.VLM)]
+    assert gap(cond.tokens[0], cond.tokens[1]) > 1e-3
+    if kind == "plus":
+        assert torch.equal(cond.source[0], cond.source[1]) and gap(cond.source[0], cond.source[2]) > 1e-2
     parts = [part for row in model.known.values() for part in row if part is not None]
     assert all(len(part) == 1 and not part.requires_grad and part.device.type == "cpu" for part in parts)
-    model.encode(["b"])
-    assert asked == [*expected, "load", ("b", False)], "an unknown prompt is encoded when it comes"
+    model.encode(["c"])
+    assert asked == [*expected, "load", ("c", False)], "an unknown prompt is encoded when it comes"
+
+
+@pytest.mark.parametrize("kind", ["sd35", "plus"])
+def test_a_prompts_encoding_depends_on_the_models_precision_and_on_no_other_prompt(folders, kind):
+    alone, together, later = (load(folders, kind) for _ in range(3))
+    one, many = alone.encode(PROMPTS[:1]), together.encode([*PROMPTS, LONG])
+    later.prepare([LONG, PROMPTS[1]])
+    for row in (many.rows(slice(0, 1)), later.encode([PROMPTS[0], LONG]).rows(slice(0, 1))):
+        assert torch.equal(row.tokens[:, : one.tokens.shape[1]], one.tokens)
+    half = load(folders, kind, precision="bfloat16").encode(PROMPTS[:1])
+    assert half.tokens.dtype == torch.bfloat16
+    assert 0 < gap(half.tokens.float(), one.tokens) < 0.1 * one.tokens.abs().max()
 
 
 # ------------------------------------------------------------------------------------------------ pictures, latents
@@ -228,7 +231,6 @@ def test_a_square_source_becomes_the_stock_pipelines_latents(folders, stock, kin
     assert expected.shape == (1, *model.latent_shape) and gap(model.latents(image), expected) < 1e-5
     found = model.encode(PROMPTS[:1], [image])
     assert torch.equal(found.source, model.latents(image)) and 0.1 < found.source.std() < 10
-    assert torch.equal(model.latents(image), model.latents(image)), "nothing is drawn at random"
 
 
 def test_of_another_shape_the_middle_is_taken_and_of_another_size_it_is_resized(folders):
@@ -255,36 +257,47 @@ def test_the_text_encoder_sees_pictures_in_the_stock_pipelines_sizes(monkeypatch
 
 
 @torch.no_grad()
-def test_latents_are_decoded_as_the_stock_pipeline_decodes_them(folders, stock):
+@pytest.mark.parametrize("kind", ["sd35", ""])
+def test_latents_are_decoded_as_the_stock_pipeline_decodes_them(folders, stock, kind):
     x = torch.randn(3, 16, 8, 6, generator=torch.Generator().manual_seed(0))
-    config = stock[""].vae.config
-    mean, std = (torch.tensor(row)[:, None, None, None] for row in (config.latents_mean, config.latents_std))
-    raw = stock[""].vae.decode(x[:, :, None] * std + mean, return_dict=False)[0][:, :, 0]
-    expected = stock[""].image_processor.postprocess(raw, output_type="pt")
-    model = load(folders, precision="bfloat16")
+    vae, config = stock[kind].vae, stock[kind].vae.config
+    if kind == "sd35":
+        raw = vae.decode(x / 1.5305 + 0.0609, return_dict=False)[0]  # SD3's own constants
+    else:
+        mean, std = (torch.tensor(row)[:, None, None, None] for row in (config.latents_mean, config.latents_std))
+        raw = vae.decode(x[:, :, None] * std + mean, return_dict=False)[0][:, :, 0]
+    expected = stock[kind].image_processor.postprocess(raw, output_type="pt")
+    model = load(folders, kind, precision="bfloat16")
     images = model.decode(x)
     torch.testing.assert_close(images, expected, atol=1e-5, rtol=0)
-    assert images.shape == (3, 3, 64, 48) and images.dtype == torch.float32
-    assert images.min() >= 0 and images.max() <= 1 and gap(images[0], images[1]) > 0.05
+    assert images.shape == (3, 3, 64, 48) and images.dtype == torch.float32 and images.device.type == "cpu"
+    assert gap(images[0], images[1]) > 0.05
     assert torch.equal(model.decode(x[1:2])[0], images[1]), "alone or in a batch, to the last bit"
-    assert torch.equal(model.decode(x.bfloat16()), model.decode(x.bfloat16().float()))
+    loud = model.decode(20 * x[:1].bfloat16())
+    assert loud.min() >= 0 and loud.max() <= 1 and loud.dtype == torch.float32
 
 
 # ---------------------------------------------------------------------------------------------------------- time
-def test_the_time_grid_is_the_stock_pipelines(folders):
-    for side in (64, 256, 1024):
-        model = load(folders, resolution=side)
-        for steps in (2, 7, 10, 40):
-            scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(folders[""] / "scheduler")
-            config, tokens = scheduler.config, (side // 16) ** 2
+@pytest.mark.parametrize("side", [64, 256, 1024])
+@pytest.mark.parametrize("kind", ["sd35", ""])
+def test_the_time_grid_is_the_stock_pipelines(folders, kind, side):
+    model = load(folders, kind, resolution=side)
+    for steps in (2, 7, 10, 40):
+        scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folders[kind] / "scheduler")
+        config, tokens = scheduler.config, (side // 16) ** 2
+        if kind == "sd35":
+            scheduler.set_timesteps(steps)
+        else:
             mu = pipeline_qwenimage.calculate_shift(
                 tokens, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift
             )
             pipeline_qwenimage.retrieve_timesteps(scheduler, sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
-            grid = model.time_grid(steps)
-            assert torch.equal(grid, scheduler.sigmas) and grid.shape == (steps + 1,)
-            assert grid[0] == 1 and grid[-1] == 0 and (grid.diff() < 0).all()
-            assert grid[-2].item() == pytest.approx(0.02, abs=1e-6), "shift_terminal"
+        grid = model.time_grid(steps)
+        assert torch.equal(grid, scheduler.sigmas) and grid.shape == (steps + 1,)
+        assert grid[0] == 1 and grid[-1] == 0 and (grid.diff() < 0).all()
+        assert kind == "sd35" or grid[-2].item() == pytest.approx(0.02, abs=1e-6), "shift_terminal"
+    if kind == "sd35":
+        torch.testing.assert_close(model.time_grid(10), torch.tensor(TEN_STEPS), atol=5e-4, rtol=0)
     assert model.time_grid(1).tolist() == [1, 0]
     model.time_grid(7).zero_()
     assert model.time_grid(7)[0] == 1, "a caller may change its copy"
@@ -310,9 +323,11 @@ def draw(model, x, prompts, cfg, images=None, steps=4):
 
 
 def stock_draw(pipe, x, prompt, cfg, output="latent", **more):
+    options = {"prompt": prompt, "num_inference_steps": 4, "height": 64, "width": 64, "output_type": output, **more}
+    if isinstance(pipe, StableDiffusion3Pipeline):
+        return pipe(latents=x.clone(), guidance_scale=cfg, **options).images
     guided = {"negative_prompt": " ", "true_cfg_scale": cfg} if cfg != 1 else {}
-    options = {"num_inference_steps": 4, "height": 64, "width": 64, "output_type": output, **guided, **more}
-    found = pipe(prompt=prompt, latents=qwen.pack(x, 2), **options).images
+    found = pipe(latents=qwen.pack(x, 2), **options, **guided).images
     return qwen.unpack(found, 2, 8, 8) if output == "latent" else found
 
 
@@ -320,7 +335,6 @@ def trained(model, seed=1):
     """Put a student that differs from the base on a model; alpha is not its rank."""
     state, config = random_lora(model.transformer, rank=4, alpha=12.0, seed=seed)
     model.add_adapter(STUDENT, config, state)
-    return config
 
 
 def saved(model, folder):
@@ -330,24 +344,25 @@ def saved(model, folder):
 
 
 @pytest.mark.parametrize("adapted", [False, True], ids=["base", "adapter"])
-@pytest.mark.parametrize("cfg", [1.0, 4.0])
-def test_drawing_is_the_stock_pipelines_drawing(folders, stock, tmp_path, cfg, adapted):
-    """Text, masks, time, rescaled guidance, adapter and its files at once; prompts of unequal length in one batch."""
-    model, pipe = load(folders, rescale=True, text_length=512), stock[""]
+@pytest.mark.parametrize(("kind", "cfg"), [("sd35", 4.5), ("", 1.0), ("", 4.0)])
+def test_drawing_is_the_stock_pipelines_drawing(folders, stock, tmp_path, kind, cfg, adapted):
+    """Text, masks, time, guidance, adapter and its files at once; prompts of unequal length in one batch."""
+    model, pipe = load(folders, kind, rescale=kind == "", text_length=256), stock[kind]
     if adapted:
         trained(model)
         pipe.load_lora_weights(saved(model, tmp_path))
-    x = noise(model, 2)
-    expected = stock_draw(pipe, x, PROMPTS[:2], cfg)
-    shown = stock_draw(pipe, x, PROMPTS[:2], cfg, "pt")
+    x, prompts = noise(model, 2), [PROMPTS[1], LONG if kind == "sd35" else PROMPTS[0]]
+    expected = stock_draw(pipe, x, prompts, cfg)
+    shown = stock_draw(pipe, x, prompts, cfg, "pt")
     pipe.unload_lora_weights()
-    found = draw(model, x, PROMPTS[:2], cfg)
-    parity(f"Qwen-Image cfg {cfg}{' with a LoRA' * adapted}", found, expected)
+    found = draw(model, x, prompts, cfg)
+    parity(f"{model.pipeline} cfg {cfg}{' with a LoRA' * adapted}", found, expected)
     torch.testing.assert_close(model.decode(found), shown, atol=1e-4, rtol=0)
     with model.adapter(None):
-        assert (gap(draw(model, x, PROMPTS[:2], cfg), expected) > 1e-2) == adapted, "the adapter matters"
+        assert (gap(draw(model, x, prompts, cfg), expected) > 1e-2) == adapted, "the adapter matters"
+    assert gap(draw(model, x, prompts, cfg + 1), expected) > 1e-2, "guidance matters"
     model.rescale = False
-    assert (gap(draw(model, x, PROMPTS[:2], cfg), expected) > 1e-2) == (cfg != 1), "so does rescaling, where it guides"
+    assert (gap(draw(model, x, prompts, cfg), expected) > 1e-2) == (kind == "" and cfg != 1), "so does rescaling"
 
 
 @pytest.fixture
@@ -363,13 +378,17 @@ def small_sources(monkeypatch):
 def test_editing_is_the_stock_pipelines_editing(folders, stock, small_sources, tmp_path, kind, adapted):
     """Two edits in one batch here, one by one there, which is all that EditPlus can; sizes agree, so must pictures."""
     model, pipe = load(folders, kind, rescale=True), stock[kind]
+    x, images = noise(model, 2), [picture(64, 64, 0), picture(64, 64, 1)]
     if adapted:
         trained(model)
         pipe.load_lora_weights(saved(model, tmp_path))
-    x, images = noise(model, 2), [picture(64, 64, 0), picture(64, 64, 1)]
-    expected = torch.cat([
-        stock_draw(pipe, x[i : i + 1], PROMPTS[i], 4.0, image=pil(images[i])) for i in range(2)
-    ])  # fmt: skip
+        cond = model.encode(PROMPTS[:2], images)
+        with torch.no_grad():  # the student's velocity in the stock pipeline, to the last bit
+            v, model.active = model.velocity(x, 0.9, cond), pipe.transformer
+            assert gap(model.velocity(x, 0.9, cond), v) == 0.0
+        model.active = model.transformer
+    rows = [stock_draw(pipe, x[i : i + 1], PROMPTS[i], 4.0, image=pil(images[i])) for i in range(2)]
+    expected = torch.cat(rows)
     pipe.unload_lora_weights()
     found = draw(model, x, PROMPTS[:2], 4.0, images)
     parity(f"{PIPELINES[kind]}{' with a LoRA' * adapted}", found, expected)
@@ -378,18 +397,12 @@ def test_editing_is_the_stock_pipelines_editing(folders, stock, small_sources, t
         assert (gap(draw(model, x, PROMPTS[:2], 4.0, images), expected) > 1e-2) == adapted
 
 
-def test_a_model_that_edits_draws_as_qwen_image_does(folders, stock):
-    model, pipe = load(folders, "plus", rescale=True), stock["plus"]
-    parts = {name: part for name, part in pipe.components.items() if name != "processor"}
-    x = noise(model, 1)
-    expected = stock_draw(QwenImagePipeline(**parts), x, PROMPTS[0], 4.0)
-    parity("Qwen-Image-Edit-Plus draws", draw(model, x, PROMPTS[:1], 4.0), expected)
-
-
+@pytest.mark.usefixtures("small_sources")
 @pytest.mark.parametrize("source", [False, True], ids=["without", "with a source"])
-def test_zero_cond_t_works_as_in_the_stock_pipeline(tmp_path, stock, small_sources, source):
+@pytest.mark.parametrize("zero_cond_t", [False, True])
+def test_a_model_that_edits_draws_as_qwen_image_does_and_zero_cond_t_works(tmp_path, stock, source, zero_cond_t):
     """Qwen-Image-Edit-2511 shows the source at time 0 to every block; its weights are those of a model without."""
-    folder = build_qwen(tmp_path / "2511", "plus", zero_cond_t=True)
+    folder = build_qwen(tmp_path / "base", "plus", zero_cond_t=zero_cond_t)
     model, plain = load({"plus": folder}, "plus", rescale=True), build_qwen(tmp_path / "2509", "plus")
     parts = {**stock["plus"].components, "transformer": model.transformer}
     x, images = noise(model, 1), [picture(64, 64)] if source else None
@@ -398,26 +411,11 @@ def test_zero_cond_t_works_as_in_the_stock_pipeline(tmp_path, stock, small_sourc
     else:
         parts.pop("processor")
         expected = stock_draw(QwenImagePipeline(**parts), x, PROMPTS[0], 4.0)
-    parity(f"zero_cond_t{' with a source' * source}", draw(model, x, PROMPTS[:1], 4.0, images), expected)
+    parity(f"zero_cond_t {zero_cond_t}", draw(model, x, PROMPTS[:1], 4.0, images), expected)
     without = draw(load({"plus": plain}, "plus", rescale=True), x, PROMPTS[:1], 4.0, images)
-    assert (gap(without, expected) > 1e-2) == source, "it matters where there is a source"
+    assert (gap(without, expected) > 1e-2) == (source and zero_cond_t), "it matters where there is a source"
 
 
-def test_an_adapter_in_the_stock_pipeline_is_the_students_velocity_to_the_last_bit(folders, stock, tmp_path):
-    model, pipe = load(folders, "plus"), stock["plus"]
-    trained(model)
-    cond, x = model.encode(PROMPTS[:2], [picture(64, 64, i) for i in range(2)]), noise(model, 2)
-    t = torch.tensor([0.9, 0.3])
-    with torch.no_grad():
-        expected = model.velocity(x, t, cond)
-        pipe.load_lora_weights(saved(model, tmp_path))
-        model.active = pipe.transformer
-        assert gap(model.velocity(x, t, cond), expected) == 0.0
-        pipe.unload_lora_weights()
-        assert gap(model.velocity(x, t, cond), expected) > 1e-2
-
-
-# ------------------------------------------------------------------------------------------- one row and the others
 @torch.no_grad()
 @pytest.mark.parametrize("edits", [False, True], ids=["t2i", "edit"])
 def test_padding_changes_nothing(folders, edits):
@@ -436,57 +434,96 @@ def test_padding_changes_nothing(folders, edits):
 
 
 # ------------------------------------------------------------------------------------------------------- training
-def losses(model, rows=2):
-    """A loss through the student's velocity; its gradients."""
-    cond = model.encode(PROMPTS[:rows], [picture(64, 64, i) for i in range(rows)])
-    model.velocity(noise(model, rows), 0.5, cond).square().mean().backward()
-    return {name: None if p.grad is None else p.grad.clone() for name, p in model.transformer.named_parameters()}
-
-
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
 @pytest.mark.parametrize("zero_cond_t", [False, True])
 def test_what_trains_is_exactly_what_gets_a_gradient(tmp_path, full, zero_cond_t):
     model = load({"plus": build_qwen(tmp_path / "base", "plus", zero_cond_t=zero_cond_t)}, "plus")
     model.train_fully() if full else trained(model)
-    grads = losses(model)
-    got = {name for name, grad in grads.items() if grad is not None}
+    cond = model.encode(PROMPTS[:2], [picture(64, 64, i) for i in range(2)])
+    model.velocity(noise(model, 2), 0.5, cond).square().mean().backward()
+    got = {name for name, p in model.transformer.named_parameters() if p.grad is not None}
     assert set(model.trainable()) == got
-    asked = {name for name, p in model.transformer.named_parameters() if p.requires_grad}
-    unread = {name for name in asked - got}
+    unread = {name for name, p in model.transformer.named_parameters() if p.requires_grad} - got
     assert unread and all(re.match(r"transformer_blocks\.1\.(attn\.to_add_out|txt_mlp)\.", name) for name in unread)
 
 
 # -------------------------------------------------------------------------------------------------------- loading
+def test_the_model_in_a_folder_is_loaded_as_asked(folders, tmp_path):
+    model = load(folders, "sd35", precision="bfloat16", resolution=96, gradient_checkpointing=True)
+    assert isinstance(model, SD35Model) and model.source == str(folders["sd35"])
+    assert (model.precision, model.latent_shape, model.text_length) == ("bfloat16", (16, 12, 12), 256)
+    assert {(p.dtype, p.requires_grad) for p in model.transformer.parameters()} == {(torch.bfloat16, False)}
+    assert model.transformer.is_gradient_checkpointing and re.fullmatch("[0-9a-f]{16}", model.fingerprint)
+    assert not load(folders, "sd35").transformer.is_gradient_checkpointing
+    for is_qwen, kind in ((False, TinyModel), (True, TinyQwenModel)):
+        small = new_tiny(0, width=32, layers=1, qwen=is_qwen)
+        small.save_full(tmp_path / str(is_qwen), small.transformer.state_dict())
+        found = models.load(str(tmp_path / str(is_qwen)), tiny=True, rescale=is_qwen)
+        assert type(found) is kind and getattr(found, "rescale", False) is is_qwen
+    editor = load(folders, "plus", source_resolution=32, rescale=True)
+    assert (editor.pipeline, editor.source_side, editor.rescale) == ("QwenImageEditPlusPipeline", 32, True)
+
+
+def test_what_a_model_cannot_do_is_refused(folders):
+    for kind in ("sd35", ""):
+        refusal(load(folders, kind).encode, ["a"], [picture(64, 64)])  # they do not edit
+    for kind, option in (("", {"source_resolution": 72}), ("", {"text_length": 1025}), ("sd35", {"rescale": True}),
+                         ("sd35", {"tiny": True})):  # fmt: skip
+        refusal(load, folders, kind, **option)
+
+
 def edit(file, old, new):
     text = file.read_text()
     assert old in text
     file.write_text(text.replace(old, new))
 
 
-@pytest.mark.parametrize("part", ["scheduler", "tokenizer", "text_encoder", "vae", "processor", "another pipeline's"])
-def test_a_base_that_lacks_a_part_is_refused_before_anything_is_read(folders, tmp_path, monkeypatch, part):
-    copy = shutil.copytree(folders["plus"], tmp_path / "copy")
-    if part == "another pipeline's":
-        edit(copy / "transformer/config.json", "QwenImageTransformer2DModel", "SD3Transformer2DModel")
-    else:
-        shutil.rmtree(copy / part)
-        monkeypatch.setattr(qwen, "read_transformer", lambda *_: pytest.fail("the transformer was read"))
-    assert str(copy) in refusal(load, {"plus": copy}, "plus")
+def cut(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
-@pytest.mark.parametrize("part", ["vae/diffusion_pytorch_model", "text_encoder/model"])
-def test_parts_that_are_read_when_they_are_needed_are_refused_in_one_line_then(folders, tmp_path, part):
-    copy = shutil.copytree(folders["plus"], tmp_path / "copy")
-    (copy / f"{part}.safetensors").write_bytes(b"half a file")
-    model = load({"plus": copy}, "plus")
-    call, given = (model.decode, torch.zeros(1, 16, 8, 8)) if "vae" in part else (model.encode, PROMPTS)
+def pickled(file):
+    torch.save(safetensors.torch.load_file(file), file.with_name("pytorch_model.bin"))
+    file.unlink()
+
+
+def missing(kind, *parts):
+    return {f"{kind}: no {part}": lambda f, part=part: shutil.rmtree(f / part) for part in parts}
+
+
+# What is missing is refused before anything is read; what is broken in a part, when the part is needed.
+EARLY = {
+    **missing("sd35", "scheduler", "tokenizer_3", "vae", "text_encoder_2", "transformer"),
+    **missing("plus", "tokenizer", "processor", "text_encoder"),
+    "sd35: no index": lambda f: (f / "model_index.json").unlink(),
+    "sd35: half an index": lambda f: cut(f / "model_index.json"),
+    "sd35: another pipeline": lambda f: (f / "model_index.json").write_text('{"_class_name": "FluxPipeline"}'),
+    "sd35: a broken scheduler": lambda f: cut(f / "scheduler/scheduler_config.json"),
+    "plus: SD3's transformer": lambda f: edit(f / "transformer/config.json", "QwenImageT", "SD3T"),
+}
+LATE = {
+    "sd35: half a VAE": lambda f: cut(f / "vae/diffusion_pytorch_model.safetensors"),
+    "sd35: half a text encoder": lambda f: cut(f / "text_encoder_3/model.safetensors"),
+    "sd35: a pickled text encoder": lambda f: pickled(f / "text_encoder/model.safetensors"),
+    "sd35: half a tokenizer": lambda f: cut(f / "tokenizer/tokenizer.json"),
+    "plus: half a VAE": lambda f: cut(f / "vae/diffusion_pytorch_model.safetensors"),
+    "plus: half a text encoder": lambda f: cut(f / "text_encoder/model.safetensors"),
+}
+
+
+@pytest.mark.parametrize("fault", [*EARLY, *LATE])
+def test_a_base_that_is_not_whole_is_refused_in_one_line(folders, tmp_path, monkeypatch, fault):
+    kind = fault.partition(":")[0]
+    copy = shutil.copytree(folders[kind], tmp_path / "copy")
+    {**EARLY, **LATE}[fault](copy)
+    if fault in EARLY:
+        if "transformer" not in fault:
+            monkeypatch.setattr(models, "read_transformer", lambda *_: pytest.fail("the transformer was read"))
+        assert str(copy) in refusal(load, {kind: copy}, kind)
+        return
+    model = load({kind: copy}, kind)
+    call, given = (model.decode, torch.zeros(1, 16, 8, 8)) if "VAE" in fault else (model.encode, PROMPTS)
     assert str(copy) in refusal(call, given) and model.known == {}
-
-
-def test_what_a_model_cannot_do_is_refused(folders):
-    refusal(load(folders).encode, ["a"], [picture(64, 64)])  # it does not edit
-    for option in ({"source_resolution": 72}, {"text_length": 1025}):  # a patch of two latents is 16 pixels
-        assert str([*option.values()][0]) in refusal(load, folders, **option)
 
 
 # ----------------------------------------------------------------------------------------------------- the card
@@ -508,11 +545,10 @@ def test_the_code_on_the_card_draws_and_edits_with_the_adapter(folders, stock, t
     monkeypatch.setattr(kind_of_pipe, "from_pretrained", lambda *args, **more: read(*args, **processor, **more))
     names = {}
     exec(code, names)
-    shown = torch.from_numpy(np.array(names["image"])).permute(2, 0, 1) / 255
-    torch.manual_seed(0)
+    assert names["image"].size == (64, 64)
     model.rescale, x = True, noise(model, 1)
     drawer = names["draw"] if kind else names["pipe"]
     expected = drawer("a photo of two cats", latents=qwen.pack(x, 2), negative_prompt=" ", true_cfg_scale=4.0,
                       num_inference_steps=2, height=64, width=64, output_type="latent").images  # fmt: skip
     found = draw(model, x, ["a photo of two cats"], 4.0, steps=2)
-    assert shown.shape == (3, 64, 64) and gap(qwen.pack(found, 2), expected) < 1e-5 * expected.abs().max()
+    assert gap(qwen.pack(found, 2), expected) < 1e-5 * expected.abs().max()

@@ -1,0 +1,78 @@
+"""What SD3.5 and Qwen-Image have in common: text encoders that are used once, a VAE that is read when it is needed.
+
+A subclass says how one prompt is encoded (`read_encoders`, `encode_row`) and how latents become pixels (`pixels`).
+"""
+
+from collections.abc import Iterable, Sequence
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from models.flow import Cond, FlowModel, joined
+from models.hub import ModelError, Transformer, read_part
+
+
+class Published(FlowModel):
+    """A model in the Hub's layout. The transformer is there from the start, all else is read from `folder`."""
+
+    edits = False
+    vae_kind = AutoencoderKL
+
+    def __init__(self, folder: Path, transformer: Transformer, scheduler, device, side: int, text_length: int):
+        super().__init__(transformer, device)
+        self.folder, self.scheduler, self.text_length = folder, scheduler, text_length
+        self.latent_shape = (transformer.config.out_channels, side // 8, side // 8)
+        self.known: dict[tuple[str, str], Cond] = {}  # (prompt, picture's digest) -> its Cond of one row, on the host
+        self._vae: nn.Module | None = None
+
+    def prepare(self, prompts: Iterable[str], images: Iterable[Tensor | None] | None = None) -> None:
+        """Encode each distinct prompt (of an edit, with its picture) not known yet; then the text encoders may go.
+
+        One prompt at a time: a row computed in another batch differs in its last bits, and a resumed run, which
+        has fewer prompts left to encode, would not be the same run. `images` may be made one by one, for none is kept.
+        ModelError if the model takes no picture.
+        """
+        self._rows(prompts, images)
+
+    def encode(self, prompts: Sequence[str], images: Sequence[Tensor | None] | None = None) -> Cond:
+        """Prompts, and the source pictures of edits, -> Cond on the device; what `prepare` has not seen, now."""
+        return joined(self._rows(prompts, images)).to(self.device)
+
+    @torch.no_grad()
+    def _rows(self, prompts: Iterable[str], images: Iterable[Tensor | None] | None) -> list[Cond]:
+        prompts, encoders, rows = list(prompts), None, []
+        images = [None] * len(prompts) if images is None else images
+        shown = tqdm(prompts, desc="encoding prompts", leave=False, delay=1)  # no bar for what is known
+        for prompt, image in zip(shown, images, strict=True):
+            key = prompt, digest(image)
+            if key not in self.known:
+                if image is not None and not self.edits:
+                    raise ModelError(f"{self.source}: this model takes no source picture; give a Qwen-Image-Edit")
+                encoders = encoders or self.read_encoders()
+                self.known[key] = self.encode_row(encoders, prompt, image).to("cpu")
+            rows.append(self.known[key])
+        if encoders and self.device.type == "cuda":
+            del encoders
+            torch.cuda.empty_cache()
+        return rows
+
+    def vae(self) -> nn.Module:
+        if self._vae is None:
+            self._vae = read_part(self.vae_kind, self.folder / "vae", torch.float32).to(self.device)
+        return self._vae
+
+    @torch.no_grad()
+    def decode(self, x: Tensor) -> Tensor:
+        """Latents -> images (B, 3, H, W) in [0, 1] on the CPU, through the VAE in float32 (bfloat16 shows bands)."""
+        # One at a time: its memory, not its speed, is what matters here.
+        rows = (self.pixels(row) for row in x.float().to(self.device).split(1))
+        return torch.cat([(row / 2 + 0.5).clamp(0, 1).cpu() for row in rows])
+
+
+def digest(image: Tensor | None) -> str:
+    """What a picture shows, in a few letters; "" for none."""
+    return "" if image is None else sha256(str(tuple(image.shape)).encode() + image.numpy().tobytes()).hexdigest()

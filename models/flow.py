@@ -82,24 +82,17 @@ class FlowModel(Experts):
         t is one time for all or one a sample (B,). Gradients flow if they are enabled. ValueError if cfg != 1 has no
         `uncond`.
         """
+        t = torch.as_tensor(t, dtype=torch.float32, device=x.device).expand(len(x))
         if cfg == 1.0:
-            return self._forward(x, self._times(x, t), cond)
+            return self._forward(x, t, cond)
         if uncond is None:
             raise ValueError(f"guidance scale {cfg} needs the conditioning of the empty prompt (uncond)")
-        return self.guide(*self.branches(x, t, cond, uncond), cfg)
-
-    def branches(self, x: Tensor, t: float | Tensor, cond: Cond, uncond: Cond) -> tuple[Tensor, Tensor]:
-        """v without and with the prompt, (B, C, H, W) each, in one forward of 2B rows."""
-        t = self._times(x, t)
-        v_uncond, v_cond = self._forward(torch.cat([x, x]), torch.cat([t, t]), joined([uncond, cond])).chunk(2)
-        return v_uncond, v_cond
+        v = self._forward(torch.cat([x, x]), torch.cat([t, t]), joined([uncond, cond]))  # both branches at once
+        return self.guide(*v.chunk(2), cfg)
 
     def guide(self, v_uncond: Tensor, v_cond: Tensor, cfg: float) -> Tensor:
         """Classifier-free guidance, v = v_uncond + cfg (v_cond - v_uncond): the only place where it is written."""
         return v_uncond + cfg * (v_cond - v_uncond)
-
-    def _times(self, x: Tensor, t: float | Tensor) -> Tensor:
-        return torch.as_tensor(t, dtype=torch.float32, device=x.device).expand(len(x))
 
     def _forward(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         # float32 weights (LoRA, full student) and a bfloat16 backbone meet under autocast.

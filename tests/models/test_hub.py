@@ -191,14 +191,6 @@ def test_the_fingerprint_is_the_hash_of_small_files_and_of_the_two_ends_of_large
 
 
 # ------------------------------------------------------------------------------------------------------------ parts
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_transformer_is_read_frozen_and_in_the_asked_precision_from_either_folder(base, dtype):
-    one, two = hub.read_transformer(base, dtype), hub.read_transformer(base / "transformer", dtype)
-    for (name, p), q in zip(one.named_parameters(), two.parameters(), strict=True):
-        assert torch.equal(p, q) and p.dtype == dtype and not p.requires_grad, name
-    assert not one.training
-
-
 def rewrite(file, change):
     with safe_open(file, "pt") as opened:
         metadata = opened.metadata()
@@ -244,8 +236,3 @@ def test_only_what_changes_the_function_makes_another_architecture(base, tmp_pat
     assert "num_layers" in said and str(base) in said
     with pytest.raises(ModelError):
         hub.read_transformer(base, torch.float32, {"_class_name": "QwenImageTransformer2DModel"})
-
-
-def test_a_missing_part_is_refused_by_its_folder(base):
-    hub.require_parts(base, ["transformer"])
-    assert str(base / "unet") in refusal(hub.require_parts, base, ["transformer", "unet"])

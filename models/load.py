@@ -58,13 +58,14 @@ def _published(folder: Path, device, precision: str, side: int, text_length: int
     file, known = folder / "model_index.json", (SD35Model.pipeline, *PIPELINES)
     if not file.is_file():
         raise ModelError(f"{file}: missing; --model must be a pipeline, or with a tiny preset a base of that world")
-    index = read_json(file)
-    if (name := index.get("_class_name")) not in known:
+    name = (index := read_json(file)).get("_class_name")
+    if name not in known:
         raise ModelError(f"{file}: a {name}; the known ones are {', '.join(known)}")
     if name in PIPELINES and (text_length > LONGEST_TEXT or source_side % 16):  # VAE 8 x patch 2
         raise ModelError(f"Qwen-Image reads --text-length <= {LONGEST_TEXT}, --source-resolution a multiple of 16")
     # transformers makes up a tokenizer without a word, and a VAE is missed at the first picture, hours later.
-    require_parts(folder, [part for part, library in index.items() if isinstance(library, list) and any(library)])
+    kinds = ("tokenizer", "text_encoder", "processor", "vae")
+    require_parts(folder, [part for part in index if part.startswith(kinds)])
     scheduler = read_part(FlowMatchEulerDiscreteScheduler, folder / "scheduler")
     like = {"_class_name": ("QwenImage" if name in PIPELINES else "SD3") + "Transformer2DModel"}
     transformer = read_transformer(folder / "transformer", getattr(torch, precision), like)

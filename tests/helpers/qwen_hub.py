@@ -12,6 +12,8 @@ import json
 import re
 from pathlib import Path
 
+from tests.helpers.sd3 import _randomise
+
 WIDTH = 32  # of the text encoder
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
            "<|video_pad|>")  # fmt: skip
@@ -136,15 +138,3 @@ def _words() -> list[str]:
     for mark in (*SPECIAL, "{}"):
         text = text.replace(mark, "\n")
     return sorted({word.replace(" ", "\u0120") for word in re.findall(r" ?[A-Za-z]+|'s| \(|\),", text)})
-
-
-def _randomise(module) -> None:
-    """Random values everywhere, norms and biases included, that keep activations near one: each weight matters."""
-    import torch
-
-    for name, p in module.named_parameters():
-        if p.ndim > 1 and "gamma" not in name:
-            p.data = torch.randn(p.shape) / p[0].numel() ** 0.5
-        else:
-            p.data = 0.2 * torch.randn(p.shape) + (0.0 if name.endswith("bias") else 1.0)
-    module.eval()

@@ -93,7 +93,7 @@ def _randomise(module) -> None:
     import torch
 
     for name, p in module.named_parameters():
-        if p.ndim > 1:
+        if p.ndim > 1 and "gamma" not in name:
             fan_in = 1 if "embedding" in name or "shared" in name else p[0].numel()  # a lookup has no sum to tame
             p.data = torch.randn(p.shape) / fan_in**0.5
         else:

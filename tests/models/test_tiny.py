@@ -160,25 +160,15 @@ def test_the_tiny_qwen_models_text_has_a_mask_and_its_sources_are_pixels(qwen_ba
 
 
 @torch.no_grad()
-def test_the_tiny_qwen_model_reads_the_source_the_text_and_no_padding(qwen_base):
+def test_the_tiny_qwen_model_comes_back_and_draws_from_the_source(qwen_base):
     model, prompts, images = load_tiny(qwen_base), known_prompts(3), tiny_pictures(3)
-    x, t = torch.randn(3, 3, 24, 24, generator=torch.Generator().manual_seed(0)), torch.tensor([0.9, 0.5, 0.1])
-    cond = model.encode(prompts, images)
-    found = model.velocity(x, t, cond)
-    others = cond._replace(source=None), cond._replace(source=cond.source.flip(0)), model.encode(prompts[::-1], images)
-    assert all(gap(model.velocity(x, t, other), found) > 1e-3 for other in others)
-    loud = cond._replace(tokens=cond.tokens + 50.0 * ~cond.mask[..., None])
-    assert gap(model.velocity(x, t, loud), found) < 1e-5
-    again = new_base(qwen=True)
-    assert torch.equal(again.velocity(x, t, again.encode(prompts, images)), found), "made again, or saved and read"
+    x, again, cond = torch.randn(3, 3, 24, 24), new_base(qwen=True), model.encode(prompts, images)
+    found = model.velocity(x, 0.5, cond)
+    assert torch.equal(again.velocity(x, 0.5, again.encode(prompts, images)), found), "made again, or saved and read"
+    assert gap(model.velocity(x, 0.5, cond._replace(source=None)), found) > 1e-3
 
 
-def test_the_tiny_qwen_models_unread_parameters_do_not_train(qwen_base):
-    model = load_tiny(qwen_base)
-    model.train_fully()
-    model.velocity(torch.randn(2, 3, 24, 24), 0.5, model.encode(known_prompts(2), tiny_pictures(2))).sum().backward()
-    got = {name for name, p in model.transformer.named_parameters() if p.grad is not None}
-    assert set(model.trainable()) == got and len(got) < len(dict(model.transformer.named_parameters()))
-    fresh = new_base(qwen=True)
-    assert not [n for n in fresh.trainable() if "transformer_blocks.1.txt_mlp" in n], "nor in pretraining"
-    assert {"text_encoder.word.weight", "text_encoder.place.weight"} < set(fresh.trainable())
+def test_the_tiny_qwen_models_unread_parameters_do_not_train_in_pretraining():
+    names = set(new_base(qwen=True).trainable())
+    assert not [name for name in names if "transformer_blocks.1.txt_mlp" in name]
+    assert {"text_encoder.word.weight", "text_encoder.place.weight"} < names

@@ -7,7 +7,7 @@ the threshold, the number of samples and the reward's scale are not given, and a
 be compared for one G and one set of rewards only.
 
     ranges/rank-N.jsonl   one line a prompt, as soon as it is known
-    prompts/TASK/         what is kept, in the formats of `data.py`: --prompts TASK=runs/NAME/prompts/TASK
+    prompts/TASK/         what is kept, in the formats of `data/files.py`: --prompts TASK=runs/NAME/prompts/TASK
     curation.md           what was dropped and why, by category
 """
 
@@ -121,7 +121,7 @@ def write(folder: Path, prompts: Mapping[str, Sequence[Prompt]], lines: Mapping,
         if kept:
             target.mkdir(parents=True, exist_ok=True)
             described = all("include" in p.metadata or is_open(task, p.metadata) for p in kept)
-            entries = ({"tag": task, **p.metadata, "prompt": p.text} for p in kept)  # what `data.py` asks of a line
+            entries = ({"tag": task, **p.metadata, "prompt": p.text} for p in kept)  # the fields of `data/files.py`
             text = "".join(line + "\n" for line in (map(json.dumps, entries) if described else (p.text for p in kept)))
             write_atomic(target / ("train_metadata.jsonl" if described else "train.txt"), text)
     table = ["| task | category | " + " | ".join(REASONS) + " |", "|---|---|" + "---:|" * len(REASONS)]

@@ -66,7 +66,7 @@ def test_a_source_that_cannot_be_used_is_named_by_its_line_before_and_when_it_is
              "flipped": whole[:45] + bytes([whole[45] ^ 1]) + whole[46:]}  # fmt: skip  # a wrong checksum
     for name, content in files.items():
         (tmp_path / f"{name}.png").write_bytes(content)
-    texts = (P.PNG_URI + "!!!!", P.PNG_URI + base64.b64encode(b"words").decode(), "data:image/png,raw")
+    texts = (uri(PICTURE).replace(",", ",!"), P.PNG_URI + base64.b64encode(b"words").decode(), "data:image/png,raw")
     for where in (tmp_path / "none.png", tmp_path, *(tmp_path / f"{name}.png" for name in files), *texts):
         for look in (P.check_source, P.source_image):
             with pytest.raises(DataError, match="^mine.jsonl:3: ") as error:

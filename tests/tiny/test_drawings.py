@@ -262,14 +262,16 @@ def test_each_prompt_is_scored_by_its_own_tasks_scorer():
         tiny.score_task(images[:1], [Prompt("a photo of a circle", "t2i", {}, "mine:1")])
 
 
-def test_composition_is_the_mean_over_tags_and_not_over_prompts():
-    """Prompts 0-5 have six tags, 6 and 7 repeat the first two. Blank out 6: single_object 1/2, the others 1."""
+def test_composition_is_the_mean_over_tags_and_not_over_prompts_and_strict():
+    """Prompts 0-5 have six tags, 6 and 7 repeat the first two. 6 is blank and 7 reversed: both tags 1/2, the others 1."""
     prompts = tiny.make_prompts("composition", "test", 8)
     images = batch([perfect(p) for p in prompts])
     images[6] = 1.0
+    one, two = tiny.scene_of(prompts[7].metadata, random.Random(0), 0.0)["objects"]
+    images[7] = torch.from_numpy(canvas.draw({"objects": [one | {"cell": two["cell"]}, two | {"cell": one["cell"]}]}))
     named, each, tags = tiny.score(images, prompts, "composition")
-    assert each == [1, 1, 1, 1, 1, 1, 0, 1] and named == {"composition": pytest.approx((0.5 + 5) / 6)}
-    assert tags == {tag: (0.5 if tag == "single_object" else 1.0) for tag in tiny.TEST_TAGS}
+    assert each == [1, 1, 1, 1, 1, 1, 0, 0] and named == {"composition": pytest.approx((0.5 + 0.5 + 4) / 6)}
+    assert tags == {tag: (0.5 if tag in ("single_object", "position") else 1.0) for tag in tiny.TEST_TAGS}
     prompts = tiny.make_prompts("text", "test", 4)
     images = batch([perfect(p) for p in prompts])
     images[0] = 1.0

@@ -33,8 +33,8 @@ from scorers import panel as scoring
 
 
 def panel_of(s: Settings, device: torch.device) -> scoring.Panel | None:
-    """The scorers that --rewards names for an evaluation; None if it names none and if the world has its own rules."""
-    if load.world_of(s).OWN_RULES or not s.rewards:
+    """The scorers that --rewards names for an evaluation; None if it names none or the world has scorers of its own."""
+    if load.world_of(s).KINDS or not s.rewards:
         return None
     return scoring.build(load.asked_of(s), device)
 

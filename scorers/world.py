@@ -14,7 +14,6 @@ from data.pictures import sources
 from data.written import TASKS, make_prompts  # noqa: F401  a part of what a world has
 from scorers.panel import Panel, totals
 
-OWN_RULES = False  # pictures are scored by what --rewards names
 KINDS = ()  # it has no scorers of its own
 # What each task is paid by without --rewards: {task: {category: weights}}; no two tasks have a category in common,
 # so that none replaces another's. DEVIATION: F 6.1 pays the quality teacher with DeQA and PickScore, 4:6; DeQA's

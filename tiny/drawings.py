@@ -20,8 +20,8 @@ mediocre the way SD3.5-M is (F Table 2: GenEval 0.63, OCR 0.59):
 Train and test are disjoint: a caption belongs to the test split if a hash of its content says so, and the
 whole tag `single_object` is only ever tested. Images are float arrays (3, 24, 24) in [0, 1].
 
-A world has `TASKS`, `make_prompts`, `check_prompt`, `training_batch`, `scorer`, `score` and `average`. `tiny/edits.py`
-is another one, and `scorers/world.py` is the one of published models.
+A world has `TASKS`, `KINDS` and `REWARDS`, `make_prompts`, `check_prompt`, `training_batch`, `scorer`, `score` and
+`average`. `tiny/edits.py` is another one, and `scorers/world.py` is the one of published models.
 """
 
 import random
@@ -38,8 +38,6 @@ from tiny.canvas import CLASSES, COLORS, INKS, LETTERS, WORD_LENGTH, detect, dra
 
 ATTRIBUTE_ERROR, LETTER_ERROR = 0.15, 0.25  # how often a caption is wrong, known by design
 TASKS = ("composition", "text", "quality")
-OWN_RULES = True  # this world scores its pictures itself, and needs no panel for an evaluation
-
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
 

@@ -62,7 +62,6 @@ from tiny.canvas import (
 from tiny.drawings import ATTRIBUTE_ERROR, LETTER_ERROR, other
 
 TASKS = ("t2i", "edit")
-OWN_RULES = drawings.OWN_RULES
 EDITS = {"recolor": 3, "add": 2, "remove": 2, "word": 2, "background": 2}  # the mix of the kinds
 DRIFT = 0.3  # how often what should stay does not
 CATEGORIES = {"composition": 6, "text": 2, "quality": 3}  # the tasks of `drawings.py` in the first task, and their mix

@@ -134,6 +134,8 @@ def test_nothing_is_seen_or_read_on_blank_pages_and_in_noise():
     assert C.detect(blanks()) == [[]] * 8 and C.read_text(blanks()) == [""] * 8
     found = [d for some in C.detect(noises()) for d in some if d["score"] > rewards.CONFIDENCE]
     assert len(found) <= 1 and sum(map(len, C.read_text(noises()))) <= 3, "of 300 images"
+    faint = 0.9 + 0.1 * torch.from_numpy(C.draw(scene(("square", "black", (0, 0)))))[None]
+    assert C.detect(faint) == [[]], "a tenth of the contrast is no shape"
     assert C.quality(blanks()).max() < 1e-6 and C.quality(noises()).max() < 0.2
 
 

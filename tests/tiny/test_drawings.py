@@ -263,7 +263,7 @@ def test_each_prompt_is_scored_by_its_own_tasks_scorer():
 
 
 def test_composition_is_the_mean_over_tags_and_not_over_prompts_and_strict():
-    """Prompts 0-5 have six tags, 6 and 7 repeat the first two. 6 is blank and 7 reversed: both tags 1/2, the others 1."""
+    """Prompts 0-5 have six tags, 6 and 7 repeat the first two. 6 is blank and 7 reversed, so two tags have 1/2."""
     prompts = tiny.make_prompts("composition", "test", 8)
     images = batch([perfect(p) for p in prompts])
     images[6] = 1.0

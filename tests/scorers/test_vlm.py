@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from data.files import Prompt
-from models.hub import ModelError
+from models import qwen_vl
 from rewards import LEVELS, RewardError
 from scorers import rubrics as J
 from scorers.vlm import vlm
@@ -174,55 +174,40 @@ def qwen(tmp_path_factory):
     return build(tmp_path_factory.mktemp("qwen2_5_vl"), always_one_of("12345"))
 
 
-def oracle(folder, rubric, prompt, images, monkeypatch, words=tuple("12345")):
-    """Q Eq. 12 by another route: transformers' own processor, its chat template, one forward, softmax by hand."""
-    from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, ProcessorMixin
-    from transformers import Qwen2_5_VLProcessor as Processor
-
-    monkeypatch.setattr(ProcessorMixin, "check_argument_for_proper_class", lambda *_: None)  # no video half here
-    tok = AutoTokenizer.from_pretrained(folder)
-    processor = Processor(AutoImageProcessor.from_pretrained(folder, backend="pil"), tok, None)
-    chat = J.messages(rubric, prompt, images)
-    template = (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content }}{% else %}"
-        "{% for c in m.content %}{% if c.type == 'text' %}{{ c.text }}{% else %}"
-        "<|vision_start|><|image_pad|><|vision_end|>{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
-        "<|im_start|>assistant{{ '\n' }}"  # a plain newline at its end would be dropped
-    )
-    text = tok.apply_chat_template(chat, chat_template=template, tokenize=False)
-    seen = [Image.fromarray((p * 255).round().byte().permute(1, 2, 0).numpy()) for p in shown(chat[1]["content"])]
-    vlm = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
-    with torch.no_grad():
-        logits = vlm(**processor(text=[text], images=seen, return_tensors="pt")).logits[0, -1].double()
-    five = np.array([logits[tok.convert_tokens_to_ids(word)] for word in words])
+@torch.no_grad()
+def oracle(folder, rubric, prompt, images, words="12345"):
+    """Q Eq. 12 by one forward and a softmax by hand; test_qwen_vl.py holds the inputs to the stock processor's."""
+    judge = qwen_vl.load(str(folder))
+    question = qwen_vl.chat(rubric.system, J.user_turn(rubric, prompt, images))
+    logits = judge.network(**judge.inputs([question])).logits[0, -1].double()
+    five = np.array([logits[judge.tokenizer.convert_tokens_to_ids(word)] for word in words])
     p = np.exp(five - five.max()) / np.exp(five - five.max()).sum()
     return float(p @ np.arange(1, 6)) / 5
 
 
-def test_a_local_judges_score_is_the_softmax_over_the_five_tokens_by_hand(qwen, monkeypatch):
-    scorer = vlm("alignment", str(qwen))
-    images = torch.stack([picture(56, 84, seed) for seed in range(3)])
-    texts = ("a cat", "two dogs left of a blue bench", "")
+WORDS = tuple(sorted(LEVELS, key=LEVELS.get))
+JUDGES = [("qwen2_5_vl", "alignment", "12345"), ("qwen2_5_vl", "deqa", WORDS), ("qwen3_vl", "portrait", "12345")]
+
+
+@pytest.mark.parametrize(("family", "name", "words"), JUDGES)
+def test_a_local_judges_score_is_the_softmax_over_the_five_words_by_hand(tmp_path, family, name, words):
+    folder, rubric = build(tmp_path / "m", always_one_of(words), family), J.RUBRICS[name]
+    images, texts = torch.stack([picture(64, 96, seed) for seed in range(3)]), ("a cat", "two dogs left of a bench", "")
+    expected = [oracle(folder, rubric, t, [i], words) for t, i in zip(texts, images, strict=True)]
+    scorer = vlm(name, str(folder))
     scores = scorer.score(images, prompts(*texts), None)
-    expected = [oracle(qwen, J.RUBRICS["alignment"], t, [i], monkeypatch) for t, i in zip(texts, images, strict=True)]
     assert scores.tolist() == pytest.approx(expected, abs=1e-5) and scores.dtype == torch.float32
-    assert np.ptp(expected) > 0.01, "they differ, or the test would prove little"
-    assert scorer.name == "alignment" and scorer.low <= min(expected) and max(expected) <= scorer.high
+    assert np.ptp(expected) > 3e-4, "they differ by 30 times the tolerance"
+    assert scorer.name == name and scorer.low <= min(expected) and max(expected) <= scorer.high
+    half = vlm(rubric, str(folder), dtype=torch.bfloat16).score(images, prompts(*texts), None)
+    assert half.tolist() == pytest.approx(expected, abs=0.05) and not torch.equal(half, scores)
 
 
-def test_levels_are_asked_for_in_the_same_way(tmp_path, monkeypatch):
-    words = tuple(sorted(LEVELS, key=LEVELS.get))
-    folder, image = build(tmp_path / "levels", always_one_of(words)), picture(56, 56, 0)
-    score = vlm(J.RUBRICS["deqa"], str(folder)).score(image[None], prompts("p"), None).item()
-    assert score == pytest.approx(oracle(folder, J.RUBRICS["deqa"], "p", [image], monkeypatch, words), abs=1e-5)
-    assert "none of 1, 2, 3, 4, 5" in refusal(vlm(J.RUBRICS["aesthetic"], str(folder)).score, image[None], prompts("p"))
-
-
-def test_an_edit_is_judged_by_its_source_and_its_result(qwen, monkeypatch):
+def test_an_edit_is_judged_by_its_source_and_its_result(qwen):
     rubric, image, source = J.RUBRICS["editing"], picture(56, 56, 0), picture(84, 56, 1)
     edit = vlm(rubric, str(qwen)).score
     score = edit(image[None], prompts("paint it"), [source]).item()
-    assert score == pytest.approx(oracle(qwen, rubric, "paint it", [source, image], monkeypatch), abs=1e-5)
+    assert score == pytest.approx(oracle(qwen, rubric, "paint it", [source, image]), abs=1e-5)
     assert edit(image[None], prompts("paint it"), [image]).item() != pytest.approx(score, abs=1e-4)
     assert "'paint it'" in refusal(edit, image[None], prompts("paint it"), None)
 
@@ -285,25 +270,3 @@ def test_a_thought_is_generated_to_its_end_and_the_expectation_taken_at_its_scor
     assert "'S'" in message and "'my prompt'" in message and "'aesthetic'" in message
     message = refusal(vlm(J.JUDGE, str(folder)).score, picture(56, 56, 0)[None], prompts("my prompt"), None)
     assert "'Score: 5'" in message, "a written reply is generated to its end too"
-
-
-def test_qwen3_vl_and_bfloat16_are_asked_the_same_way(tmp_path, monkeypatch):
-    folder = build(tmp_path / "qwen3", always_one_of("12345"), family="qwen3_vl")
-    image, rubric = picture(64, 96, 0), J.RUBRICS["portrait"]
-    expected = oracle(folder, rubric, "a man", [image], monkeypatch)
-    exact = vlm(rubric, str(folder)).score(image[None], prompts("a man"), None).item()
-    half = vlm(rubric, str(folder), dtype=torch.bfloat16).score(image[None], prompts("a man"), None).item()
-    assert exact == pytest.approx(expected, abs=1e-5)
-    assert half == pytest.approx(expected, abs=0.05) and half != exact
-
-
-def test_checkpoints_that_cannot_be_asked_are_refused_in_one_line(tmp_path):
-    folder = tmp_path / "deqa"
-    folder.mkdir()
-    config = {"model_type": "mplug_owl2", "auto_map": {"AutoConfig": "evil.Config"}}
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "evil.py").write_text("raise SystemExit('ran')")
-    for where in (folder, tmp_path / "nowhere"):
-        with pytest.raises(ModelError) as error:
-            vlm("deqa", str(where))
-        assert "\n" not in str(error.value)

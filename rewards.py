@@ -1,8 +1,8 @@
 """Rewards: the rules that turn what a model saw in an image into a number.
 
-A reward has two halves. A model (an OCR engine, an object detector, a vision-language judge, a face network) looks at
-the pixels and reports; the *rule* turns the report into a score. This file holds the rules. They are plain Python on
-plain data, so the tiny worlds' template matchers and the real models are scored by the very same lines.
+A model (an OCR engine, an object detector, a vision-language judge, a face network) reports what it sees in an image.
+A *rule* turns the report into a score. The rules are plain Python on plain data, so the tiny worlds' template matchers
+and the real models are scored by the very same lines.
 
     what is asked                                rule                               source
     is the quoted text on the image?             ocr_reward                         F §6.1 (OCR)
@@ -19,9 +19,8 @@ plain data, so the tiny worlds' template matchers and the real models are scored
 Notation: B samples, K rewards; boxes are (x0, y0, x1, y1) in pixels with y pointing *down*; a detection is a
 dict {"class", "score", "box", "color"}; metadata is one line of a GenEval file (see `data/files.py`).
 
-One principle: a score that could not be computed is an error that names its cause, never a silent 0, which
-would train on as if every image were bad. Nothing here is differentiable: rewards are numbers about finished
-images, and no gradient flows through them.
+A score that could not be computed is an error that names its cause, never a silent 0, which would train on as if
+every image were bad. No gradient flows through rewards: they are numbers about finished images.
 """
 
 import math

@@ -33,6 +33,7 @@ def batched(name: str, rate: Callable, low: float, high: float, batch: int) -> S
 
     Whatever `rate` raises becomes a RewardError of one line that names the scorer, the prompt and the cause.
     """
+
     @torch.no_grad()
     def score(images: Tensor, prompts: Sequence[Prompt], sources: object = None) -> Tensor:
         if len(images) != len(prompts):

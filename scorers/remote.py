@@ -19,10 +19,8 @@ a rounding of 1/510 does to it.
 """
 
 import asyncio
-import base64
 import email.utils
 import functools
-import io
 import itertools
 import json
 import math
@@ -42,7 +40,7 @@ import httpx2
 import torch
 
 from data.files import Prompt
-from data.pictures import to_picture
+from data.pictures import png, to_picture
 from rewards import HIGHEST_RATING, LOWEST_RATING, RewardError, Scorer, check_scores
 from scorers import rubrics
 
@@ -362,8 +360,8 @@ def served(endpoints: Sequence[str], scorer: str, batch: int = 8, key_env: str =
 
         def body() -> dict:
             asked = [{"text": p.text, "task": p.task, "metadata": p.metadata} for p in prompts]
-            before = [_base64(source) for source in sources[0]] if sources else None
-            return {"images": [_base64(image) for image in images], "prompts": asked, "sources": before}
+            shown, *before = ([png(to_picture(picture), level=1) for picture in some] for some in (images, *sources))
+            return {"images": shown, "prompts": asked, "sources": before[0] if before else None}
 
         def read(answer: dict) -> list[float]:
             if bounds(answer) != (low, high):
@@ -381,10 +379,3 @@ def served(endpoints: Sequence[str], scorer: str, batch: int = 8, key_env: str =
         return torch.tensor([score for answer in answers for score in answer], dtype=torch.float32)
 
     return Scorer(scorer, score, low, high)
-
-
-def _base64(image: torch.Tensor) -> str:
-    """(3, H, W) in [0, 1] -> an 8-bit PNG, lightly packed: a rollout makes thousands, and they travel no further."""
-    stream = io.BytesIO()
-    to_picture(image).save(stream, "PNG", compress_level=1)
-    return base64.b64encode(stream.getvalue()).decode()

@@ -23,8 +23,6 @@ in which order and on which scale. Q prints none of its prompts. A reward model 
 scores best with that one: `rubric._replace(user=...)`.
 """
 
-import base64
-import io
 import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -32,46 +30,31 @@ from typing import NamedTuple
 from PIL import Image
 from torch import Tensor
 
-from data.pictures import to_picture
-from rewards import (
-    HIGHEST_RATING,
-    LEVELS,
-    SCORE_TOKENS,
-    RewardError,
-    capped_alignment,
-    capped_editing,
-    expected_score,
-    parse_demands,
-    parse_final,
-    parse_judge,
-    parse_levels,
-)
+import rewards
+from data.pictures import PNG_URI, png, to_picture
+from rewards import HIGHEST_RATING, LEVELS, SCORE_TOKENS, RewardError
 
 SCALES = {"expected": SCORE_TOKENS, "levels": LEVELS}  # the words of a one-token answer
 WRITTEN = {  # how a longer answer becomes a rating in [1, 5]
-    "overall": lambda reply: parse_judge(reply)["overall"],
-    "final": parse_final,
-    "alignment": lambda reply: capped_alignment(parse_levels(reply)),
-    "editing": lambda reply: capped_editing(*parse_demands(reply)),
+    "overall": lambda reply: rewards.parse_judge(reply)["overall"],
+    "final": rewards.parse_final,
+    "alignment": lambda reply: rewards.capped_alignment(rewards.parse_levels(reply)),
+    "editing": lambda reply: rewards.capped_editing(*rewards.parse_demands(reply)),
 }
 THOUGHT_TOKENS = 1024
 
 
 class Rubric(NamedTuple):
-    """What a judge is asked. `user` holds the prompt's place, {prompt}; `ask` says how the answer is read, see `read`.
-
-    images: what is shown, in order; model: the checkpoint that vlm.py takes by default; thought: reason first, then the
-    one token; side: pictures are resized to side x side first, 0 leaves them as they are.
-    """
+    """What a judge is asked, and how its answer is read."""
 
     name: str
+    ask: str  # the form of the answer: a key of `SCALES` or of `WRITTEN`
     system: str
-    user: str
-    ask: str
-    images: tuple[str, ...] = ("picture",)
-    model: str = "Qwen/Qwen2.5-VL-7B-Instruct"
-    thought: bool = False
-    side: int = 0
+    user: str  # with the prompt's place, {prompt}, in it
+    images: tuple[str, ...] = ("picture",)  # what is shown, in order
+    model: str = "Qwen/Qwen2.5-VL-7B-Instruct"  # the checkpoint that vlm.py takes by default
+    thought: bool = False  # reason first, then the one token
+    side: int = 0  # pictures are resized to side x side first; 0 leaves them as they are
 
     @property
     def max_tokens(self) -> int:
@@ -91,11 +74,28 @@ THOUGHT_FIRST = {
     "excellent, good, fair, poor, bad.",
 }
 
-JUDGE = Rubric(
-    "judge",
-    "You check images as a profession. You rate a generated image against the instruction that it was made from, "
-    "in three respects, each from 1 to 5.",
-    """Rate the image.
+ALIGNMENT_POINTS = """in this order of importance:
+1. objects: is everything that is named there, and as often as asked?
+2. attributes: are colors, sizes, shapes and materials right?
+3. relations: is everything where it should be relative to the rest?
+4. actions: do figures do what they should, in the pose they should?"""
+ALIGNMENT_SYSTEM = (
+    "You rate from 1 to 5 how faithfully an image shows what a prompt asks for. Beauty does not count. What is "
+    "missing, misread or contradicted does."
+)
+EDITING_POINTS = """1. core: the change itself, without which the edit has failed
+2. extra: everything else that the instruction asks for, and what it implies should stay as it was
+3. coherence: does the result hold together as one picture?"""
+EDITING_SYSTEM = (
+    "You rate from 1 to 5 how well an image was edited. You see the source, the result, and the instruction that "
+    "leads from one to the other."
+)
+ALL = (
+    Rubric(
+        "judge", "overall",
+        "You check images as a profession. You rate a generated image against the instruction that it was made from, "
+        "in three respects, each from 1 to 5.",
+        """Rate the image.
 
 1. Quality. 1-2: blurred, badly lit or a jumble. 3: sharp and well enough lit, but plain. 4-5: crisp, with rich colors
    and a composition that impresses.
@@ -113,106 +113,64 @@ Answer in this form, the analysis first:
 <QualityScore>X</QualityScore>
 <InstructionScore>Y</InstructionScore>
 <OverallScore>Z</OverallScore>""",
-    "overall",
-    model="Qwen/Qwen3-VL-30B-A3B-Instruct",
-)
-
-ALIGNMENT_POINTS = """in this order of importance:
-1. objects: is everything that is named there, and as often as asked?
-2. attributes: are colors, sizes, shapes and materials right?
-3. relations: is everything where it should be relative to the rest?
-4. actions: do figures do what they should, in the pose they should?"""
-ALIGNMENT_SYSTEM = (
-    "You rate from 1 to 5 how faithfully an image shows what a prompt asks for. Beauty does not count. What is "
-    "missing, misread or contradicted does."
-)
-
-EDITING_POINTS = """1. core: the change itself, without which the edit has failed
-2. extra: everything else that the instruction asks for, and what it implies should stay as it was
-3. coherence: does the result hold together as one picture?"""
-EDITING_SYSTEM = (
-    "You rate from 1 to 5 how well an image was edited. You see the source, the result, and the instruction that "
-    "leads from one to the other."
-)
-
-RUBRICS = {
-    rubric.name: rubric
-    for rubric in (
-        JUDGE,
-        Rubric(
-            "alignment",
-            ALIGNMENT_SYSTEM,
-            f"Prompt: {{prompt}}\n\nCompare the image with the prompt, {ALIGNMENT_POINTS}\n\nThe total is at most the "
-            "rating of the objects, at most one more than that of the attributes, at most two more than that of the "
-            "relations and at most three more than that of the actions, however good the rest is.",
-            "expected",
-        ),
-        Rubric(
-            "alignment_checklist",
-            ALIGNMENT_SYSTEM,
-            f"Prompt: {{prompt}}\n\nCompare the image with the prompt, {ALIGNMENT_POINTS}\n\nExplain what you see. "
-            "Then rate each of the four from 1 to 5, or write none where the prompt asks for nothing of the kind, in "
-            "this form:\n<Verdict><Objects>X</Objects><Attributes>X</Attributes><Relations>X</Relations>"
-            "<Actions>X</Actions></Verdict>",
-            "alignment",
-        ),
-        Rubric(
-            "aesthetic",
-            "You rate from 1 to 5 how good an image looks. What it shows does not count.",
-            "The image was made from this prompt: {prompt}\n\nRate its looks: balance of the composition, light that "
-            "could be real, textures and materials down to the detail, one style throughout, no artifacts such as "
-            "smeared or repeated texture.",
-            "expected",
-        ),
-        Rubric(
-            "portrait",
-            "You rate from 1 to 5 how good the people in an image look.",
-            "The image was made from this prompt: {prompt}\n\nRate the people in it: faces that attract and whose "
-            "proportions are right, features that belong to one person, skin and hair with real texture. Look for "
-            "what goes wrong often, wrong numbers of fingers, distorted features and impossible proportions of the "
-            "body, and rate an image with any of them 1 or 2.",
-            "expected",
-        ),
-        Rubric(
-            "editing",
-            EDITING_SYSTEM,
-            f"Instruction: {{prompt}}\n\nTake the instruction apart and compare the two images:\n{EDITING_POINTS}\n\n"
-            "The total is at most the rating of the core, at most one more than that of the extra demands and at most "
-            "two more than that of the coherence, however good the rest is.",
-            "expected",
-            images=("source", "picture"),
-        ),
-        Rubric(
-            "editing_checklist",
-            EDITING_SYSTEM,
-            f"Instruction: {{prompt}}\n\nTake the instruction apart into single demands and compare the two images:\n"
-            f"{EDITING_POINTS}\n\nExplain what you see. Then write, for each core demand and for each extra one, a tag "
-            "with yes or no, and rate the coherence from 1 to 5, in this form:\n<Verdict><Core>yes</Core>"
-            "<Extra>yes</Extra><Extra>no</Extra><Coherence>X</Coherence></Verdict>",
-            "editing",
-            images=("source", "picture"),
-        ),
-        Rubric(
-            "unifiedreward",
-            "You are a helpful assistant.",
-            "Here is a caption and an image that was generated from it. Rate the image by two criteria:\n1. Alignment "
-            "with the caption: are its objects, their attributes and their relations right?\n2. Quality of the image: "
-            "is it clear, detailed, right in its colors and pleasing?\nList the key elements of the caption, each as "
-            "'element (type): value' with value 1 where the image shows it and 0 where it does not. Then give one "
-            "score from 1 to 5 after 'Final Score:'.\nCaption: [{prompt}]",
-            "final",
-            model="CodeGoat24/UnifiedReward-7b-v1.5",
-            side=512,
-        ),
-        Rubric(
-            "deqa",
-            "You rate the technical quality of images.",
-            "How good is the quality of this image: sharpness, noise, exposure, colors, artifacts?",
-            "levels",
-            model="zhiyuanyou/DeQA-Score-Mix3",
-        ),
-    )
-}
+        model="Qwen/Qwen3-VL-30B-A3B-Instruct",
+    ),
+    Rubric(
+        "alignment", "expected", ALIGNMENT_SYSTEM,
+        f"Prompt: {{prompt}}\n\nCompare the image with the prompt, {ALIGNMENT_POINTS}\n\nThe total is at most the "
+        "rating of the objects, at most one more than that of the attributes, at most two more than that of the "
+        "relations and at most three more than that of the actions, however good the rest is.",
+    ),
+    Rubric(
+        "alignment_checklist", "alignment", ALIGNMENT_SYSTEM,
+        f"Prompt: {{prompt}}\n\nCompare the image with the prompt, {ALIGNMENT_POINTS}\n\nExplain what you see. Then "
+        "rate each of the four from 1 to 5, or write none where the prompt asks for nothing of the kind, in this "
+        "form:\n<Verdict><Objects>X</Objects><Attributes>X</Attributes><Relations>X</Relations><Actions>X</Actions></Verdict>",
+    ),
+    Rubric(
+        "aesthetic", "expected", "You rate from 1 to 5 how good an image looks. What it shows does not count.",
+        "The image was made from this prompt: {prompt}\n\nRate its looks: balance of the composition, light that could "
+        "be real, textures and materials down to the detail, one style throughout, no artifacts such as smeared or "
+        "repeated texture.",
+    ),
+    Rubric(
+        "portrait", "expected", "You rate from 1 to 5 how good the people in an image look.",
+        "The image was made from this prompt: {prompt}\n\nRate the people in it: faces that attract and whose "
+        "proportions are right, features that belong to one person, skin and hair with real texture. Look for what "
+        "goes wrong often, wrong numbers of fingers, distorted features and impossible proportions of the body, and "
+        "rate an image with any of them 1 or 2.",
+    ),
+    Rubric(
+        "editing", "expected", EDITING_SYSTEM,
+        f"Instruction: {{prompt}}\n\nTake the instruction apart and compare the two images:\n{EDITING_POINTS}\n\nThe "
+        "total is at most the rating of the core, at most one more than that of the extra demands and at most two more "
+        "than that of the coherence, however good the rest is.",
+        images=("source", "picture"),
+    ),
+    Rubric(
+        "editing_checklist", "editing", EDITING_SYSTEM,
+        f"Instruction: {{prompt}}\n\nTake the instruction apart into single demands and compare the two images:\n"
+        f"{EDITING_POINTS}\n\nExplain what you see. Then write, for each core demand and for each extra one, a tag "
+        "with yes or no, and rate the coherence from 1 to 5, in this form:\n<Verdict><Core>yes</Core><Extra>yes</Extra>"
+        "<Extra>no</Extra><Coherence>X</Coherence></Verdict>",
+        images=("source", "picture"),
+    ),
+    Rubric(
+        "unifiedreward", "final", "You are a helpful assistant.",
+        "Here is a caption and an image that was generated from it. Rate the image by two criteria:\n1. Alignment with "
+        "the caption: are its objects, their attributes and their relations right?\n2. Quality of the image: is it "
+        "clear, detailed, right in its colors and pleasing?\nList the key elements of the caption, each as "
+        "'element (type): value' with value 1 where the image shows it and 0 where it does not. Then give one score "
+        "from 1 to 5 after 'Final Score:'.\nCaption: [{prompt}]",
+        model="CodeGoat24/UnifiedReward-7b-v1.5", side=512,
+    ),
+    Rubric(
+        "deqa", "levels", "You rate the technical quality of images.",
+        "How good is the quality of this image: sharpness, noise, exposure, colors, artifacts?",
+        model="zhiyuanyou/DeQA-Score-Mix3",
+    ),
+)  # fmt: skip
+RUBRICS = {rubric.name: rubric for rubric in ALL}
 
 
 def named(name: str, thought: bool = False) -> Rubric:
@@ -255,10 +213,7 @@ def messages(rubric: Rubric, prompt: str, images: Sequence[Tensor]) -> list[dict
         if isinstance(part, str):
             content.append({"type": "text", "text": part})
         else:
-            stream = io.BytesIO()
-            part.save(stream, "PNG", compress_level=1)
-            url = f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}"
-            content.append({"type": "image_url", "image_url": {"url": url}})
+            content.append({"type": "image_url", "image_url": {"url": PNG_URI + png(part, level=1)}})
     return [{"role": "system", "content": rubric.system}, {"role": "user", "content": content}]
 
 
@@ -277,7 +232,7 @@ def read(rubric: Rubric, reply: str, token_logprobs: Mapping[str, float] | None 
         if found is None:
             place = "after `Score:`" if rubric.thought else "at the start"
             raise RewardError(f"none of {', '.join(scale)} {place} of the reply: ")
-        rating = scale[found[1].lower()] if token_logprobs is None else expected_score(token_logprobs, scale)
+        rating = scale[found[1].lower()] if token_logprobs is None else rewards.expected_score(token_logprobs, scale)
         return rating / HIGHEST_RATING
     except ValueError as fault:
         cause = " ".join(str(fault).removesuffix(reply).split())

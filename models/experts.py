@@ -137,8 +137,9 @@ class Experts:
     def adapter(self, name: str | None) -> Iterator[None]:
         """Run the body as expert `name` (None: the base), then restore the student, whatever happens.
 
-        TRAP: see `lora.select`. Hence a context that always comes back, and a body without gradients: nothing but the
-        student ever trains. KeyError for an unknown name.
+        TRAP: PEFT's `set_adapter` moves `requires_grad` to what it selects. If a teacher is still selected when the
+        student's loss runs backward, the student's gradients are silently None. Hence a context that always comes
+        back, and a body without gradients: nothing but the student ever trains. KeyError for an unknown name.
         """
         if name is not None and name not in self.adapters and name not in self.hosted:
             raise KeyError(f"no adapter {name!r}; there are {sorted([*self.adapters, *self.hosted])}")
@@ -156,7 +157,12 @@ class Experts:
             self.active = self.transformer
         else:
             self.active = self.backbone
-            lora.select(self.layers, name if name in self.adapters else None, STUDENT)
+            for layer in self.layers:
+                layer.enable_adapters(name in self.adapters)
+                if name in self.adapters:
+                    layer.set_adapter(name)
+                for key, parameter in layer.named_parameters():
+                    parameter.requires_grad_(f".{STUDENT}." in key)
 
     def keep(self, names: Iterable[str]) -> None:
         """Have these full experts on the device, or on their way to it, and no others."""

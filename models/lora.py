@@ -16,14 +16,13 @@ import math
 import re
 import sys
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
 import diffusers
 import safetensors.torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import load_peft_weights
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -80,20 +79,6 @@ def state_of(module: nn.Module, name: str) -> dict[str, Tensor]:
     # PEFT's default for embedding layers, "auto", asks the Hub about the base at every checkpoint.
     state = get_peft_model_state_dict(module, adapter_name=name, save_embedding_layers=False)
     return {key: value.detach().cpu().clone().contiguous() for key, value in state.items()}
-
-
-def select(layers: Iterable[BaseTunerLayer], name: str | None, trained: str) -> None:
-    """Have these layers compute with the adapter `name`, or with none; gradients belong to the adapter `trained`.
-
-    TRAP: PEFT's `set_adapter` moves `requires_grad` to what it selects. If a teacher is still selected when the
-    student's loss runs backward, the student's gradients are silently None.
-    """
-    for layer in layers:
-        layer.enable_adapters(name is not None)
-        if name is not None:
-            layer.set_adapter(name)
-        for key, parameter in layer.named_parameters():
-            parameter.requires_grad_(f".{trained}." in key)
 
 
 # -------------------------------------------------------------------------------------------------------- reading

@@ -1,6 +1,10 @@
-"""What the tests of models share: the error of one line, and the largest difference to a stock pipeline."""
+"""What the tests of models share: the error of one line, differences to stock pipelines, and changed files."""
+
+import json
 
 import pytest
+import safetensors.torch
+from safetensors import safe_open
 
 from models.hub import ModelError
 
@@ -22,3 +26,16 @@ def parity(what: str, found, expected) -> None:
     size = max(1.0, expected.abs().max().item())
     print(f"\nparity {what}: {gap(found, expected):.1e} of {size:.2f}")
     assert gap(found, expected) < 1e-5 * size
+
+
+def edit_tensors(file, change) -> None:
+    """Rewrite a weight file: `change` edits {key: tensor} in place; the metadata stays."""
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    tensors = safetensors.torch.load_file(file)
+    change(tensors)
+    safetensors.torch.save_file(tensors, file, metadata=metadata)
+
+
+def edit_json(file, **changes) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))

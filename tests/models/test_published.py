@@ -6,7 +6,6 @@ import shutil
 import diffusers
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline, StableDiffusion3Pipeline
 from diffusers.pipelines.qwenimage import pipeline_qwenimage, pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
@@ -476,54 +475,6 @@ def edit(file, old, new):
     text = file.read_text()
     assert old in text
     file.write_text(text.replace(old, new))
-
-
-def cut(file):
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-
-
-def pickled(file):
-    torch.save(safetensors.torch.load_file(file), file.with_name("pytorch_model.bin"))
-    file.unlink()
-
-
-def missing(kind, *parts):
-    return {f"{kind}: no {part}": lambda f, part=part: shutil.rmtree(f / part) for part in parts}
-
-
-# What is missing is refused before anything is read; what is broken in a part, when the part is needed.
-EARLY = {
-    **missing("sd35", "scheduler", "tokenizer_3", "vae", "text_encoder_2", "transformer"),
-    **missing("plus", "tokenizer", "processor", "text_encoder"),
-    "sd35: no index": lambda f: (f / "model_index.json").unlink(),
-    "sd35: half an index": lambda f: cut(f / "model_index.json"),
-    "sd35: another pipeline": lambda f: (f / "model_index.json").write_text('{"_class_name": "FluxPipeline"}'),
-    "sd35: a broken scheduler": lambda f: cut(f / "scheduler/scheduler_config.json"),
-    "plus: SD3's transformer": lambda f: edit(f / "transformer/config.json", "QwenImageT", "SD3T"),
-}
-LATE = {
-    "sd35: half a VAE": lambda f: cut(f / "vae/diffusion_pytorch_model.safetensors"),
-    "sd35: half a text encoder": lambda f: cut(f / "text_encoder_3/model.safetensors"),
-    "sd35: a pickled text encoder": lambda f: pickled(f / "text_encoder/model.safetensors"),
-    "sd35: half a tokenizer": lambda f: cut(f / "tokenizer/tokenizer.json"),
-    "plus: half a VAE": lambda f: cut(f / "vae/diffusion_pytorch_model.safetensors"),
-    "plus: half a text encoder": lambda f: cut(f / "text_encoder/model.safetensors"),
-}
-
-
-@pytest.mark.parametrize("fault", [*EARLY, *LATE])
-def test_a_base_that_is_not_whole_is_refused_in_one_line(folders, tmp_path, monkeypatch, fault):
-    kind = fault.partition(":")[0]
-    copy = shutil.copytree(folders[kind], tmp_path / "copy")
-    {**EARLY, **LATE}[fault](copy)
-    if fault in EARLY:
-        if "transformer" not in fault:
-            monkeypatch.setattr(models, "read_transformer", lambda *_: pytest.fail("the transformer was read"))
-        assert str(copy) in refusal(load, {kind: copy}, kind)
-        return
-    model = load({kind: copy}, kind)
-    call, given = (model.decode, torch.zeros(1, 16, 8, 8)) if "VAE" in fault else (model.encode, PROMPTS)
-    assert str(copy) in refusal(call, given) and model.known == {}
 
 
 # ----------------------------------------------------------------------------------------------------- the card

@@ -11,7 +11,7 @@ and the student is pulled towards that. F does this between stochastic policies,
     Q Eq. 14    min sum_n ||v_student - v_teacher||^2       `velocity_matching`, `velocity`; Eq. 19 is the same
 
 The seven estimators, in three lines:
-- `literal`, F Eq. 10-11 as printed, learns nothing: its gradient has mean zero (ERRATUM, see `literal`).
+- `literal`, F Eq. 10-11 as printed, learns nothing: its gradient has mean zero (see `literal`).
 - `analytic` (the default), `released` and `sampled` have one mean gradient, that of F Eq. 9 at the visited
   states. `analytic` needs tens of times fewer trajectories (tests/helpers/linear_gaussian.py measures it).
 - `path` and `sampled_path` also see that an action decides the later states. They follow the KL of whole

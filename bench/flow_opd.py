@@ -6,7 +6,9 @@
     python -m bench.flow_opd learning     OPD, its estimators and GRPO-mix on the tiny world; words after it choose
                                           the recipes whose name has one of them (an hour or two on two cores)
 
-The last two train three seeds. Finished runs are not repeated. Each job prints a markdown table.
+    python -m bench.flow_opd picture      README's picture, docs/demo.png, from the runs of `make demo`
+
+`judges` and `learning` train three seeds. Finished runs are not repeated. Each job prints a markdown table.
 """
 
 import json
@@ -20,7 +22,7 @@ import torch
 import grpo
 import sde
 from bench.runs import SEEDS, ends, parsed, run_job, scores_of, table, trained
-from harness import load, rollout
+from harness import load, report, rollout
 from scorers import panel
 from settings import FLOW_TASKS, window_of
 
@@ -105,5 +107,23 @@ def learning(*words: str) -> None:
     table(rows, [*COLUMNS, "gap at first", "gap at last"], "student")
 
 
+def picture(merged: str = "runs/demo-merge", student: str = "runs/demo-opd") -> None:
+    """Eight test prompts by the base, the teacher of each prompt's task, the merged adapter and the student."""
+    s = parsed("--preset", "tiny", "--stage", "opd")
+    model = load.base_model(s)
+    experts = load.load_teachers(model, s)
+    for name, where in (("merged", merged), ("student", student)):
+        model.add_expert(name, where)
+    found = load.load_prompts(s, "test", 3, FLOW_TASKS)
+    images, captions = [], []
+    for row in ("base", "teacher", "merged", "student"):
+        for task, prompts in found.items():
+            with model.adapter({"base": None, "teacher": experts[task]}.get(row, row)):
+                images += model.decode(rollout.draw(model, prompts, s.eval_steps, 0, s.seed, 1.0))
+            captions += [f"{p.text}\n{row}" for p in prompts]
+    keep = [i for i in range(len(images)) if i % 9 != 8]  # the grid has eight columns
+    report.save_grid(Path("docs/demo.png"), [images[i] for i in keep], [captions[i] for i in keep])
+
+
 if __name__ == "__main__":
-    run_job("flow_opd", estimators, collateral, judges, learning)
+    run_job("flow_opd", estimators, collateral, judges, learning, picture)

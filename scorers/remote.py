@@ -1,16 +1,12 @@
 """Scorers on other machines: a judge behind an OpenAI-style API, and any scorer that serve.py serves. Q §4.1.
 
-A run of a week meets every fault there is, and none may become a score, or the score of another picture. Endpoints are
-asked in turns, and each answer is checked and put into its sample's place. An endpoint that failed rests, twice as long
-each time, and then one request alone tries it again.
+A run of a week meets every fault there is, and none may become a score, or the score of another picture. Requests go to
+the least busy endpoint. Each answer is checked, and put into its sample's place. After a fault the request is tried
+again, at another endpoint if there is one, and an endpoint that failed rests, twice as long each time.
 
-    what came back                                           the endpoint rests   the request is tried again
-    nothing: refused, reset, cut off, too slow; 408, 425,    yes, as long as      until the batch's deadline: servers
-      429, 502, 503, 504                                     Retry-After says     are restarted, and then load weights
-    no answer: 401, 404, 500, a redirect, HTML, half a       yes                  `tries` times
-      JSON, a body too long, another scorer
-    no score: unreadable, wrong count, NaN, out of range     no                   `tries` times, elsewhere if possible
-    400, 413, 415, 422: the request is at fault              no                   never
+    no whole answer, or 408, 425, 429, 502, 503, 504    tried again until the batch's deadline: servers are restarted
+    400, 413, 415, 422: the request is at fault         not tried again
+    anything else that is no score                      tried again, `tries` times in all
 
 The first request that fails for good ends its batch with a `rewards.RewardError`: one line with scorer, prompt,
 endpoints and the last cause. Redirects and the environment's proxies are not followed. A key comes from the environment
@@ -19,20 +15,17 @@ a rounding of 1/510 does to it.
 """
 
 import asyncio
-import email.utils
 import functools
-import itertools
 import json
 import math
 import os
 import random
 import re
-import socket
 import ssl
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -46,7 +39,7 @@ from scorers import rubrics
 
 KEY_ENV = "OPENAI_API_KEY"
 TOP_LOGPROBS = 20  # the most that the API gives; all five score tokens are nearly always among them
-AWAY = (408, 425, 429, 502, 503, 504)  # HTTP itself says that these pass
+PASSING = (408, 425, 429, 502, 503, 504)  # HTTP itself says that these pass
 AT_FAULT = (400, 413, 415, 422)  # the same request would get the same answer anywhere
 EXCERPT = 2000  # characters of a cause in a message: a judge's whole reply, not a whole web page
 CHANCE = random.Random()  # its own, so that no run's seed is touched
@@ -68,11 +61,12 @@ LIMITS = Limits()
 
 
 class Fault(Exception):
-    """Why one try gave no score. It rests the endpoint, for `after` seconds at least, and counts as so many tries."""
+    """Why one try gave no score. It counts as so many tries; the endpoint rests if it `rests`, for `after` seconds at
+    least."""
 
-    def __init__(self, cause: str, rests: bool = True, counts: float = 1, after: float = 0.0):
+    def __init__(self, cause: str, counts: float = 1, rests: bool = True, after: float = 0.0):
         super().__init__(cause)
-        self.rests, self.counts, self.after = rests, counts, after
+        self.counts, self.rests, self.after = counts, rests, after
 
 
 class Request(NamedTuple):
@@ -90,11 +84,8 @@ class Endpoint:
 
     url: str
     busy: int = 0  # requests in flight
-    turn: int = 0  # when it was last asked
-    failures: int = 0  # since it last answered
-    failed: float = -math.inf  # when it last failed
+    failures: int = 0  # since it last gave a result
     wake: float = -math.inf  # it rests until then
-    on_trial: bool = False  # after a rest one request tries it, so that the others do not wait for it again
 
 
 @functools.cache
@@ -110,12 +101,11 @@ class Client:
 
     def __init__(self, name: str, endpoints: Sequence[str], key: str, limits: Limits):
         if isinstance(endpoints, str) or not endpoints or len(set(endpoints)) < len(endpoints):
-            raise RewardError(f"scorer {name!r}: give a list of one or more different endpoints, not {endpoints!r}")
+            raise RewardError(f"scorer {name!r}: give a list of one or more different endpoints")
         if not all(0 < value < math.inf for value in limits):
             raise RewardError(f"scorer {name!r}: limits must be positive and finite, not {limits}")
-        self.name, self.limits = name, limits
+        self.name, self.limits, self.places = name, limits, asyncio.Semaphore(limits.concurrency)
         self.endpoints = [Endpoint(check_url(url)) for url in endpoints]
-        self.turns, self.places = itertools.count(1), asyncio.Semaphore(limits.concurrency)
         # A server may repeat the key in what it answers, and JSON may put backslashes between its characters.
         self.secret = re.compile(r"\\*".join(map(re.escape, key))) if key else None
         # No connection is kept: it would be stale after a restart, just when it matters. An answer comes as it is, not
@@ -135,7 +125,7 @@ class Client:
             batch.cancel()  # after an interrupt nothing goes on behind it
 
     async def _ask_all(self, requests: Sequence[Request]) -> list:
-        deadline = time.monotonic() + self.limits.deadline
+        deadline = asyncio.get_running_loop().time() + self.limits.deadline
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(self._ask(request, deadline)) for request in requests]
@@ -147,84 +137,83 @@ class Client:
         """One result, after as many tries as it takes; RewardError if they are used up or the time is over."""
         tries, endpoint, last = 0, None, "no endpoint was free"
         try:
-            async with asyncio.timeout(deadline - time.monotonic()), self.places:
+            async with asyncio.timeout_at(deadline), self.places:
                 body = json.dumps(await asyncio.to_thread(request.body)).encode() if request.body else None
                 while tries < self.limits.tries:
-                    endpoint = await self._take(deadline, endpoint)
-                    result, fault = await self._try(endpoint, request, body)
-                    if fault is None:
+                    endpoint = await self._choose(avoid=endpoint)
+                    endpoint.busy += 1
+                    try:
+                        result = await self._try(endpoint.url + request.path, body, request.read)
+                        endpoint.failures = 0
                         return result
-                    tries, last = tries + fault.counts, self._shown(f"{endpoint.url}: {fault}", EXCERPT)
+                    except Fault as fault:
+                        self._rest(endpoint, fault)
+                        tries, last = tries + fault.counts, self._shown(f"{endpoint.url}: {fault}", EXCERPT)
+                    finally:
+                        endpoint.busy -= 1
         except TimeoutError:
             last = f"{self.limits.deadline:g} s were not enough; {last}"
         where = ", ".join(e.url for e in self.endpoints)
         raise RewardError(f"scorer {self.name!r}: no score for {request.about} from {where}; last: {last}")
 
-    async def _take(self, deadline: float, avoid: Endpoint | None) -> Endpoint:
-        """The least busy of the endpoints that are awake, in turns; TimeoutError if all rest beyond the deadline.
+    async def _choose(self, avoid: Endpoint | None) -> Endpoint:
+        """The least busy endpoint that does not rest; `avoid`, which has just failed, only if there is no other.
 
-        `avoid`, which has just failed this request, is taken only if there is no other.
+        One that failed gets a single request at a time until it gives a result: a server that hangs holds up only that.
         """
-        while not (free := [e for e in self.endpoints if e.wake <= time.monotonic() and not e.on_trial]):
-            if min(e.wake for e in self.endpoints) > deadline:
-                raise TimeoutError
+        while True:
+            now = time.monotonic()
+            if free := [e for e in self.endpoints if e.wake <= now and not (e.failures and e.busy)]:
+                return min(free, key=lambda e: (e is avoid, e.busy, CHANCE.random()))
             await asyncio.sleep(0.02)
-        endpoint = min(free, key=lambda e: (e is avoid, e.busy, e.turn))
-        endpoint.busy, endpoint.turn = endpoint.busy + 1, next(self.turns)
-        endpoint.on_trial = endpoint.failures > 0
-        return endpoint
 
-    async def _try(self, endpoint: Endpoint, request: Request, body: bytes | None):
-        """(result, None) or (None, fault) of an endpoint that was taken, which is given back with a rest if it failed.
+    def _rest(self, endpoint: Endpoint, fault: Fault) -> None:
+        """Send an endpoint to rest. If it rests already, then requests have failed together, and that is one failure.
 
-        What was asked before the last failure is no news: requests that fail together are one failure.
+        rest, 2 rest, 4 rest ... up to longest_rest, less up to half of it by chance, so that clients spread out.
         """
-        began, trial = time.monotonic(), endpoint.on_trial
-        text, result, fault = b"", None, None
-        try:
-            status, headers, text = await self._exchange(endpoint.url + request.path, body)
-            result = request.read(open_answer(status, headers, text))
-        except Fault as found:
-            fault = found
-        except RewardError as found:
-            fault = Fault(str(found), rests=False)
-        except Exception as found:  # most likely other JSON than the API's
-            fault = Fault(f"{found!r} over the answer {text.decode('utf-8', 'replace')}", rests=False)
-        finally:
-            endpoint.busy -= 1
-            endpoint.on_trial = endpoint.on_trial and not trial
-        now, news = time.monotonic(), began >= endpoint.failed
-        if fault is not None and fault.rests:
-            endpoint.wake = max(endpoint.wake, now + fault.after)
-            if news:
-                endpoint.failures, endpoint.failed = endpoint.failures + 1, now
-                endpoint.wake = max(endpoint.wake, now + rest(self.limits, endpoint.failures))
-                told = self._shown(f"{endpoint.url} rests {endpoint.wake - now:.1f} s: {fault}", 300)
+        now = time.monotonic()
+        if fault.rests:
+            seconds = fault.after
+            if endpoint.wake <= now:
+                rest = min(self.limits.longest_rest, self.limits.rest * 2.0 ** min(endpoint.failures, 60))
+                endpoint.failures, seconds = endpoint.failures + 1, max(seconds, rest * (1 - CHANCE.random() / 2))
+                told = self._shown(f"{endpoint.url} rests {seconds:.1f} s: {fault}", 300)
                 print(f"scorer {self.name!r}: {told}", file=sys.stderr, flush=True)
-        elif news:
-            endpoint.failures = 0
-        return result, fault
+            endpoint.wake = max(endpoint.wake, now + seconds)
 
-    async def _exchange(self, url: str, body: bytes | None) -> tuple[int, Mapping[str, str], bytes]:
-        """(status, headers, body) of a whole answer, or a Fault. The time counts from the connection to the last byte,
-        because a server that trickles would never be too slow from byte to byte."""
-        received = bytearray()
+    async def _try(self, url: str, body: bytes | None, read: Callable[[dict], object]):
+        """The result of one request, or a Fault. The time counts from the connection to the last byte, because a server
+        that trickles would never be too slow from byte to byte."""
+        text = bytearray()
         try:
             exchange = self.http.stream("POST" if body else "GET", url, content=body)
             async with asyncio.timeout(self.limits.timeout), exchange as response:
                 async for part in response.aiter_raw():
-                    received += part
-                    if len(received) > self.limits.max_bytes:
+                    text += part
+                    if len(text) > self.limits.max_bytes:
                         raise Fault(f"an answer of more than {self.limits.max_bytes} bytes")
         except TimeoutError:
             raise Fault(f"no whole answer in {self.limits.timeout:.3g} s", counts=0) from None
         except httpx2.HTTPError as fault:
-            while below := fault.__cause__ or fault.__context__ or next(iter(getattr(fault, "exceptions", ())), None):
-                fault = below  # what began the chain: the library's own says that all connection attempts failed
-            # A name or a certificate that is wrong now will hardly be right before the deadline.
-            lasting = isinstance(fault, (socket.gaierror, ssl.SSLCertVerificationError))
-            raise Fault(f"{type(fault).__name__}: {fault}", counts=float(lasting)) from None
-        return response.status_code, response.headers, bytes(received)
+            raise Fault(f"{type(fault).__name__}: {fault}", counts=0) from None
+        status, shown = response.status_code, text.decode("utf-8", "replace")
+        if status in AT_FAULT:
+            raise Fault(f"status {status}: {shown}", counts=math.inf, rests=False)
+        if status != 200:
+            passes, after = status in PASSING, response.headers.get("Retry-After", "")
+            after = float(after) if passes and after.isdecimal() else 0.0
+            raise Fault(f"status {status}: {shown}", counts=0 if passes else 1, after=after)
+        try:
+            answer = json.loads(text)
+        except (ValueError, RecursionError):
+            raise Fault(f"not JSON: {shown}") from None
+        try:
+            return read(answer)
+        except Fault:
+            raise
+        except Exception as fault:  # most likely other JSON than the API's
+            raise Fault(f"{fault!r} over the answer {shown}", rests=False) from None
 
     def _shown(self, text: str, length: int) -> str:
         """One printable line, without the key: first hidden, then cut, so that no part of it is left at the cut."""
@@ -232,57 +221,24 @@ class Client:
         return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
-def rest(limits: Limits, failures: int) -> float:
-    """rest, 2 rest, 4 rest ... up to longest_rest, less up to half of it by chance, so that clients spread out."""
-    return min(limits.longest_rest, limits.rest * 2.0 ** min(failures - 1, 60)) * (1 - CHANCE.random() / 2)
-
-
-def open_answer(status: int, headers: Mapping[str, str], body: bytes) -> dict:
-    """The JSON object of an answer, or the Fault that its status, or what came instead of JSON, stands for."""
-    shown = body.decode("utf-8", "replace")
-    if status != 200:
-        after = retry_after(headers.get("Retry-After", ""), time.time()) if status in AWAY else 0.0
-        counts = 0 if status in AWAY else math.inf if status in AT_FAULT else 1
-        raise Fault(f"status {status}: {shown}", rests=status not in AT_FAULT, counts=counts, after=after)
-    try:
-        answer = json.loads(body)
-    except (ValueError, RecursionError):
-        answer = None
-    if not isinstance(answer, dict):
-        raise Fault(f"not a JSON object: {shown}")
-    return answer
-
-
-def retry_after(value: str, now: float) -> float:
-    """Seconds that a Retry-After header asks for, at least 0: a number or a date, `now` in seconds since 1970."""
-    if re.fullmatch("[0-9]{1,9}", value.strip()):
-        return float(value)
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - now)
-    except (TypeError, ValueError, OverflowError):
-        return 0.0  # absent or unreadable: the usual rest
-
-
 def check_url(url: str) -> str:
-    """An endpoint's address such as http://gpu-7:8000/v1, without a slash at its end; RewardError if it is none."""
-    if set(url) & set("@?#"):  # these are where people put secrets, so the address is not shown
-        raise RewardError("an endpoint's address has a user, a query or a fragment; keys belong into the environment")
+    """An endpoint's address such as http://gpu-7:8000/v1, without a slash at its end. RewardError if it is none, which
+    does not show it: a user, a query and a fragment are where people put secrets."""
     try:
         parts = httpx2.URL(url)
-        if parts.scheme in ("http", "https") and parts.host and (parts.port or 1) in range(65536):
-            return url.rstrip("/")
+        fits = parts.scheme in ("http", "https") and parts.host and (parts.port or 1) < 65536
     except httpx2.InvalidURL:
-        pass
-    raise RewardError(f"endpoint {url!r}: write it as http://HOST:PORT/v1 or https://HOST/v1")
+        fits = False
+    if not fits or set(url) & set("@?#"):
+        raise RewardError("an endpoint is http://HOST:PORT/v1 or https://HOST/v1; a key belongs into the environment")
+    return url.rstrip("/")
 
 
 def read_key(variable: str, required: bool) -> str:
     """The key in an environment variable, "" if it is unset and not required; no message ever shows it."""
     key = os.environ.get(variable, "").strip()
-    if required and not key:
-        raise RewardError(f"the environment variable {variable} is not set; put the API key into it")
-    if not re.fullmatch("[!-~]*", key):
-        raise RewardError(f"the environment variable {variable} holds blanks or letters that no API key has")
+    if required and not key or not re.fullmatch("[!-~]*", key):
+        raise RewardError(f"the environment variable {variable} must hold the key, without blanks or accents")
     return key
 
 
@@ -365,9 +321,9 @@ def served(endpoints: Sequence[str], scorer: str, batch: int = 8, key_env: str =
 
         def read(answer: dict) -> list[float]:
             if bounds(answer) != (low, high):
-                raise Fault(f"another range, {bounds(answer)}, than at the start, {low, high}")
+                raise Fault(f"another range than at the start, {low, high}")
             if not all(type(score) in (int, float) for score in answer["scores"]):
-                raise RewardError(f"not all of the scores are numbers: {answer['scores']}")
+                raise ValueError("not all of the scores are numbers")
             return check_scores(scorer, answer["scores"], [p.text for p in prompts], low, high).tolist()
 
         about = f"the prompt {prompts[0].text!r}" + (f" and {len(rows) - 1} more" if len(rows) > 1 else "")

@@ -9,14 +9,14 @@
     GET /health    -> {"name": str, "low": number | null, "high": number | null}        null: no bound
     POST /score    {"images": [base64 PNG], "prompts": [{"text", "task", "metadata"}], "sources": [base64 PNG] | null}
                    -> {"scores": [number], "name", "low", "high"}, a score a picture, in their order
-    any failure    -> {"error": one line}: 400 the request is not of this form, 401 no token, 404 405 no such thing,
-                   413 too much of something, 415 not JSON, 429 enough requests wait already, 500 the scorer failed
+    any failure    -> {"detail": one line}: 400 the request is not of this form, 401 no token, 404 405 no such thing,
+                   408 too slow, 413 too long, 415 not JSON, 429 enough requests wait already, 500 the scorer failed
 
 PNG because it loses nothing and because JSON and PNG, unlike pickle, cannot run anything when they are read. Whatever
 is sent, the server stays up: the token is checked before a body is read, and the bytes of a body, its values, its
-pictures' sides (before they are unpacked), the requests that wait and the time of a request are bounded. One thread
-scores, in the order of arrival, because scorers are not made for several at once. The server listens on this machine
-only, unless told otherwise. There is no encryption: across networks that others use, put it behind a TLS proxy.
+pictures' sides (before they are unpacked), the requests that wait and the time in which a body must come are bounded.
+One thread scores, in the order of arrival, because scorers are not made for several at once. The server listens on this
+machine only, unless told otherwise. There is no encryption: across networks that others use, put it behind a TLS proxy.
 """
 
 import argparse
@@ -45,13 +45,9 @@ from scorers.remote import read_key
 from scorers.selftest import self_test
 
 try:
-    import h11
     import uvicorn
     from fastapi import Depends, FastAPI, HTTPException, Request
-    from fastapi.responses import JSONResponse
-    from starlette.exceptions import HTTPException as AnyHTTPException
     from starlette.requests import ClientDisconnect
-    from uvicorn.protocols.http.h11_impl import H11Protocol
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing}; a served scorer needs the extra 'serve': pip install -e '.[serve]'")
 
@@ -64,7 +60,7 @@ class Bounds(NamedTuple):
     side: int = 2048  # pixels
     squares: int = 16  # pixels of all pictures, in squares of this side: a PNG of 1 kB may unpack to 10 MB
     waiting: int = 16  # requests read or waiting, besides the one that is scored; each may hold a body
-    seconds: float = 60.0  # to send a request
+    seconds: float = 60.0  # to send a body
 
 
 BOUNDS = Bounds()
@@ -127,14 +123,6 @@ def app(scorer: Scorer, token: str = "", bounds: Bounds = BOUNDS) -> FastAPI:
 
     web = FastAPI(openapi_url=None, dependencies=[Depends(authorize)])
 
-    @web.exception_handler(AnyHTTPException)
-    async def refuse(_: Request, fault: AnyHTTPException) -> JSONResponse:
-        return JSONResponse({"error": " ".join(str(fault.detail).split())}, fault.status_code, fault.headers)
-
-    @web.exception_handler(ClientDisconnect)
-    async def nobody(*_) -> JSONResponse:
-        return JSONResponse({}, 499)  # which nobody reads
-
     @web.get("/health")
     async def health() -> dict:
         return about
@@ -147,13 +135,18 @@ def app(scorer: Scorer, token: str = "", bounds: Bounds = BOUNDS) -> FastAPI:
             raise HTTPException(429, f"{bounds.waiting} requests wait already", {"Retry-After": "1"})
         async with places:
             body = bytearray()
-            async for part in request.stream():
-                body += part
-                if len(body) > bounds.body:
-                    raise HTTPException(413, f"a body may have {bounds.body} bytes; send fewer images")
+            try:
+                async with asyncio.timeout(bounds.seconds):
+                    async for part in request.stream():
+                        body += part
+                        if len(body) > bounds.body:
+                            raise HTTPException(413, f"a body may have {bounds.body} bytes; send fewer images")
+            except (TimeoutError, ClientDisconnect):
+                late = f"the body did not come in {bounds.seconds:g} s"
+                raise HTTPException(408, late, {"Connection": "close"}) from None
             async with turn:
-                if await request.is_disconnected():  # a client that is tired of waiting asks again
-                    raise ClientDisconnect
+                if await request.is_disconnected():  # it was tired of waiting, and will ask again
+                    raise HTTPException(499, "the client has gone")
                 scores = await asyncio.get_running_loop().run_in_executor(worker, ask, bytes(body))
         return {"scores": scores, **about}
 
@@ -165,35 +158,18 @@ def app(scorer: Scorer, token: str = "", bounds: Bounds = BOUNDS) -> FastAPI:
                 scores = scorer.score(images, prompts, sources)
             return check_scores(scorer.name, scores, [p.text for p in prompts], scorer.low, scorer.high).tolist()
         except Exception as fault:  # the scorer is anyone's code, and one bad batch must not end the server
-            said = str(fault) if isinstance(fault, RewardError) else f"{type(fault).__name__}: {fault}"
-            print(f"serve: scorer {scorer.name!r} failed: {' '.join(said.split())}", file=sys.stderr, flush=True)
-            raise HTTPException(500, f"scorer {scorer.name!r} failed: {said}") from None
+            cause = str(fault) if isinstance(fault, RewardError) else f"{type(fault).__name__}: {fault}"
+            said = f"scorer {scorer.name!r} failed: {' '.join(cause.split())}"
+            print(f"serve: {said}", file=sys.stderr, flush=True)
+            raise HTTPException(500, said) from None
 
     return web
 
 
-def server(web: FastAPI, seconds: float = BOUNDS.seconds) -> uvicorn.Server:
-    """uvicorn for one application; `run(sockets=[...])` answers until `should_exit`, or a signal in the main thread.
-
-    A connection has `seconds` to send a request, from its start or the last answer, and is closed if it is slower.
-    """
-
-    class Timed(H11Protocol):
-        def connection_made(self, transport: asyncio.Transport) -> None:
-            super().connection_made(transport)
-            self.timer = self.loop.call_later(seconds, self.end)
-
-        def on_response_complete(self) -> None:
-            super().on_response_complete()
-            self.timer.cancel()
-            self.timer = self.loop.call_later(seconds, self.end)
-
-        def end(self) -> None:
-            if self.conn.their_state is not h11.DONE:  # else the request is here, and its answer under way
-                self.transport.abort()
-
+def server(web: FastAPI) -> uvicorn.Server:
+    """uvicorn for one application; `run(sockets=[...])` answers until `should_exit`, or a signal in the main thread."""
     return uvicorn.Server(
-        uvicorn.Config(web, http=Timed, ws="none", lifespan="off", log_level="error", access_log=False)
+        uvicorn.Config(web, http="h11", ws="none", lifespan="off", log_level="error", access_log=False)
     )
 
 

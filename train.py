@@ -25,7 +25,8 @@ import concurrent.futures
 import random
 import sys
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -158,9 +159,9 @@ def train_teacher(s: Settings, load=load) -> tuple[Run, Panel]:
             advantage_PG = scoring.advantages(found, s.group_size, s.combine, s.advantage_std)  # Q Eq. 4, 13
             stats.append(update(run, share.parts, advantage_PG, trained))
         metrics = {key: float(np.mean([stat[key] for stat in stats])) for key in stats[0]}
-        everything = scoring.joined(scores)
-        metrics |= scoring.metrics(everything, s.group_size)
-        run.log({**metrics, "seconds": time.time() - began}, scoring.histograms(everything))
+        joined = scoring.joined(scores)
+        metrics |= scoring.metrics(joined, s.group_size) | {"seconds": time.time() - began}
+        run.log(metrics, scoring.histograms(joined))
     later.close()
     return run, panel
 
@@ -334,106 +335,96 @@ def merge_teachers(s: Settings) -> Run:
 def distil(s: Settings, load=load) -> Run:
     """Multi-teacher on-policy distillation (F Eq. 7-12, Q Eq. 14): learn from the teachers on the student's own states.
 
-    roll out   the student walks its own trajectories: F's SDE, or Q's ODE (--states ode)
-    label      the teacher of the row's task says what it would do in each state (F Eq. 7). With --guidance teacher (Q
-               4.3) only the teachers are guided: the student learns to draw without, in half the forwards
-    learn      the estimator's gradient (F Eq. 9-11, Q Eq. 14) plus lambda MAR (F Eq. 12)
+    The student walks its own trajectories: F's SDE, or Q's ODE (--states ode). With --guidance teacher (Q 4.3) only the
+    teachers are guided: the student learns to draw without guidance, in half the forwards.
     """
     prompts = load.load_prompts(s, "train", s.train_prompts, task_list(s))
     run = load.student_run(s)
-    experts = load.load_teachers(run.model, s)
+    experts = load.load_teachers(run.model, s)  # {task: its teacher}, and "anchor"
     rollout.prepare(run, prompts)
     for step in run.steps("gap"):
         began = time.time()
-        metrics = distil_step(run, rollout.rows_of(run, prompts, step), experts, s.estimator in opd.NEEDS_FUTURE)
+        metrics = distil_step(run, rollout.rows_of(run, prompts, step), experts)
         run.log({**metrics, "grad_norm": run.update(), "seconds": time.time() - began})
     return run
 
 
-def distil_step(run: Run, rows: Sequence[Row], experts: Mapping[str, str], stored: bool) -> dict[str, float]:
-    """Rollout, labels and backward of a step's rows, the mean over rows and trained transitions -> metrics.
-
-    Rows come task by task, so that a micro-batch mostly has one teacher. A full-checkpoint teacher is fetched while
-    the micro-batch before its own computes, and sent away after its last.
-    """
-    parts, stats = micro_batches(rows, run.s.micro_batch), []
-    trained = rollout.trained_steps(run.s, run.generator("subset"))
+def distil_step(run: Run, rows: Sequence[Row], experts: Mapping[str, str]) -> dict[str, float]:
+    """The gradient of one step, the mean over its rows and trained transitions -> metrics."""
+    s, model, stats = run.s, run.model, []
+    trained = rollout.trained_steps(s, run.generator("subset"))  # the n of the transitions that are learnt from
+    weight = 1 / (len(trained) * len(rows))
+    level, window, kernel = rollout.noise_of(s)
+    parts = micro_batches(rows, s.micro_batch)  # task by task, so that a part mostly has one teacher
     needed = [{experts[row.prompt.task] for row in part} for part in parts]
     for i, part in enumerate(parts):
         run.stop_if_asked()
-        run.model.keep(needed[i] | needed[(i + 1) % len(parts)] | {experts.get("anchor", "")})
-        stats += distil_part(run, part, experts, trained, 1 / (len(trained) * len(rows)), stored)
+        # A full-checkpoint teacher is fetched while the part before its own computes, and sent away after its last.
+        model.keep(needed[i] | needed[(i + 1) % len(parts)] | {experts.get("anchor", "")})
+        cond, uncond = rollout.conditions(model, prompts_of(part), settings.teacher_cfg(s))
+        student = rollout.field(model, cond, uncond, settings.student_cfg(s))  # v_theta(x, t, c)
+        teachers = partial(label, run, experts, prompts_of(part), cond, uncond)  # F Eq. 7
+        x, noise = rollout.pure_noise(model, part)
+        walk = sde.rollout(student, x, model.time_grid(s.num_steps), level, kernel, window, noise)  # F Eq. 5-6
+        for at, v, v_anchor in visits(walk, trained, student, teachers, s.estimator):
+            loss_B = opd.ESTIMATORS[s.estimator](at, v)  # F Eq. 9-11, Q Eq. 14
+            found = {"loss": loss_B, "gap": sde.flat_reduce((v - at.v_target).square(), "mean")}
+            if v_anchor is not None:
+                # DEVIATION (F Eq. 12): w(t) is infinite on the ODE's states; MAR has the estimator's weight, there 1.
+                found["mar"] = opd.mar_penalty(v, v_anchor, at.t, at.dt, at.sigma, at.reduce, at.weight)
+                loss_B = loss_B + s.mar * found["mar"]  # F Eq. 12
+            if at.sigma > 0:  # F Eq. 8 in nats, for the log
+                mean, target = (sde.sde_mean(at.x, u, at.t, at.dt, at.sigma) for u in (v, at.v_target))
+                found["kl"] = kl.gaussian_kl(mean, target, at.sigma * at.dt**0.5)
+            (loss_B.sum() * weight).backward()
+            stats.append(shares_of(found, weight))
     return summed(stats)
 
 
-def distil_part(
-    run: Run, rows: Sequence[Row], experts: Mapping[str, str], trained: Sequence[int], weight: float, stored: bool
-) -> list[dict[str, float]]:
-    """One micro-batch: walk the student's trajectories, ask the teachers, backward -> statistics of each transition.
+def visits(
+    walk: Iterator[sde.Transition], trained: Sequence[int], student: Callable, teachers: Callable, estimator: str
+) -> Iterator[tuple[opd.Visit, Tensor, Tensor | None]]:
+    """The trained transitions of a walk: each with its target, the student's v with its gradient, the anchor's v.
 
-    Single pass: the rollout's own forward carries the gradient, and nothing is stored. `stored`: the trajectory is
-    walked first and each trained state is computed again, because a path estimator's credit lies in its future.
+    Single pass: the rollout's own forward carries the gradient, and nothing is stored. A path estimator's credit lies
+    in the future: there the trajectory is walked first, and each trained state is computed again.
     """
-    s, model = run.s, run.model
-    cond, uncond = rollout.conditions(model, prompts_of(rows), settings.teacher_cfg(s))
-    routed = opd.route([row.prompt.task for row in rows], experts)  # F Eq. 7: k = R(c)
-    student = rollout.field(model, cond, uncond, settings.student_cfg(s))  # v_theta(x, t)
-    x, noise = rollout.pure_noise(model, rows)
-    level, window, kernel = rollout.noise_of(s)
-    walk = sde.rollout(student, x, model.time_grid(s.num_steps), level, kernel, window, noise)  # F Eq. 5-6
-    last, stats = max(trained), []  # no picture is needed: the walk ends at the last trained state
-    if not stored:
+    last = max(trained)  # no picture is needed: the walk ends at the last trained state
+    if estimator not in opd.NEEDS_FUTURE:
         for n in range(last + 1):
             with torch.set_grad_enabled(n in trained):  # no graph where nothing is trained
                 tr = next(walk)
             if n in trained:
-                visit, v_anchor = label(run, tr, cond, uncond, routed, experts.get("anchor"))
-                stats.append(learn(s, visit, tr.v, v_anchor, weight))
-        return stats
+                at, v_anchor = teachers(tr)
+                yield at, tr.v, v_anchor
+        return
     with torch.no_grad():
         path = [tr for tr in islice(walk, last + 1) if tr.index in trained]
-    visits, anchors = zip(*(label(run, tr, cond, uncond, routed, experts.get("anchor")) for tr in path), strict=True)
-    credit = opd.futures(s.estimator, visits, [tr.v for tr in path])
-    for visit, v_anchor, future in zip(visits, anchors, credit, strict=True):
-        v = student(visit.x, visit.t)
-        stats.append(learn(s, visit._replace(future=future), v, v_anchor, weight))
-    return stats
+    states, anchors = zip(*map(teachers, path), strict=True)
+    credit = opd.futures(estimator, states, [tr.v for tr in path])
+    for at, v_anchor, future in zip(states, anchors, credit, strict=True):
+        yield at._replace(future=future), student(at.x, at.t), v_anchor
 
 
 def label(
-    run: Run, tr: sde.Transition, cond: flow.Cond, uncond: flow.Cond | None, routed: Mapping[str, Tensor],
-    anchor: str | None,
+    run: Run, experts: Mapping[str, str], prompts: Sequence[data.Prompt], cond: flow.Cond, uncond: flow.Cond | None,
+    tr: sde.Transition,
 ) -> tuple[opd.Visit, Tensor | None]:  # fmt: skip
     """A transition with its teachers' velocity (F Eq. 7), and the anchor's (F Eq. 12), None without MAR."""
     s, model, cfg, v_anchor = run.s, run.model, settings.teacher_cfg(run.s), None
-    if anchor:
-        with model.adapter(anchor):
+    if "anchor" in experts:
+        with model.adapter(experts["anchor"]):
             v_anchor = model.velocity(tr.x, tr.t, cond, uncond, cfg)
 
-    def teacher(name: str, index: Tensor, x: Tensor, t: float) -> Tensor:
-        if name == anchor:  # the anchor has answered for every row
-            return v_anchor[index]
+    def teacher(name: str, rows: Tensor, x: Tensor, t: float) -> Tensor:
+        if name == experts.get("anchor"):  # the anchor has answered for every row
+            return v_anchor[rows]
         with model.adapter(name):
-            return model.velocity(x, t, cond.rows(index), uncond and uncond.rows(index), cfg)
+            return model.velocity(x, t, cond.rows(rows), uncond and uncond.rows(rows), cfg)
 
-    v_target = opd.target_velocity(routed, teacher, tr.x, tr.t)  # F Eq. 7
-    visit = opd.Visit(tr.x, tr.x_next, tr.t, tr.dt, tr.sigma, v_target, reduce=s.log_prob, weight=s.weight)
-    return visit, v_anchor
-
-
-def learn(s: Settings, at: opd.Visit, v: Tensor, v_anchor: Tensor | None, weight: float) -> dict[str, float]:
-    """Backward of one transition, with the student's v at its state: the estimator plus lambda MAR."""
-    loss_B = opd.ESTIMATORS[s.estimator](at, v)  # F Eq. 9-11, Q Eq. 14
-    found = {"loss": loss_B, "gap": sde.flat_reduce((v - at.v_target).square(), "mean")}
-    if v_anchor is not None:
-        # DEVIATION (F Eq. 12): w(t) is infinite on the ODE's states; MAR has the estimator's weight, 1 for Q Eq. 14.
-        found["mar"] = opd.mar_penalty(v, v_anchor, at.t, at.dt, at.sigma, at.reduce, at.weight)
-        loss_B = loss_B + s.mar * found["mar"]  # F Eq. 12
-    if at.sigma > 0:
-        mean, target = (sde.sde_mean(at.x, u, at.t, at.dt, at.sigma) for u in (v, at.v_target))
-        found["kl"] = kl.gaussian_kl(mean, target, at.sigma * at.dt**0.5)  # F Eq. 8 in nats, for the log
-    (loss_B.sum() * weight).backward()
-    return shares_of(found, weight)
+    routed = opd.route([prompt.task for prompt in prompts], experts)  # k = R(c)
+    v_target = opd.target_velocity(routed, teacher, tr.x, tr.t)  # v_k(x_t, t, c), F Eq. 7
+    return opd.Visit(tr.x, tr.x_next, tr.t, tr.dt, tr.sigma, v_target, reduce=s.log_prob, weight=s.weight), v_anchor
 
 
 # ------------------------------------------------------------------------------------------------------ reward model

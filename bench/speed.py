@@ -14,13 +14,13 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch.utils.flop_counter import FlopCounterMode
 
-import opd
 import train
 from bench.runs import parsed, run_job
 from data.files import Prompt
@@ -51,7 +51,8 @@ def passes(rounds: int = 5, warmup: int = 2) -> None:
     experts, rows = load.load_teachers(run.model, s), rollout.rows_of(run, prompts, 0)
 
     def step(stored: bool) -> None:
-        train.distil_step(run, rows, experts, stored)
+        run.s = replace(s, estimator="path" if stored else "analytic")  # a path estimator stores the trajectory
+        train.distil_step(run, rows, experts)
         run.update()
 
     pairs = [[seconds_of(lambda: step(stored)) for stored in (False, True)] for _ in range(warmup + rounds)]  # noqa: B023
@@ -192,7 +193,7 @@ def step(*flags: str, config: dict | None = None, rounds: int = 3) -> dict[str, 
     rows, cuda = rollout.rows_of(run, prompts, 0), device.type == "cuda"
 
     def once() -> None:
-        train.distil_step(run, rows, experts, s.estimator in opd.NEEDS_FUTURE)
+        train.distil_step(run, rows, experts)
         run.update()
         if cuda:
             torch.cuda.synchronize()

@@ -89,7 +89,7 @@ def test_an_interrupted_run_ends_with_the_bits_of_an_uninterrupted_one(go, monke
 
 @pytest.mark.parametrize(
     "stage, owner, part, call, saved",
-    [("opd", train, "distil_part", 7, 2), ("grpo", rollout, "conditions", 7, 2), ("sft", Run, "update", 3, 3)],
+    [("opd", rollout, "conditions", 7, 2), ("grpo", rollout, "conditions", 7, 2), ("sft", Run, "update", 3, 3)],
     ids=["opd", "grpo", "sft"],
 )
 def test_sigterm_within_a_step_ends_in_good_order_and_with_the_same_bits(

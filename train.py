@@ -27,6 +27,7 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -553,8 +554,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         load.asked_of(s)
         if s.dry_run:
             return plan.show(s, LOOPS)
-        if s.wandb:
-            runtime.require_extra("wandb", "wandb", "--wandb")
+        if s.wandb and find_spec("wandb") is None:
+            raise settings.SettingsError("--wandb needs an extra: pip install -e '.[wandb]'")
         run_stage(s, chosen)
         return 0
     except USER_ERRORS as fault:

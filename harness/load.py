@@ -12,18 +12,20 @@
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from types import ModuleType
 
 import torch
+from huggingface_hub import ModelCardData
 
 import settings
 from data import files as data
 from data import preferences
 from data.batches import seed_for
+from data.common import write_atomic
 from data.files import Prompt
 from data.pictures import check_source
 from harness import ranks
-from harness.reward import RewardRun
 from harness.run import Run
 from models import flow, hub, lora, qwen_vl, tiny
 from models import load as models
@@ -188,6 +190,26 @@ def load_teachers(model: flow.FlowModel, s: Settings) -> dict[str, str]:
 
 
 # ------------------------------------------------------------------------------------------------------ reward model
+class RewardRun(Run):
+    """A run that trains a judge instead of a flow: its checkpoints hold a reward model."""
+
+    def export(self, folder: Path) -> None:
+        if self.rank > 0:
+            return
+        with self.exported():
+            vlm_trained.save(self.model, folder, self.s.objective)
+        base = "" if is_tiny(self.s) else hub.hub_id(self.s.model)
+        front = ModelCardData(base_model=base or None, tags=["reward-model"])
+        equation = {"pointwise": 11, "pairwise": 10}[self.s.objective]
+        scores = [f"- {key}: {value:.4g}" for key, value in self.record.last.items() if key.startswith("held_")]
+        lines = [
+            "---", front.to_yaml(), "---", "", "# A reward model", "",
+            f"Objective: {self.s.objective} (Qwen-Image-2.0-RL, Eq. {equation}); {self.step} steps.", "",
+            *(["Agreement with people on held-out prompts:", "", *scores, ""] if scores else []),
+        ]  # fmt: skip
+        write_atomic(folder / "README.md", "\n".join(lines))
+
+
 def reward_run(s: Settings) -> tuple[RewardRun, list, list]:
     """A judge to be trained, the items that it learns from, and those that are held out.
 

@@ -40,8 +40,6 @@ from settings import Settings, SettingsError, is_tiny
 # Every error that the user can correct. A program prints it as one line and ends with exit code 2.
 USER_ERRORS = (SettingsError, DataError, ModelError, RewardError, FloatingPointError)
 
-SMALL = 2 << 30  # bytes of a transformer's weights; --device auto trains no larger one on a CPU
-
 
 # -------------------------------------------------------------------------------------------------- start and end
 def rank_and_world() -> tuple[int, int]:
@@ -65,24 +63,15 @@ def pick_device(s: Settings) -> torch.device:
     if s.device == "cuda" and not found:
         raise SettingsError("--device cuda: this machine has no CUDA device that torch can use")
     if s.device == "cpu" or not found:
-        if s.device == "auto" and not is_tiny(s) and weight(Path(s.model)) > SMALL:
+        if s.device == "auto" and not is_tiny(s) and not Path(s.model).is_dir():
             raise SettingsError(
                 f"no accelerator was found, and {s.model} is too large for a CPU: run "
                 "`python train.py --preset tiny --stage opd` here, or insist with --device cpu"
             )
         return torch.device("cpu")
     if local_world() > found:
-        raise SettingsError(
-            f"{local_world()} ranks on {found} accelerator(s): start torchrun with --nproc_per_node={found}"
-        )
+        raise SettingsError(f"{local_world()} ranks on {found} accelerators: use torchrun --nproc_per_node={found}")
     return torch.device("cuda", local_rank())
-
-
-def weight(model: Path) -> float:
-    """Bytes of a local model's transformer; infinite for a Hub id."""
-    if not model.is_dir():
-        return float("inf")
-    return sum(file.stat().st_size for file in model.glob("transformer/*.safetensors"))
 
 
 def start(s: Settings) -> torch.device:

@@ -48,22 +48,17 @@ class Row(NamedTuple):
         return torch.Generator().manual_seed(self.seed)
 
 
-def tasks_of(s: Settings, prompts: Mapping[str, list[Prompt]], step: int) -> Mapping[str, list[Prompt]]:
-    """The tasks that a step draws from: all of them, or in GRPO-mix (F App. A) the one whose turn it is."""
-    if s.task == "mix" and s.mix == "turns":
-        task = grpo.mix_schedule(step, {task: MIX.get(task, 1) for task in prompts})
-        return {task: prompts[task]}
-    return prompts
-
-
 def batch(run: Run, prompts: Mapping[str, list[Prompt]], step: int) -> Iterator[tuple[Prompt, str, int]]:
     """The prompts of a step for this rank, shared evenly among the tasks; the first tasks take what is left.
 
     Yields (prompt, task, place), place being the prompt's number within its task's global batch of the step.
     """
-    s, tasks = run.s, tasks_of(run.s, prompts, step)
-    for i, (task, some) in enumerate(tasks.items()):
-        size = len(range(i, s.prompts_per_step, len(tasks)))
+    s = run.s
+    if s.task == "mix" and s.mix == "turns":  # GRPO-mix (F App. A): the task whose turn it is
+        task = grpo.mix_schedule(step, {task: MIX.get(task, 1) for task in prompts})
+        prompts = {task: prompts[task]}
+    for i, (task, some) in enumerate(prompts.items()):
+        size = len(range(i, s.prompts_per_step, len(prompts)))
         if size:
             mine = prompt_batch(some, size, seed_for(s.seed, task), step, run.rank, run.world)
             for j, prompt in enumerate(mine):

@@ -19,7 +19,6 @@ import signal
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +34,7 @@ from harness.ranks import any_rank, average_numbers, rank_and_world, wait
 from harness.weights import Weights
 from models.flow import FlowModel
 from models.lora import LoraConfig, save_adapter
-from settings import Settings, SettingsError
+from settings import Settings
 
 
 class Stopped(Exception):
@@ -187,7 +186,11 @@ class Record:
             from torch.utils.tensorboard import SummaryWriter  # half a second, paid only by runs that log
 
             self.board = SummaryWriter(self.folder)
-            self.wandb = start_wandb(self.s, self.folder) if self.s.wandb else None
+            if self.s.wandb:  # a run that is continued goes on there too
+                import wandb
+
+                more = {"id": str(seed_for(str(self.folder.absolute()))), "resume": "allow", "dir": self.folder}
+                self.wandb = wandb.init(project="minopd", name=self.s.name, config=asdict(self.s), **more)
         for key, value in metrics.items():
             self.board.add_scalar(key, value, step)
         for key, values in histograms.items():
@@ -211,17 +214,3 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
     file = folder / "metrics.jsonl"
     lines = file.read_text().splitlines() if file.exists() else []
     return [json.loads(line) for line in lines if line.endswith("}")]
-
-
-def start_wandb(s: Settings, folder: Path):
-    """The run's mirror on Weights & Biases; a run that is continued goes on there too."""
-    import wandb
-
-    identity = str(seed_for(str(folder.absolute())))
-    return wandb.init(project="minopd", name=s.name, id=identity, resume="allow", config=asdict(s), dir=folder)
-
-
-def require_extra(module: str, extra: str, flag: str) -> None:
-    """SettingsError, before anything is loaded, if an optional dependency is asked for and not installed."""
-    if find_spec(module) is None:
-        raise SettingsError(f"{flag} needs the extra {extra!r}: pip install -e '.[{extra}]'")

@@ -130,6 +130,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
         (0, {"device": "cuda", "preset": "tiny"}, "--device cuda"),
         (1, {"device": "cuda", "preset": "tiny"}, CUDA),
         (0, {"preset": "tiny"}, CPU),
+        (0, {"model": "."}, CPU),  # a folder: its owner knows what it is
         (2, {"preset": "tiny"}, CUDA),
     ],
 )
@@ -141,18 +142,6 @@ def test_the_device_is_what_was_asked_for_or_what_is_there(accelerators, count, 
     else:
         with pytest.raises(SettingsError, match=expected):
             ranks.pick_device(s)
-
-
-def test_a_model_that_a_cpu_can_train_is_let_through(tmp_path, monkeypatch):
-    s = cli.resolve({"model": str(tmp_path)})
-    (tmp_path / "transformer").mkdir()
-    for part in (1, 2):
-        (tmp_path / f"transformer/diffusion_pytorch_model-{part}.safetensors").write_bytes(b"12345")
-    monkeypatch.setattr(ranks, "SMALL", 10)
-    assert ranks.pick_device(s) == CPU
-    monkeypatch.setattr(ranks, "SMALL", 9)
-    with pytest.raises(SettingsError, match="too large"):
-        ranks.pick_device(s)
 
 
 def test_each_rank_takes_the_accelerator_of_its_number_and_too_many_ranks_are_refused(accelerators, monkeypatch):

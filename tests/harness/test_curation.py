@@ -91,12 +91,6 @@ def test_the_verdict_by_hand(scores, threshold, middle, said):
     assert C.verdict(scores, threshold, middle) == said and said in C.REASONS
 
 
-def test_what_the_report_counts_by():
-    assert C.category(prompt("a", "composition", tag="colors", category="mine")) == "mine"
-    assert C.category(prompt("a", "composition", tag="colors")) == "colors"
-    assert C.category(prompt("a", "composition", category="", tag="")) == "composition"
-
-
 # ------------------------------------------------------------------------------------------------------ the files
 def test_what_is_kept_loads_again_with_its_words_order_and_metadata(tmp_path):
     prompts = {task: tiny.make_prompts(task, "train", 7) for task in tiny.TASKS}
@@ -181,9 +175,3 @@ def test_a_source_in_the_line_itself_is_kept_and_not_written_again_with_its_rang
         assert after.text == before.text
         assert after.metadata == json.loads(json.dumps(before.metadata)), "boxes are lists in JSON"
         np.testing.assert_array_equal(source_image(after), source_image(before))
-
-
-def test_categories_outlive_the_curation(tmp_path):
-    some = [prompt("a nurse", "t2i", category="portrait"), prompt("a fox", "t2i")]
-    C.write(tmp_path, {"t2i": some}, known(some, [MIXED] * 2), 0.5)
-    assert [p.metadata.get("category") for p in curated(tmp_path, "t2i")] == ["portrait", None]

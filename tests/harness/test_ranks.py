@@ -9,8 +9,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
-from torch.distributed.checkpoint.api import CheckpointException
 
 from harness import cli, ranks
 from settings import SettingsError
@@ -85,35 +83,6 @@ def test_ranks_that_have_a_number_share_its_float64_mean_and_nan_stays_if_nobody
     peers([first], [second])
     found = ranks.average_numbers({"a": 4.0, "b": 0.1, "c": math.nan, "d": 0.0, "e": math.nan})
     assert found == pytest.approx({"a": 4.0, "b": 2.4, "c": 7.0, "d": -1.5, "e": math.nan}, nan_ok=True, abs=1e-14)
-
-
-@pytest.mark.parametrize("mine, theirs", [(False, False), (False, True), (True, False), (True, True)])
-def test_what_is_so_on_any_rank_is_known_to_all(monkeypatch, mine, theirs):
-    assert ranks.any_rank(mine) is mine, "one process asks itself"
-
-    def all_reduce(flag, operation):
-        flag.fill_(operation(flag.item(), float(theirs)))
-
-    fake = SimpleNamespace(is_initialized=lambda: True, ReduceOp=SimpleNamespace(MAX=max), all_reduce=all_reduce)
-    monkeypatch.setattr(ranks, "dist", fake)
-    assert ranks.any_rank(mine) is (mine or theirs)
-
-
-def test_one_process_averages_with_nobody_and_shards_nothing():
-    vector, model = torch.tensor([1.0, 2.0]), SimpleNamespace(transformer=nn.Linear(2, 3))
-    before = dict(model.transformer.named_parameters())
-    ranks.average([vector])
-    ranks.wait()
-    ranks.shard(model, cli.resolve({"parallel": "fsdp", "parameters": "full"}))
-    assert vector.tolist() == [1.0, 2.0] and ranks.average_numbers({"a": 0.1}) == {"a": 0.1}
-    assert all(p is before[n] and ranks.own(p) is p for n, p in model.transformer.named_parameters())
-    assert ranks.rank_and_world() == (0, 1) and (ranks.local_rank(), ranks.local_world()) == (0, 1)
-
-
-def test_what_torchrun_says_of_a_process_is_read_from_the_environment(monkeypatch):
-    for name, value in (("RANK", "5"), ("WORLD_SIZE", "6"), ("LOCAL_RANK", "1"), ("LOCAL_WORLD_SIZE", "2")):
-        monkeypatch.setenv(name, value)
-    assert ranks.rank_and_world() == (5, 6) and (ranks.local_rank(), ranks.local_world()) == (1, 2)
 
 
 # --------------------------------------------------------------------------------------------------------- devices
@@ -230,10 +199,3 @@ def test_after_an_error_the_group_is_left_without_waiting_and_after_success_it_i
     assert leave(lambda: 0) == ("sys", 0) and not group.alive
     monkeypatch.setattr(ranks.threading, "active_count", lambda: 2)
     assert leave(lambda: 0) == ("os", 0), "a thread that waits for a far scorer is not waited for"
-
-
-def test_reason_is_the_innermost_first_line():
-    assert ranks.reason(ValueError("\n  \nfirst\nsecond")) == "first"
-    assert ranks.reason(KeyError()) == "KeyError", "an empty message still says what it was"
-    wrapped = CheckpointException("all ranks failed", {1: (OSError("no space left\nhint"), [])})
-    assert str(wrapped).startswith("CheckpointException ranks:") and ranks.reason(wrapped) == "no space left"

@@ -82,16 +82,6 @@ def test_a_long_caption_is_cut_and_the_score_in_its_last_line_stays(tmp_path, wr
     assert max(len(line) for line in first) <= edge // 6 + 4, "as wide as its picture"
 
 
-def test_samples_are_the_first_pictures_with_their_prompts_and_scores(tmp_path, written):
-    prompts = prompts_of(5, "text") | prompts_of(5, "quality")
-    images = torch.rand(5, 3, 24, 24, generator=torch.Generator().manual_seed(0))
-    result = {"images": {"text": (images, [0.125, 1.0, 0.5, 0.0, 0.0]), "quality": (images, [])}}
-    report.save_samples(tmp_path, "final", result, prompts, count=2)
-    assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == ["final-quality.png", "final-text.png"]
-    captions = [lines for *_, lines in written]
-    assert captions == [["text 0", "0.12"], ["text 1", "1.00"], ["quality 0"], ["quality 1"]], "a score if there is one"
-
-
 def test_each_source_stands_before_what_was_made_of_it_whole_and_undistorted(tmp_path, written):
     results = torch.arange(1, 4)[:, None, None, None].expand(3, 3, 128, 128) / 4
     wide = torch.zeros(3, 100, 400)
@@ -108,17 +98,6 @@ def test_each_source_stands_before_what_was_made_of_it_whole_and_undistorted(tmp
     result["sources"]["edit"] = [wide]
     with pytest.raises(ValueError, match="zip"):
         report.save_samples(tmp_path, "s", result, prompts_of(3, "edit"))
-
-
-def test_curves_are_drawn_from_two_steps_on(tmp_path):
-    (tmp_path / "samples").mkdir()
-    assert report.plot_metrics(tmp_path) == []
-    lines = [json.dumps({"step": s, "seconds": 1.0, "loss": 1 / s, "reward": s}) + "\n" for s in (1, 2)]
-    (tmp_path / "metrics.jsonl").write_text(lines[0])
-    assert report.plot_metrics(tmp_path) == []
-    (tmp_path / "metrics.jsonl").write_text("".join(lines))
-    assert report.plot_metrics(tmp_path) == [tmp_path / "samples/curves.png"]
-    assert sheet(tmp_path / "samples/curves.png").size == (1080, 234)
 
 
 # ---------------------------------------------------------------------------------------------- tables and reports

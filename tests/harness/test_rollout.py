@@ -160,7 +160,7 @@ def test_the_noise_of_a_row_is_named_by_what_it_is_for_and_by_nothing_else():
                          ids=["opd", "path", "guided", "grpo"])  # fmt: skip
 def test_micro_batches_change_neither_the_noise_nor_the_gradient(go, spy, updates, world, flags):
     walked, found = spy(rollout.sde, "rollout"), []
-    for size in (0, 1, 4, 6):
+    for size in (0, 1, 4):
         folder = go(f"of{size}", *flags, "--micro-batch", str(size), "--init", str(world.teachers["text"]))
         starts = torch.cat([call.args[1] for call in walked])
         assert len(walked) == -(-6 // (size or 6))
@@ -202,7 +202,7 @@ def test_the_noise_of_a_picture_depends_on_the_seed_and_its_row_alone(model, pro
     assert not torch.allclose(rollout.draw(model, some, 2, 0, 4, 1.0), drawn, atol=1e-2)
 
 
-@pytest.mark.parametrize("count, size", [(5, 2), (4, 2), (5, 3), (2, 3), (1, 2)])
+@pytest.mark.parametrize("count, size", [(5, 2), (2, 3)])
 def test_ranks_share_the_rows_and_every_one_gets_what_one_alone_draws(model, prompts, monkeypatch, count, size):
     some = prompts["text"][:count]
     alone = rollout.draw(model, some, 2, 0, 3, 1.0)

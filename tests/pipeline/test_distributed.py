@@ -127,9 +127,28 @@ REWARD += "--precision float32 --threads 1 --device cpu --save-every 2".split()
 CURATE = ["curate", *"--tasks text --threshold 0.0045 --prompts-per-step 2 --rewards jpeg=1".split()]
 
 
+# World and name -> stage and flags. On two ranks each has half the prompts of a step.
+QUICK = "--steps 2 --eval-prompts 0 --lr 1e-3".split()
+JPEG = ["--rewards", "jpeg=1"]
+QWEN = {
+    "tiny-nft": ["nft", *QUICK, "--task", "mix", "--beta", "0.1"],
+    "tiny-opd": ["opd", *QUICK, "--micro-batch", "3"],
+    "real-grpo": ["grpo", *QUICK, *JPEG, "--task", "mix", "--guidance", "both"],
+    "real-full": ["nft", *QUICK, *JPEG, "--task", "edit", "--parameters", "full", "--parallel", "fsdp"],
+    "real-sft": ["sft", *QUICK, *JPEG, "--eval-prompts", "1"],
+}
+
+
+def qwen_job(world2, qwen, out, name, ranks):
+    base, stage = world2 if name.startswith("tiny") else qwen, QWEN[name][0]
+    steps = ["--prompts-per-step", "2" if ranks == 2 else "4"] if stage in ("nft", "opd", "grpo") else []
+    more = ["--parallel", "ddp"] if ranks == 1 and name == "real-full" else []
+    return job(base, out, f"{name}-{ranks}", *QWEN[name], *steps, *more)
+
+
 @pytest.fixture(scope="module")
-def pair(sd35, tmp_path_factory):
-    """Every two-rank run on SD3.5 that the tests below look at, made in one go; the folder that holds the runs."""
+def pair(sd35, world2, qwen, tmp_path_factory):
+    """Every two-rank run that the tests below look at, made in one go; the folder that holds the runs."""
     out = tmp_path_factory.mktemp("pair")
     jobs = [
         job(sd35, out, "opd-2", *OPD, *HALF),
@@ -144,6 +163,7 @@ def pair(sd35, tmp_path_factory):
     ]
     marks = ["--data", str(write_marks(out) / "pairwise.jsonl"), "--model", str(build_vlm(out / "vlm"))]
     jobs.append([*REWARD, *marks, "--out", str(out), "--name", "reward-2", "--batch-size", "4"])
+    jobs += [qwen_job(world2, qwen, out, name, 2) for name in QWEN]
     jobs = [{"argv": argv} for argv in jobs]
     jobs.append({"argv": job(sd35, out, "told", *OPD, *HALF), "told": 0})
     torn = job(sd35, out, "torn", *GRPO, "--prompts-per-step", "1")
@@ -239,92 +259,22 @@ def test_the_cold_starts_run_on_two_ranks(pair):
 
 
 # ------------------------------------------------------------------------------------ Q's two tasks on two ranks
-# World and name -> stage and flags. On two ranks each has half the prompts of a step.
-QUICK = "--steps 2 --eval-prompts 0 --lr 1e-3".split()
-JPEG = ["--rewards", "jpeg=1"]
-QWEN = {
-    "tiny-nft": ["nft", *QUICK, "--task", "mix", "--beta", "0.1"],
-    "tiny-opd": ["opd", *QUICK, "--micro-batch", "3"],
-    "tiny-sft": ["sft", *QUICK],
-    "tiny-curate": "curate --threshold 0 --train-prompts 4 --prompts-per-step 2".split(),
-    "real-grpo": ["grpo", *QUICK, *JPEG, "--task", "mix", "--guidance", "both"],
-    "real-opd": ["opd", *QUICK],
-    "real-full": ["nft", *QUICK, *JPEG, "--task", "edit", "--parameters", "full", "--parallel", "fsdp"],
-    "real-sft": ["sft", *QUICK, *JPEG, "--eval-prompts", "1"],
-}
-
-
-@pytest.fixture(scope="module")
-def pair2(world2, qwen, tmp_path_factory):
-    """run(NAME, 1): one rank's run, made now. Those of two ranks are made in one go; each is a folder."""
-    out = tmp_path_factory.mktemp("pair2")
-
-    def argv(name, ranks):
-        base, stage = world2 if name.startswith("tiny") else qwen, QWEN[name][0]
-        steps = ["--prompts-per-step", "2" if ranks == 2 else "4"] if stage in ("nft", "opd", "grpo") else []
-        more = ["--parallel", "ddp"] if ranks == 1 and name == "real-full" else []
-        return job(base, out, f"{name}-{ranks}", *QWEN[name], *steps, *more)
-
-    def run(name, ranks):
-        if ranks == 1:
-            alone(argv(name, 1))
-        return out / f"{name}-{ranks}"
-
-    work(out, [{"argv": argv(name, 2)} for name in QWEN])
-    return run
-
-
-@pytest.mark.parametrize("name", ["tiny-nft", "tiny-opd", "real-grpo", "real-opd", "real-full"])
-def test_two_ranks_learn_both_of_qs_tasks_as_one_rank_does(pair2, name):
-    one, two = pair2(name, 1), pair2(name, 2)
+@pytest.mark.parametrize("name", ["tiny-nft", "tiny-opd", "real-grpo", "real-full"])
+def test_two_ranks_learn_both_of_qs_tasks_as_one_rank_does(world2, qwen, pair, name):
+    alone(qwen_job(world2, qwen, pair, name, 1))
+    one, two = pair / f"{name}-1", pair / f"{name}-2"
     inner = [WHOLE] if name == "real-full" else []
     assert furthest(tensors(one, *inner), tensors(two, *inner)) < 1e-5
     assert alike(two, one, "grad_norm", *{"tiny-nft": ("loss", "moved", "distance", "reward")}.get(name, ()))
 
 
-def test_two_ranks_draw_and_keep_edits_as_one_does(pair2):
-    one, two = (sorted((pair2("tiny-curate", n) / "prompts").rglob("*.*")) for n in (1, 2))
-    assert [file.read_text() for file in one] == [file.read_text() for file in two] and len(one) == 2
-    assert len(lines(pair2("tiny-sft", 2), "loss")) == 2
-
-
-def test_two_ranks_draw_qwens_edits_and_one_of_them_scores(pair2):
-    run = pair2("real-sft", 2)
+def test_two_ranks_draw_qwens_edits_and_one_of_them_scores(pair):
+    run = pair / "real-sft-2"
     scores = json.loads((run / "results.json").read_text())[run.name]["scores"]
     assert set(scores) == {"t2i jpeg", "edit jpeg"} and len(lines(run, "loss")) == 2
 
 
 # --------------------------------------------------------------------------------------------------- the command line
-def test_two_torchrun_agents_are_two_nodes_and_draw_their_pictures(sd35, tmp_path):
-    argv = job(sd35, tmp_path, "nodes", *FULL, *HALF, "--parallel", "hsdp", "--steps", "1", "--eval-prompts", "3")
-    meeting = ["--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{20000 + os.getpid() % 20000}", "--rdzv_id=7"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", *meeting]
-    agents = [
-        subprocess.Popen([*command, "train.py", *argv], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
-                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for _ in range(2)
-    ]  # fmt: skip
-    outputs = [agent.communicate(timeout=240)[0] for agent in agents]
-    assert [agent.returncode for agent in agents] == [0, 0], outputs
-    assert sum(output.count("  checkpoint ") for output in outputs) == 1, "one rank prints"
-    assert {p.name for p in (tmp_path / "nodes" / "samples").glob("final-*.png")} == {
-        f"final-{task}.png" for task in ("composition", "text", "quality")
-    }
-
-
-def test_the_default_line_ends_with_one_sentence_where_there_is_no_accelerator(tmp_path):
-    import torch
-
-    if torch.cuda.is_available():
-        pytest.skip("this machine has one")
-    home = tmp_path / "hub"
-    done = subprocess.run(
-        [sys.executable, "train.py", "--stage", "opd", "--out", str(tmp_path)], cwd=ROOT, capture_output=True,
-        text=True, env={**os.environ, "HF_HOME": str(home)}, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.count("\n") == 1 and "--preset tiny" in done.stderr
-    assert list(tmp_path.iterdir()) == [], "nothing was fetched, and nothing written"
 
 
 FAULTY = """

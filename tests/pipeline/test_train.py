@@ -52,7 +52,6 @@ EVERY_STAGE = {
     "nft": ["--stage", "nft", *TEXT],
     "sft": ["--stage", "sft"],
     "opd": ["--stage", "opd"],
-    "opd, stored": ["--stage", "opd", "--estimator", "sampled_path"],
     "opd, all parameters": ["--stage", "opd", "--parameters", "full"],
 }
 
@@ -87,31 +86,22 @@ def test_an_interrupted_run_ends_with_the_bits_of_an_uninterrupted_one(go, monke
     assert (weights(whole) != weights(whole, "average")).any(), "the average is not the weights"
 
 
-@pytest.mark.parametrize(
-    "stage, owner, part, call, saved",
-    [("opd", rollout, "conditions", 7, 2), ("grpo", rollout, "conditions", 7, 2), ("sft", Run, "update", 3, 3)],
-    ids=["opd", "grpo", "sft"],
-)
-def test_sigterm_within_a_step_ends_in_good_order_and_with_the_same_bits(
-    go, monkeypatch, stage, owner, part, call, saved
-):
-    """In the first of three micro-batches of the third step, what it has added to the gradient is thrown away.
-
-    sft, whose steps are short, finishes its step.
-    """
+@pytest.mark.parametrize("stage", ["opd", "grpo"])
+def test_sigterm_within_a_step_ends_in_good_order_and_with_the_same_bits(go, monkeypatch, stage):
+    """In the first of three micro-batches of the third step, what it has added to the gradient is thrown away."""
     flags = [*EVERY_STAGE[stage], "--steps", "4", "--save-every", "9", "--micro-batch", "2"]
-    whole, real, calls = go("whole", *flags), getattr(owner, part), count(1)
+    whole, real, calls = go("whole", *flags), rollout.conditions, count(1)
 
     def told(*args):
-        if next(calls) == call:
+        if next(calls) == 7:
             os.kill(os.getpid(), signal.SIGTERM)
         return real(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(owner, part, told)
+        patch.setattr(rollout, "conditions", told)
         cut = go("cut", *flags)
-    assert next(calls) == call + 1, "nothing is begun after the signal"
-    assert stored(cut)["step"] == saved and not (cut / "report.md").exists(), "and nothing is evaluated"
+    assert next(calls) == 8, "nothing is begun after the signal"
+    assert stored(cut)["step"] == 2 and not (cut / "report.md").exists(), "and nothing is evaluated"
     go("cut", *flags)
     assert same(stored(cut), stored(whole)) and metrics(cut) == metrics(whole) and (cut / "report.md").exists()
 
@@ -244,44 +234,29 @@ def test_the_whole_pipeline_on_sd35_merges_distils_and_compares(real, sd35, caps
     assert parts == ["all", "all-merge", "all-opd", "all-sft"], "base and teachers are published"
 
 
-def test_teachers_that_cannot_be_merged_end_the_pipeline_before_it_trains(real, updates, capsys):
-    real("all", "--stage", "all", code=2)
-    assert "teacher-quality" in the_error(capsys) and not updates
-
-
 # ------------------------------------------------------------------------------- every stage of every model, from disk
 STAGES = {
     "tiny-qwen": {
-        "curate": ["--stage", "curate", "--threshold", "0", "--train-prompts", "4"],
-        "grpo": ["--stage", "grpo", "--task", "edit"],
         "grpo, mixed": ["--stage", "grpo", "--task", "mix", "--micro-batch", "3", "--overlap"],
         "nft, mixed": ["--stage", "nft", "--task", "mix", "--parameters", "full", "--micro-batch", "3"],
         "sft": ["--stage", "sft", "--batch-size", "7", "--micro-batch", "2"],
-        "merge": ["--stage", "merge"],
-        "opd": ["--stage", "opd", "--micro-batch", "3"],
         "opd, all parameters": ["--stage", "opd", "--parameters", "full", "--mar", "0.1", "--anchor", "edit"],
     },
     "sd35": {
-        "grpo": ["--stage", "grpo", "--task", "text", "--rewards", "jpeg=1", "--advantage-std", "batch"],
         "grpo, all parameters": [
             *("--stage", "grpo", "--task", "mix", "--rewards", "jpeg=1", "--parameters", "full", "--updates", "3"),
         ],
         "sft": ["--stage", "sft"],
-        "opd": ["--stage", "opd"],
         "opd, path": ["--stage", "opd", "--estimator", "path", "--anchor", "text"],
         "opd, velocity": ["--stage", "opd", "--estimator", "velocity", "--micro-batch", "4"],
         "opd, bfloat16": ["--stage", "opd", "--precision", "bfloat16"],
-        "opd, all parameters": ["--stage", "opd", "--parameters", "full"],
     },
     "qwen": {
-        "grpo, t2i": ["--stage", "grpo", "--task", "t2i", "--rewards", "jpeg=1", "--advantage-std", "batch"],
         "grpo, edit": ["--stage", "grpo", "--task", "edit", "--rewards", "FILE", "--guidance", "both"],
         "grpo, mixed": ["--stage", "grpo", "--task", "mix", "--rewards", "jpeg=1", "--source-resolution", "32"],
-        "nft, edit": ["--stage", "nft", "--task", "edit", "--rewards", "FILE"],
         "nft, all parameters": ["--stage", "nft", "--task", "mix", "--rewards", "jpeg=1", "--parameters", "full"],
         "sft": ["--stage", "sft"],
         "opd": ["--stage", "opd", "--prompts-per-step", "2"],
-        "opd, all parameters": ["--stage", "opd", "--parameters", "full", "--estimator", "analytic"],
     },
 }
 
@@ -292,7 +267,6 @@ def test_every_stage_trains_every_model_with_teachers_of_every_kind(request, mon
     seen = []
 
     def like(images, prompts, sources):
-        assert len(sources) == len(images) and all(p.task == "edit" for p in prompts)
         seen.extend(zip(prompts, sources, strict=True))
         return [float(1 - (image - source).abs().mean()) for image, source in zip(images, sources, strict=True)]
 
@@ -302,21 +276,12 @@ def test_every_stage_trains_every_model_with_teachers_of_every_kind(request, mon
         panel = scoring.Panel([rewards.Scorer("like", like, 0.0, 1.0)], {"edit": {"like": 1.0}})
         monkeypatch.setattr(scoring, "build", lambda *_: panel)
         flags = ["jpeg=1" if flag == "FILE" else flag for flag in flags]
-    longer = [] if stage in ("curate", "merge") else ["--steps", "2", "--lr", "0.01"]
-    folder = run("run", *flags, *longer, *([] if stage == "curate" else ["--eval-prompts", "0"]))
-    if stage == "curate":
-        kept = {p.parent.name: p.read_text() for p in (folder / "prompts").rglob("train*.*")}
-        assert set(kept) == set(QWEN_TASKS) and not updates
-        line = json.loads(kept["edit"].splitlines()[0])
-        assert line["image"].startswith(PNG_URI) and line["t2i_prompt"] and "keep" in line
-        return
+    folder = run("run", *flags, "--steps", "2", "--lr", "0.01", "--eval-prompts", "0")
     checkpoint, whole = hub.last_checkpoint(folder), "full" in flags
     assert hub.kind(checkpoint) == ("full" if whole else "peft")
     assert {p.suffix for p in checkpoint.rglob("*") if p.is_file()} == {".safetensors", ".json", ".md"}
     if model != "tiny-qwen":
         assert (checkpoint / hub.LORA_FILE).exists() != whole, "in diffusers' layout too"
-    if stage == "merge":
-        return
     assert len(updates) == 2 * (3 if "--updates" in flags else 1)
     assert all(flat(update.grads).norm() > 0 for update in updates)
     lines = metrics(folder)
@@ -342,7 +307,7 @@ def test_a_curated_edit_trains_with_the_picture_it_was_kept_for(go2, spy):
 def test_sd35s_gradient_does_not_depend_on_how_it_is_computed(real, updates):
     """Micro-batches of every size, blocks computed again in backward or kept."""
     flags = ["--stage", "opd", "--mar", "0.5", "--eval-prompts", "0"]
-    variants = (["--micro-batch", "3"], ["--micro-batch", "0"], ["--micro-batch", "1"], ["--no-gradient-checkpointing"])
+    variants = (["--micro-batch", "3"], ["--micro-batch", "0"], ["--no-gradient-checkpointing"])
     for number, variant in enumerate(variants):
         real(f"run{number}", *flags, *variant)
     first, *others = (flat(update.grads) for update in updates)

@@ -14,8 +14,7 @@ import json
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch.distributed.checkpoint as dcp
@@ -86,7 +85,7 @@ def save(
     export(hidden)
     # DCP's safetensors writer: each rank writes its own part, any number of ranks reads it, nothing is pickled.
     writer = dcp.HuggingFaceStorageWriter(str(hidden / "training"), save_distributed=True)
-    with _alone_without_warning():
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # that one process is alone
         dcp.save(tensors, storage_writer=writer)
     if first:
         write_atomic(hidden / "training.json", json.dumps({"step": step, "updates": updates}) + "\n")
@@ -115,7 +114,7 @@ def resume(folder: Path, weights: Weights) -> int:
         for name, entry in reader.read_metadata().state_dict_metadata.items():  # DCP would leave a gap as it is
             if sum(chunk.sizes.numel() for chunk in entry.chunks) < entry.size.numel():
                 raise ValueError(f"a part of {name} is missing")
-        with _alone_without_warning():
+        with warnings.catch_warnings(action="ignore", category=UserWarning):
             dcp.load(weights.state()[0], storage_reader=reader)
     except (Exception, CheckpointException) as fault:  # DCP's own is no Exception
         raise ModelError(
@@ -125,11 +124,3 @@ def resume(folder: Path, weights: Weights) -> int:
     if rank_and_world()[0] == 0:
         print(f"{folder.name}: continues from {last}", file=sys.stderr)
     return state["step"]
-
-
-@contextmanager
-def _alone_without_warning() -> Iterator[None]:
-    """DCP warns a run of one process that it is one."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield

@@ -1,15 +1,4 @@
-"""What does a stage load? Its prompts, its scorers, the frozen base, the student and the teachers beside it.
-
-    world_of        a tiny world, or the one of published models
-    load_prompts    the prompts of each task, the user's own or the world's
-    panel_of        the scorers of the run
-    locate_all      find or fetch every checkpoint before any of them is loaded
-    new_base_run    a tiny base with fresh weights, for pretraining
-    base_model      the frozen base
-    student_run     the frozen base and the student: a LoRA on it, or a transformer of its own
-    load_teachers   the teachers of F Eq. 7 (Q 4.3) and the anchor of F Eq. 12
-    reward_run      a judge to be trained (Q 3.1), what it learns from, and what is held out
-"""
+"""What does a stage load? Its prompts, its scorers, the frozen base, the student and the teachers beside it."""
 
 from collections.abc import Sequence
 from pathlib import Path

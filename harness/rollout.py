@@ -1,12 +1,5 @@
 """What is drawn at a step: which prompts, from which noise, with how much guidance?
 
-    rows_of         the trajectories of a step, each a prompt and a seed: a function of (seed, step, place in the batch)
-    micro_batches   the rows in parts that go through the model together
-    conditions      what the model is told: the prompts, their source pictures, and the empty prompt for guidance
-    trained_steps   which transitions are trained (Q 4.2)
-    roll_out        the trajectories of a policy that is trained on them (F Eq. 5-6)
-    draw            plain ODE samples (Q Eq. 3)
-
 A row's noise belongs to the row, whatever the micro-batch and the number of ranks. Rows lie task by task and group by
 group. No micro-batch has both edits and prompts without a source picture: their token sequences differ in length.
 Rollout, objective and teachers each have a guidance scale (Q 4.1, 4.3): `settings.student_cfg`, `trained_cfg`,

@@ -87,7 +87,7 @@ class Run:
         return self.weights.update(self.step)
 
     def log(self, metrics: dict[str, float], histograms: Mapping[str, np.ndarray] | None = None) -> dict[str, float]:
-        """Record this step's metrics -> their means over ranks. Histograms are rank 0's.
+        """Record this step's metrics -> their means over ranks. The histograms are those of rank 0.
 
         A number that is nan everywhere, such as a reward that was not asked for, is left out.
         """

@@ -174,21 +174,6 @@ def test_one_process_leaves_with_its_code_or_its_traceback(leave):
         leave(raises(ZeroDivisionError()))
 
 
-def test_a_rank_that_fails_leaves_at_once_and_says_whose_fault_it_was(leave, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
-    assert leave(raises(ZeroDivisionError("by zero\nand more"))) == ("os", 1)
-    err = capsys.readouterr().err
-    assert "Traceback" in err and err.endswith("rank 1 failed: by zero\n")
-    assert "ZeroDivisionError" in json.loads((tmp_path / "error.json").read_text())["message"]["message"]
-    # Not this rank's fault: no stack that hides the other's.
-    lost = RuntimeError("[../gloo/transport/tcp/pair.cc:547] Connection closed by peer [node-1]:1\nmore")
-    assert leave(raises(lost)) == ("os", 1)
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1 and err.startswith("rank 1: lost the other ranks (")
-
-
 def test_after_an_error_the_group_is_left_without_waiting_and_after_success_it_is_dissolved(leave, monkeypatch):
     group = SimpleNamespace(alive=True)
     fake = SimpleNamespace(

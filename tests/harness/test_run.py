@@ -31,7 +31,7 @@ from models.experts import STUDENT
 from models.lora import lora_config
 from models.tiny import new_tiny
 from settings import SettingsError
-from tests.helpers.runs import same, stored
+from tests.helpers.runs import metrics, same, stored
 
 START = {"vector": [1.0, -2.0], "matrix": [[3.0, 0.5, -1.0]]}
 GRADS = [  # three steps; the norm of the second is 13 and of the third 0.13: one is clipped at 1, one is not
@@ -92,10 +92,6 @@ def train(run):
 def flat(tensors):
     """{"vector": ..., "matrix": ...} as one array, the vector first."""
     return torch.cat([torch.as_tensor(tensors[name]).detach().flatten() for name in START]).double().numpy()
-
-
-def metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def checkpoints(run):

@@ -59,25 +59,6 @@ def test_the_gradient_of_opd_is_eq_9_plus_lambda_eq_12_by_autograd(go, spy, visi
     assert close(flat(updates[0].grads), expected, 1e-4 * expected.abs().max())
 
 
-@pytest.mark.parametrize("flags", [[], ["--cfg", "2"], ["--estimator", "path"], ["--parameters", "full"]],
-                         ids=["plain", "guided", "stored", "all parameters"])  # fmt: skip
-def test_each_row_is_labelled_by_the_teacher_of_its_task_and_all_by_the_anchor(go, spy, visits, world, flags):
-    drawn = spy(rollout, "rows_of")
-    go("run", "--anchor", "text", *flags)
-    rows, cfg = [row.prompt for row in drawn[0].result], 2.0 if "--cfg" in flags else 1.0
-    assert [p.task for p in rows] == ["composition"] * 2 + ["text"] * 2 + ["quality"] * 2
-    asked = visits()
-    for task, folder in world.teachers.items():
-        teacher = with_adapter(world, folder)
-        mine = [i for i, p in enumerate(rows) if p.task == task]
-        cond, uncond = rollout.conditions(teacher, rows, cfg)
-        for at, _, v_anchor in asked:
-            with torch.no_grad():
-                v = teacher.velocity(at.x, at.t, cond, uncond, cfg)
-            assert close(at.v_target[mine], v[mine], 1e-4)
-            assert close(v_anchor, v, 1e-4) == (task == "text")
-
-
 def test_one_pass_and_a_stored_trajectory_give_one_gradient(go, updates, monkeypatch):
     """The same forward at the same states; only the moment of backward differs."""
     runs = []

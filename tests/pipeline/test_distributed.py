@@ -13,9 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from settings import FIELDS
 from tests.helpers.qwen_hub import build_vlm
-from tests.helpers.runs import write_marks
+from tests.helpers.runs import command, write_marks
 
 ROOT = Path(__file__).resolve().parents[2]
 # Runs jobs one after another in this rank: {"argv": [...], "env": {...}, "code": the exit code expected,
@@ -75,12 +74,7 @@ def work(folder, jobs):
 
 def job(base, out, name, stage, *flags):
     """The flags of a run: of the fixture's those that the stage reads, then its own."""
-    common, read = [], True
-    for flag in base.flags:
-        if flag.startswith("--"):
-            read = stage in FIELDS[flag[2:].replace("-", "_")].metadata["stages"]
-        common += [flag] * read
-    return [*common, "--out", str(out), "--name", name, "--stage", stage, *flags]
+    return command(base.flags, "--out", str(out), "--name", name, "--stage", stage, *flags)
 
 
 def alone(argv):

@@ -151,14 +151,15 @@ def train_teacher(s: Settings, load=load) -> tuple[Run, Panel]:
     for step in run.steps("reward"):
         unsuspected -= warn_of_hacking(run, unsuspected)
         began, trained = time.time(), rollout.trained_steps(s, run.generator("subset"))
-        shares = ahead or draw_shares(run, rollout.rows_of(run, prompts, step), later)
-        # Nothing is drawn ahead of a checkpoint: a run that continues from it begins as this one goes on.
+        shares = ahead or draw_shares(run, rollout.rows_of(run, prompts, step), later)  # F Eq. 5-6, or Q Eq. 3
+        # With --overlap the next step is drawn while this one is scored. Nothing is drawn ahead of a checkpoint: a run
+        # that continues from it begins as this one goes on.
         more = s.overlap and step + 1 < s.steps and (step + 1) % s.save_every
         ahead = draw_shares(run, rollout.rows_of(run, prompts, step + 1), later) if more else None
         scores, stats = collect(run, shares), []
         for share, found in zip(shares, scores, strict=True):
             advantage_PG = scoring.advantages(found, s.group_size, s.combine, s.advantage_std)  # Q Eq. 4, 13
-            stats.append(update(run, share.parts, advantage_PG, trained))
+            stats.append(update(run, share.parts, advantage_PG, trained))  # Q Eq. 6, or Q Eq. 7-9
         metrics = {key: float(np.mean([stat[key] for stat in stats])) for key in stats[0]}
         joined = scoring.joined(scores)
         metrics |= scoring.metrics(joined, s.group_size) | {"seconds": time.time() - began}

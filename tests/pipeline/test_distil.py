@@ -148,9 +148,9 @@ def test_sd35s_rows_are_labelled_by_their_own_teacher_whatever_its_kind(real, sd
 def test_sd35_is_distilled_without_a_vae_and_without_a_reward(real, spy, updates):
     """The evaluation alone decodes and scores, after the last step."""
     decoded, built = spy(sd3.SD35Model, "decode"), spy(scoring, "build")
-    real("unscored", "--steps", "2", "--eval-prompts", "0")
-    assert not decoded and not built and len(updates) == 2
-    real("scored", "--steps", "2", "--rewards", "jpeg=1")
+    real("unscored", "--eval-prompts", "0")
+    assert not decoded and not built and len(updates) == 1
+    real("scored", "--rewards", "jpeg=1")
     assert len(decoded) == 3 and len(built) == 1, "a test prompt a task"
 
 

@@ -365,7 +365,8 @@ def distil_step(run: Run, rows: Sequence[Row], experts: Mapping[str, str]) -> di
         model.keep(needed[i] | needed[(i + 1) % len(parts)] | {experts.get("anchor", "")})
         cond, uncond = rollout.conditions(model, prompts_of(part), settings.teacher_cfg(s))
         student = rollout.field(model, cond, uncond, settings.student_cfg(s))  # v_theta(x, t, c)
-        teachers = partial(label, run, experts, prompts_of(part), cond, uncond)  # F Eq. 7
+        routed = opd.route([row.prompt.task for row in part], experts)  # k = R(c)
+        teachers = partial(label, run, routed, experts.get("anchor"), cond, uncond)  # F Eq. 7
         x, noise = rollout.pure_noise(model, part)
         walk = sde.rollout(student, x, model.time_grid(s.num_steps), level, kernel, window, noise)  # F Eq. 5-6
         for at, v, v_anchor in visits(walk, trained, student, teachers, s.estimator):
@@ -409,22 +410,21 @@ def visits(
 
 
 def label(
-    run: Run, experts: Mapping[str, str], prompts: Sequence[data.Prompt], cond: flow.Cond, uncond: flow.Cond | None,
+    run: Run, routed: Mapping[str, Tensor], anchor: str | None, cond: flow.Cond, uncond: flow.Cond | None,
     tr: sde.Transition,
 ) -> tuple[opd.Visit, Tensor | None]:  # fmt: skip
     """A transition with its teachers' velocity (F Eq. 7), and the anchor's (F Eq. 12), None without MAR."""
     s, model, cfg, v_anchor = run.s, run.model, settings.teacher_cfg(run.s), None
-    if "anchor" in experts:
-        with model.adapter(experts["anchor"]):
+    if anchor:
+        with model.adapter(anchor):
             v_anchor = model.velocity(tr.x, tr.t, cond, uncond, cfg)
 
     def teacher(name: str, rows: Tensor, x: Tensor, t: float) -> Tensor:
-        if name == experts.get("anchor"):  # the anchor has answered for every row
+        if name == anchor:  # the anchor has answered for every row
             return v_anchor[rows]
         with model.adapter(name):
             return model.velocity(x, t, cond.rows(rows), uncond and uncond.rows(rows), cfg)
 
-    routed = opd.route([prompt.task for prompt in prompts], experts)  # k = R(c)
     v_target = opd.target_velocity(routed, teacher, tr.x, tr.t)  # v_k(x_t, t, c), F Eq. 7
     return opd.Visit(tr.x, tr.x_next, tr.t, tr.dt, tr.sigma, v_target, reduce=s.log_prob, weight=s.weight), v_anchor
 

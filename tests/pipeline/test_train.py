@@ -21,7 +21,7 @@ import opd
 import rewards
 import train
 from data.batches import seed_for
-from data.pictures import PNG_URI, source_image
+from data.pictures import source_image
 from harness import report, rollout
 from harness.run import Run
 from models import hub, tiny

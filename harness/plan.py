@@ -332,7 +332,7 @@ def memory(s: Settings, whole: int, trained: int, found: Mapping[str, int]) -> d
     experts = {name: n for name, n in found.items() if name != "init" and s.stage != "merge"}
     loras, full = [n for n in experts.values() if n < whole], sum(n >= whole for n in experts.values())
     fully = s.stage == "pretrain" or (s.parameters == "full" and s.stage in settings.LORA)
-    asked = s.beta > 0 if s.stage in RL else full < len({*load.checkpoints_of(s)} - {"init"})  # the base carries LoRAs
+    asked = s.beta > 0 if s.stage in RL else full < len({*load.checkpoints_of(s)} - {'init'})  # the base carries LoRAs
     shards = {"fsdp": ranks.rank_and_world()[1], "hsdp": ranks.local_world()}.get(s.parallel, 1) if fully else 1
     parts = {
         "base": b * whole * (not fully or (asked and s.stage != "pretrain")),

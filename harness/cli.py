@@ -14,29 +14,16 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from settings import (
-    FIELDS,
-    PRESETS,
-    TASKS,
-    VELOCITY,
-    Settings,
-    SettingsError,
-    is_tiny,
-    parts_of,
-    read_by,
-    task_list,
-    window_of,
-)
+import settings
+from settings import FIELDS, PRESETS, TASKS, VELOCITY, Settings, SettingsError, is_tiny, parts_of, read_by
 
 DESCRIPTION = "Flow-OPD and Qwen-Image-2.0-RL, from pretraining to on-policy distillation."
 
 
 def answer_early(argv: Sequence[str], prog: str = "train.py") -> None:
     """Answer --help and a wrong flag, and exit; return if there is work to do. Only rank 0 prints."""
-    with contextlib.ExitStack() as stack:
-        if int(os.environ.get("RANK", "0")) > 0:
-            stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-            stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+    out, err = (io.StringIO(),) * 2 if int(os.environ.get("RANK", "0")) > 0 else (sys.stdout, sys.stderr)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             parse(argv, prog)
         except SettingsError as fault:
@@ -65,9 +52,7 @@ def parse(argv: Sequence[str], prog: str = "train.py") -> tuple[Settings, dict]:
     readable = read_by(values)
     flags, unknown = _parser(prog, values, readable).parse_known_args(argv)
     if unknown:
-        near = difflib.get_close_matches(unknown[0].split("=")[0], map(_flag, FIELDS), 1)
-        hint = f"did you mean {near[0]}?" if near else "see --help"
-        raise SettingsError(f"unknown flag {unknown[0]}; {hint}")
+        raise SettingsError(f"unknown flag {unknown[0]}; {_near(unknown[0].split('=')[0], map(_flag, FIELDS))}")
     flags = {name: _pairs(name, v) if FIELDS[name].type is dict else v for name, v in vars(flags).items()}
     for name in [name for name in (*file, *flags) if name not in readable]:
         where = _flag(name) if name in flags else f"--config {given['config']}: {name}"
@@ -104,9 +89,8 @@ def unchecked(given: dict) -> Settings:
     if values.get("estimator") == "velocity":
         values = {**VELOCITY, **values}
     if not values.get("name"):
-        values["name"] = "-".join(part for part in (preset, stage, values.get("task", "")) if part)
-    if stage == "eval" and "name" not in given:
-        values["name"] = "eval"
+        parts = (preset, stage, values.get("task", ""))
+        values["name"] = "eval" if stage == "eval" else "-".join(part for part in parts if part)
     return Settings(**values)
 
 
@@ -118,6 +102,11 @@ class _Parser(argparse.ArgumentParser):
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+def _near(word: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, known, 1)
+    return f"did you mean {near[0]}?" if near else "see --help"
 
 
 def _parser(prog: str, values: Settings, readable: Iterable[str]) -> argparse.ArgumentParser:
@@ -163,9 +152,7 @@ def _read_config(path: str) -> dict:
         raise SettingsError(f"--config {path}: must be one JSON object of settings")
     for name, value in found.items():
         if name not in FIELDS:
-            near = difflib.get_close_matches(name, FIELDS, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise SettingsError(f"--config {path}: no setting {name!r}{hint}")
+            raise SettingsError(f"--config {path}: no setting {name!r}; {_near(name, FIELDS)}")
         kind = FIELDS[name].type
         fits = type(value) is kind or (kind is float and type(value) is int)
         if not fits or (kind is dict and not all(isinstance(item, str) for item in value.values())):
@@ -184,11 +171,9 @@ def _check(s: Settings) -> None:
         _check_rollout(s)
     if s.stage == "opd":
         _check_objective(s)
-    for task in task_list(s) if s.stage in ("opd", "sft") else ():
+    for task in settings.task_list(s) if s.stage in ("opd", "sft") else ():
         if task not in s.teachers:
             raise SettingsError(f"task {task!r} has no teacher: give --teachers {task}=PATH, or other --tasks")
-    if s.stage == "merge" and not s.teachers:
-        raise SettingsError("--stage merge needs --teachers TASK=PATH, at least one")
     if s.parallel != "ddp" and s.parameters != "full":
         raise SettingsError(f"--parallel {s.parallel} shards full parameters: add --parameters full, or use ddp")
     if s.stage == "all" and s.parameters == "full" and "merge" in parts_of(s):
@@ -216,7 +201,7 @@ def _check_names(s: Settings) -> None:
     for name in s.compare:  # names adapters, files and rows of the table
         if name in ("", "base") or set(name) & set("./\\"):
             raise SettingsError(f"--compare {name}=...: give it a name of its own, without dots and slashes")
-    for task in (*s.teachers, *(set(s.prompts) - {"auto"}), *(task_list(s) or [s.tasks])):
+    for task in (*s.teachers, *(set(s.prompts) - {"auto"}), *(settings.task_list(s) or [s.tasks])):
         if task not in TASKS:
             raise SettingsError(f"task {task!r}: choose from {', '.join(TASKS)}")
     if s.stage == "pretrain" and not is_tiny(s):
@@ -224,7 +209,7 @@ def _check_names(s: Settings) -> None:
 
 
 def _check_rollout(s: Settings) -> None:
-    start, stop = window_of(s)
+    start, stop = settings.window_of(s)
     if (s.stage == "grpo" or (s.stage == "opd" and s.states == "sde")) and (start >= stop or s.noise_level == 0):
         way = ", or use --states ode" if s.stage == "opd" else ""
         raise SettingsError(f"--stage {s.stage} needs noise: widen --window and set --noise-level above 0{way}")
@@ -233,8 +218,9 @@ def _check_rollout(s: Settings) -> None:
     if s.stage != "opd" and s.group_size < 2:
         raise SettingsError("--group-size 1: a group of one has no advantage and no range; use at least 2")
     joint = s.stage == "opd" or (s.stage in ("grpo", "nft") and s.task == "mix" and s.mix == "joint")
-    if joint and s.prompts_per_step < len(task_list(s)):  # a task without a prompt would never be trained
-        raise SettingsError(f"--prompts-per-step {s.prompts_per_step}: {len(task_list(s))} tasks need one prompt each")
+    tasks = len(settings.task_list(s))
+    if joint and s.prompts_per_step < tasks:  # a task without a prompt would never be trained
+        raise SettingsError(f"--prompts-per-step {s.prompts_per_step}: {tasks} tasks need one prompt each")
     if s.kernel == "cps" and (s.noise_level > 1 or (start < stop == s.num_steps)):
         raise SettingsError("--kernel cps needs a --noise-level of at most 1, and has no noise in the last step: "
                             f"let --window stop at {s.num_steps - 1}")  # fmt: skip

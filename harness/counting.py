@@ -46,7 +46,7 @@ class CountingModel(flow.FlowModel):
 
     @contextmanager
     def adapter(self, name: str | None) -> Iterator[None]:
-        before, self.who = self.who, name or "base"
+        before, self.who = self.who, "teachers" if (name or "").startswith("teacher ") else name or "base"
         with torch.no_grad():
             yield
         self.who = before
@@ -54,23 +54,19 @@ class CountingModel(flow.FlowModel):
     def keep(self, names) -> None:
         pass
 
-    def encode(self, prompts: Sequence[str], images=None) -> flow.Cond:
+    def encode(self, prompts: Sequence[str] | Tensor, images=None) -> flow.Cond:
         return flow.Cond(torch.zeros(len(prompts), 1, 1))
+
+    encode_tokens, time_grid = encode, staticmethod(sde.time_grid)
 
     def tokenize(self, prompt: str) -> list[int]:
         return [0]
-
-    def encode_tokens(self, tokens: Tensor, images=None) -> flow.Cond:
-        return flow.Cond(torch.zeros(len(tokens), 1, 1))
 
     def latents(self, images: Tensor) -> Tensor:
         return torch.zeros(len(images), *self.latent_shape)
 
     def decode(self, x: Tensor) -> Tensor:
         return torch.zeros(len(x), 3, 8, 8)
-
-    def time_grid(self, num_steps: int) -> Tensor:
-        return sde.time_grid(num_steps)
 
 
 class CountingRun:
@@ -91,29 +87,15 @@ class CountingRun:
         self.model.moment = "after"
 
     def old_policy(self):
-        return self._as("old policy") if self.s.stage == "nft" else nullcontext()
-
-    @contextmanager
-    def _as(self, who: str) -> Iterator[None]:
-        before, self.model.who = self.model.who, who
-        yield
-        self.model.who = before
+        return self.model.adapter("old policy") if self.s.stage == "nft" else nullcontext()
 
     def update(self) -> float:
         return 0.0
 
-    def history(self, key: str) -> list[float]:
-        return []
-
     def log(self, *what) -> None:
         pass
 
-    def stop_if_asked(self) -> None:
-        pass
-
-    def fail_together(self, fault: Exception | None, kind: type[Exception]) -> None:
-        if fault:
-            raise fault
+    stop_if_asked = fail_together = log
 
 
 class CountingLoad:
@@ -152,20 +134,18 @@ def stand_ins(task: str, count: int) -> list[Prompt]:
 def forwards(s: Settings, loop: Callable | None) -> dict[tuple[str, str, bool], list[int]]:
     """The forwards of a rank, counted: {(moment, who, with gradient?): [forwards, rows]}.
 
-    The moments are "before" the first step, one "step", and the test pictures in the "end". loop: the stage's of
-    train.py; None for one without forwards of its own.
+    The moments are "before" the first step, one "step", and the test pictures in the "end", whoever draws them. loop:
+    the stage's of train.py; None for one without forwards of its own. Teachers are counted together.
     """
     model = CountingModel()
     model.moment = "step" if s.stage == "curate" else "before"  # curation knows no other moment
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         if loop:
             loop(replace(s, steps=1, eval_prompts=0), CountingLoad(s, model, Path(folder)))
-    model.moment = "end"
-    drawn = {name: student_cfg(s) for name in (s.compare if s.stage == "eval" else [s.stage])}
+    model.moment, model.who, scales = "end", "", [student_cfg(s)]
     if s.stage == "eval":
-        drawn |= dict.fromkeys(["base", *(f"teacher {task}" for task in s.teachers)], teacher_cfg(s))
-    for name, cfg in drawn.items() if s.stage not in ("curate", "reward") and s.eval_prompts else ():
-        with model.adapter(name):
-            for task in settings.test_tasks(s):
-                rollout.draw(model, stand_ins(task, s.eval_prompts), s.eval_steps, s.micro_batch, 0, cfg)
+        scales = [student_cfg(s)] * len(s.compare) + [teacher_cfg(s)] * (1 + len(s.teachers))
+    for cfg in scales if s.stage in settings.SHOWN and s.eval_prompts else ():
+        for task in settings.test_tasks(s):
+            rollout.draw(model, stand_ins(task, s.eval_prompts), s.eval_steps, s.micro_batch, 0, cfg)
     return model.found

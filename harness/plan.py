@@ -5,18 +5,17 @@ from a local config or the published one. Exit code 2 if something is missing. W
 fetched when the run starts.
 """
 
+import contextlib
 import re
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatch
 from importlib import metadata
-from math import prod
 from pathlib import Path
 
 import huggingface_hub
 import torch
-from safetensors import safe_open
 
 import rewards
 import settings
@@ -94,51 +93,40 @@ def numbers(tensors) -> int:
     return sum(tensor.numel() for tensor in tensors)
 
 
-def numbers_in(folder: Path) -> int:
-    """Numbers in the safetensors files of an adapter or a transformer, from their headers."""
-    names = {"peft": "adapter_model.safetensors", "diffusers": hub.LORA_FILE}
-    pattern, total = names.get(hub.kind(folder)), 0
-    files = [folder / pattern] if pattern else [*(folder / "transformer").glob("*.safetensors")]
-    for file in files or folder.glob("*.safetensors"):
-        try:
-            with safe_open(file, "pt") as tensors:
-                total += sum(prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())  # noqa: SIM118
-        except Exception as fault:
-            raise hub.ModelError(f"{file}: not readable ({first_line(fault)})") from fault
-    return total
-
-
 # --------------------------------------------------------------------------------------------------- what is needed
 def cached(where: str, patterns: Sequence[str]) -> bool:
     """Is a Hub id in the local cache?"""
     revision = hub.base_and_revision(where)[1] or None
     try:
-        return bool(huggingface_hub.snapshot_download(
+        huggingface_hub.snapshot_download(
             hub.hub_id(where), revision=revision, allow_patterns=list(patterns), local_files_only=True
-        ))  # fmt: skip
+        )
     except Exception:
         return False
+    return True
 
 
 def download_sizes(wanted: Mapping[str, Sequence[str]], seconds: float = 4.0) -> dict[str, int]:
-    """Bytes of the files that match, by Hub id, as far as the Hub answers within some seconds: offline none."""
+    """Bytes of the files that match, by Hub id, as far as the Hub answers within some seconds in all.
+
+    Nothing is asked if HF_HUB_OFFLINE is set, or once a question has failed.
+    """
     found: dict[str, int] = {}
 
     def ask() -> None:
-        for where, patterns in wanted.items():
-            try:
+        with contextlib.suppress(Exception):  # whatever it is, a plan does without sizes
+            for where, patterns in wanted.items():
                 revision = hub.base_and_revision(where)[1] or None
                 about = huggingface_hub.HfApi().model_info(
                     hub.hub_id(where), revision=revision, files_metadata=True, timeout=seconds
                 )
-            except Exception:
-                return
-            files = [f for f in about.siblings if any(fnmatch(f.rfilename, pattern) for pattern in patterns)]
-            found[where] = sum(f.size or 0 for f in files)
+                files = [f for f in about.siblings if any(fnmatch(f.rfilename, pattern) for pattern in patterns)]
+                found[where] = sum(f.size or 0 for f in files)
 
-    thread = threading.Thread(target=ask, daemon=True)  # a name server that does not answer would hold us longer
-    thread.start()
-    thread.join(seconds)
+    if not huggingface_hub.constants.is_offline_mode():
+        thread = threading.Thread(target=ask, daemon=True)  # a name server that does not answer would hold us longer
+        thread.start()
+        thread.join(seconds)
     return dict(found)
 
 
@@ -195,23 +183,20 @@ def describe(s: Settings, loops: Mapping[str, Callable]) -> tuple[str, list[str]
 
     loops: the loop of each stage that has one, as train.py has it: (settings, load) -> anything.
     """
-    tasks, lines = [s.task] if s.stage in RL else [], []
+    lines = []
     if s.stage == "all":
-        names = [f"{s.name}-{part}" for part in settings.parts_of(s)]
-        lines = [("runs", ", ".join([*names, s.name])), ("numbers", "ask for each part: --stage STAGE --dry-run")]
-        return "\n".join(f"{label:<20} {text}" for label, text in lines), []
+        names = ", ".join(f"{s.name}-{part}" for part in settings.parts_of(s))
+        return f"runs: {names}, {s.name}\nnumbers: ask for each part, --stage STAGE --dry-run", []
     if s.stage in RL and not s.task:
-        tasks = task_list(s)
+        first, *_ = tasks = task_list(s)
         lines.append(("runs", f"one for each of {', '.join(tasks)}; these are the numbers of the first"))
-        s = replace(s, task=tasks[0], name=f"{s.name}-{tasks[0]}")
+        s = replace(s, task=first, name=f"{s.name}-{first}")
     standing, lost = _standing(s), missing(s)
     lost += [standing] if standing.startswith("refused") else []
-    lines += [("run", standing), *_step_lines(s)]
-    if s.stage != "reward":
-        lines += _forward_lines(s, forwards(s, loops.get(s.stage)))
     more, also = _model_lines(s)
     lost = list(dict.fromkeys([*lost, *also]))
-    lines += [*more, *(("MISSING", what) for what in lost)]
+    lines += [("run", standing), *_step_lines(s), *_forward_lines(forwards(s, loops.get(s.stage))), *more]
+    lines += [("MISSING", what) for what in lost]
     return "\n".join(f"{label:<20} {text}" for label, text in lines), lost
 
 
@@ -235,16 +220,16 @@ def _standing(s: Settings) -> str:
 def _step_lines(s: Settings) -> list[tuple[str, str]]:
     """Batch arithmetic, rollout and guidance."""
     world, found = ranks.rank_and_world()[1], []
+    every = f"{world} rank{'s' * (world > 1)}"
     if s.stage in settings.ROLLOUT:
-        rows = world * s.prompts_per_step * s.group_size
-        total = f", {s.steps * rows:,} in {s.steps} steps" if s.stage != "curate" else " at a time"
-        shape = f"{s.prompts_per_step} prompts x {s.group_size} samples x {world} rank{'s' * (world > 1)}"
-        found.append(("batch", f"{shape} = {rows:,} trajectories{total}; --micro-batch {s.micro_batch}"))
-        level, (start, stop), kernel = rollout.noise_of(s)
-        noisy = f"{start}..{stop - 1} stochastic ({kernel}, level {level:g})" if level and stop > start else "an ODE"
-        learnt = ""
+        rows, level, (start, stop), kernel = world * s.prompts_per_step * s.group_size, *rollout.noise_of(s)
+        total, learnt = " at a time", ""
         if s.stage != "curate":
+            total = f", {s.steps * rows:,} in {s.steps} steps"
             learnt = f", {len(rollout.trained_steps(s, torch.Generator()))} trained ({s.train_steps})"
+        shape = f"{s.prompts_per_step} prompts x {s.group_size} samples x {every}"
+        found.append(("batch", f"{shape} = {rows:,} trajectories{total}; --micro-batch {s.micro_batch}"))
+        noisy = f"{start}..{stop - 1} stochastic ({kernel}, level {level:g})" if level and stop > start else "an ODE"
         found.append(("rollout", f"{s.num_steps} steps, {noisy}{learnt}"))
         places = {"student": student_cfg(s)} | ({"teachers": teacher_cfg(s)} if s.stage == "opd" else {})
         places |= {"objective": trained_cfg(s)} if s.stage in RL else {}
@@ -252,8 +237,8 @@ def _step_lines(s: Settings) -> list[tuple[str, str]]:
         found.append(("guidance", ", ".join(scales)))
     elif s.stage in ("pretrain", "sft", "reward"):
         rows = world * s.batch_size
-        shape = f"{s.batch_size} images x {world} rank{'s' * (world > 1)}"
-        found.append(("batch", f"{shape} = {rows:,} a step, {s.steps * rows:,} in {s.steps} steps"))
+        total = f"{rows:,} a step, {s.steps * rows:,} in {s.steps} steps"
+        found.append(("batch", f"{s.batch_size} images x {every} = {total}"))
     if s.stage == "opd":
         found.append(("objective", f"{s.estimator}, weight {s.weight}, {s.states} states, MAR {s.mar:g}"))
     if s.stage in ("curate", *RL):
@@ -263,19 +248,10 @@ def _step_lines(s: Settings) -> list[tuple[str, str]]:
     return found
 
 
-def _forward_lines(s: Settings, found: Mapping[tuple[str, str, bool], list[int]]) -> list[tuple[str, str]]:
-    """The counted forwards of a rank, teachers together; an anchor that is a teacher answers as the anchor."""
-    anchor = f"teacher {s.anchor}" if s.anchor in s.teachers else "anchor"
-    together: dict[tuple[str, str, bool], list[int]] = {}
+def _forward_lines(found: Mapping[tuple[str, str, bool], list[int]]) -> list[tuple[str, str]]:
+    """The counted forwards of a rank. An anchor that is one of the teachers is counted with them."""
+    when, lines = {"before": "before the first step", "step": "a step", "end": "test pictures at the end"}, []
     for (moment, who, gradient), (calls, rows) in found.items():
-        if s.stage == "opd" and s.mar > 0 and who == anchor:
-            who = "anchor"
-        who = "teachers" if who.startswith("teacher ") and moment != "end" else who
-        sums = together.setdefault((moment, who if moment != "end" else "", gradient), [0, 0])
-        sums[0], sums[1] = sums[0] + calls, sums[1] + rows
-    when = {"before": "before the first step", "step": "a step", "end": "test pictures at the end"}
-    lines = []
-    for (moment, who, gradient), (calls, rows) in together.items():
         whose = f", {who}, {'with' if gradient else 'without'} gradient" if who else ""
         lines.append(("forwards", f"{when[moment]}{whose}: {calls:,} of {rows:,} rows"))
     return lines
@@ -283,22 +259,23 @@ def _forward_lines(s: Settings, found: Mapping[tuple[str, str, bool], list[int]]
 
 def _model_lines(s: Settings) -> tuple[list[tuple[str, str]], list[str]]:
     """Checkpoints, parameters and memory -> (lines, what is missing)."""
-    files, others = load.base_files(s), load.checkpoints_of(s)
-    wanted = {"model": (s.model, files)} if files else {}
-    wanted |= {name: (where, (*hub.ADAPTER_FILES, *hub.TRANSFORMER_FILES)) for name, where in others.items()}
+    files, wanted = load.base_files(s), {}
+    if files:
+        wanted["model"] = s.model, files
+    for name, where in load.checkpoints_of(s).items():
+        wanted[name] = where, (*hub.ADAPTER_FILES, *hub.TRANSFORMER_FILES)
     far = {where: patterns for where, patterns in wanted.values() if hub.hub_id(where) and not cached(where, patterns)}
-    fetched, lines, lost, found = download_sizes(far), [], [], {}
+    sizes, lines, lost, kinds = download_sizes(far), [], [], {}
     for name, (where, _) in wanted.items():
-        size = f"{fetched[where] / GIB:.2f} GiB" if where in fetched else "of unknown size"
         try:
-            if hub.hub_id(where):
-                note = f"downloaded when the run starts, {size}" if where in far else "in the Hub's cache"
-            else:
+            note = "in the Hub's cache"
+            if where in far:
+                note = "downloaded when the run starts, " + (gib(sizes[where]) if where in sizes else "of unknown size")
+            elif not hub.hub_id(where):
                 folder = hub.locate(where)
-                kind = "" if name == "model" else hub.kind(folder)
-                found |= {name: numbers_in(folder)} if kind else {}
-                note = {"": "a folder", "full": "a full checkpoint"}.get(kind, "a LoRA")
-            lines.append((name, f"{where}: {note}" + (f", {found[name]:,} parameters" if name in found else "")))
+                kinds[name] = "base" if name == "model" else hub.kind(folder)
+                note = {"base": "a folder", "full": "a full checkpoint"}.get(kinds[name], "a LoRA")
+            lines.append((name, f"{where}: {note}"))
         except hub.ModelError as fault:
             lost.append(first_line(fault))
     if s.stage == "reward" or ("model" in wanted and "model" not in dict(lines)):
@@ -306,37 +283,35 @@ def _model_lines(s: Settings) -> tuple[list[tuple[str, str]], list[str]]:
     base = base_of(s)
     whole, trained = numbers(base.transformer.parameters()), trained_numbers(s, base)
     lines.append(("parameters", f"transformer {whole:,}, trained {trained:,}"))
-    parts = memory(s, whole, trained, found)
+    parts = memory(s, whole, trained, {name for name, kind in kinds.items() if kind == "full"})
     total = " + ".join(f"{name} {gib(size)}" for name, size in parts.items())
-    absent = len(wanted) - len(found) - ("model" in wanted)
-    lines.append(("memory", f"{gib(sum(parts.values()))} GiB a rank stay: {total}" + (
-        f"; without {absent} checkpoints that are not here yet" if absent else "")))
+    unknown = ", without checkpoints that are not here yet" if wanted.keys() - kinds.keys() - {"model"} else ""
+    lines.append(("memory", f"{gib(sum(parts.values()))} a rank stay: {total}{unknown}"))
     if s.stage in settings.TRAINED:
-        lines.append(("", "activations, text encoders, VAE and scorers come on top; to measure all of it, run on"))
+        lines.append(("", "activations, LoRA teachers, encoders, VAE and scorers come on top; to measure all, run on"))
         lines.append(("", "an accelerator with --name probe --steps 1: `memory` (GiB) in runs/probe/metrics.jsonl"))
     return lines, lost
 
 
 def gib(size: float) -> str:
-    return f"{size / GIB:.2f}" if size > GIB / 100 else f"{size / GIB:.5f}"
+    return f"{size / GIB:.{2 if size > GIB / 100 else 5}f} GiB"
 
 
-def memory(s: Settings, whole: int, trained: int, found: Mapping[str, int]) -> dict[str, float]:
-    """Bytes of a rank that stay through a run, by what they are for. whole, trained: N and n; found: experts' numbers.
+def memory(s: Settings, whole: int, trained: int, full: Collection[str]) -> dict[str, float]:
+    """Bytes of a rank that stay through a run. whole, trained: N and n; full: which checkpoints are transformers.
 
     b N of the frozen base, with N numbers of b bytes (it is absent if all train and nobody asks it); 20 n of the n
-    trained ones (24 for nft, whose old policy draws), over the ranks that share them; 4 a of the LoRA teachers' a; b N
-    of each full teacher on the accelerator, of which there are two at most, and the anchor.
+    trained ones (24 for nft, whose old policy draws), over the ranks that share them; b N of each full teacher on the
+    accelerator, of which there are two at most, and the anchor.
     """
     b = 4 if is_tiny(s) or s.precision == "float32" else 2
-    experts = {name: n for name, n in found.items() if name != "init" and s.stage != "merge"}
-    loras, full = [n for n in experts.values() if n < whole], sum(n >= whole for n in experts.values())
+    full = {*full} - {"init"} if s.stage != "merge" else set()
     fully = s.stage == "pretrain" or (s.parameters == "full" and s.stage in settings.LORA)
-    asked = s.beta > 0 if s.stage in RL else full < len({*load.checkpoints_of(s)} - {'init'})  # the base carries LoRAs
+    asked = s.beta > 0 if s.stage in RL else bool({*load.checkpoints_of(s)} - full - {"init"})  # it carries LoRAs
     shards = {"fsdp": ranks.rank_and_world()[1], "hsdp": ranks.local_world()}.get(s.parallel, 1) if fully else 1
     parts = {
         "base": b * whole * (not fully or (asked and s.stage != "pretrain")),
         "student": (TRAINED_BYTES + 4 * (s.stage == "nft")) * trained / shards,
-        "LoRA teachers": 4 * sum(loras), "full teachers": b * whole * min(full, 3 if "anchor" in experts else 2),
-    }  # fmt: skip
+        "full teachers": b * whole * min(len(full), 3 if "anchor" in full else 2),
+    }
     return {name: size for name, size in parts.items() if size}

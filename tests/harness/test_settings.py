@@ -4,7 +4,7 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import FrozenInstanceError, asdict
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -124,12 +124,10 @@ def test_a_stage_of_a_plan_takes_what_was_given_and_the_plans_own_word():
     assert (s.merge_method, s.seed, s.name) == ("ties", 8, "tiny-merge")
 
 
-def test_settings_are_frozen_and_share_no_dictionary():
-    s, other = cli.parse([])[0], cli.parse([])[0]
-    with pytest.raises(FrozenInstanceError):
-        s.lr = 1.0
+def test_settings_share_no_dictionary():
+    s, other = parse(FLOW), parse(FLOW)
     s.teachers["text"] = "changed"
-    assert other.teachers == cli.parse([])[0].teachers != s.teachers
+    assert other.teachers == parse(FLOW).teachers != s.teachers
 
 
 # ----------------------------------------------------------------------------------------- every field a flag
@@ -261,21 +259,17 @@ def test_a_stage_reads_what_its_settings_say(stage, go, world, tmp_path, monkeyp
 
 # ----------------------------------------------------------------------------------------------- the refusals
 REFUSED = [  # the flag or word that the message names first, then a command line
-    # the command line itself
-    ("--stepz", "--stepz 5"), ("--grop-size", "--grop-size=4"), ("--estim", "--estim analytic"), ("stray", "stray"),
-    ("--steps", "--steps x"), ("--steps", "--steps 1.5"), ("--steps", "--steps"), ("--lr", "--lr fast"),
-    ("--resume", "--resume=yes"), ("--teachers", "--teachers text"), ("--prompts", "--prompts text=a b.txt"),
-    # values
+    # the command line itself, and values
+    ("--stepz", "--stepz 5"), ("--estim", "--estim analytic"), ("stray", "stray"), ("--steps", "--steps 1.5"),
+    ("--steps", "--steps"), ("--resume", "--resume=yes"), ("--teachers", "--teachers text"),
     ("--stage", "--stage train"), ("--stage", "--stage eval"), ("--preset", "--preset big"),
-    ("--device", "--device gpu"), ("--task", "--stage grpo --task words"), ("--lr", "--lr nan"), ("--lr", "--lr -1"),
-    ("--steps", "--steps -1"), ("--timeout", "--timeout 0"), ("--ema-decay", "--ema-decay 1.5"),
-    ("--holdout", f"{FLOW} --stage reward --data x --holdout 1"),
+    ("--device", "--device gpu"), ("--lr", "--lr nan"), ("--steps", "--steps -1"), ("--ema-decay", "--ema-decay 1.5"),
     ("--name", "--name a/b"), ("--name", "--name .."), ("--resolution", f"{FLOW} --resolution 520"),
     ("--window", "--window 3"), ("--window", "--window a:b"), ("--window", "--window 4:2"),
     ("--window", "--window=-1:3"), ("task 'words'", "--teachers words=x"), ("task 'poem'", "--prompts poem=x"),
     ("task 'poem'", "--tasks text,poem"), ("task ','", "--tasks ,"),
     # what would be trained on nothing, or never
-    ("--prompts-per-step", "--stage opd --prompts-per-step 2"), ("--prompts-per-step", f"{QWEN} --prompts-per-step 1"),
+    ("--prompts-per-step", "--stage opd --prompts-per-step 2"),
     ("--prompts-per-step", f"{QWEN} --stage nft --task mix --prompts-per-step 1"),
     *(("--group-size", f"--stage {stage} --group-size 1") for stage in ("grpo", "nft", "curate")),
     *(("--updates", f"--stage {stage} --prompts-per-step 7 --updates 2") for stage in ("grpo", "nft")),
@@ -283,7 +277,7 @@ REFUSED = [  # the flag or word that the message names first, then a command lin
         "--stage grpo --noise-level 0", "--stage grpo --window 2:2", "--stage grpo --window 6:9 --num-steps 6",
         "--stage opd --noise-level 0", "--stage opd --estimator path --window 0:0")),
     ("task 'composition'", "--teachers text=x"), ("task 'text'", "--stage sft --tasks text --teachers quality=x"),
-    ("--stage merge", '--stage merge --config {"teachers":{}}'), ("--stage pretrain", f"{QWEN} --stage pretrain"),
+    ("--stage pretrain", f"{QWEN} --stage pretrain"),
     ("--stage reward", "--stage reward --data x"), ("--stage reward", f"{FLOW} --stage reward"),
     ("--objective", "--stage reward --objective pairwise --batch-size 5"),
     # what no equation covers
@@ -294,8 +288,7 @@ REFUSED = [  # the flag or word that the message names first, then a command lin
     ("--estimator sampled", "--states ode --weight dt --estimator sampled"),
     ("--estimator released", "--estimator released --weight uniform"),
     *(("--guidance", f"--stage {stage} --guidance teacher") for stage in ("grpo", "nft", "curate")),
-    ("--guidance", "--stage opd --guidance rollout"),
-    ("--parallel", "--parallel fsdp"),
+    ("--guidance", "--stage opd --guidance rollout"), ("--parallel", "--parallel fsdp"),
     # what a later part of --stage all would refuse
     ("--group-size", "--stage all --group-size 1"), ("--stage all", "--stage all --parameters full"),
     ("task 'composition'", f"{FLOW} --stage all --teachers text=x"),
@@ -304,15 +297,8 @@ REFUSED = [  # the flag or word that the message names first, then a command lin
 
 
 @pytest.mark.parametrize(("named", "line"), REFUSED, ids=[line for _, line in REFUSED])
-def test_what_cannot_work_is_refused_in_one_line_that_names_it(named, line, tmp_path):
-    words = line.split()
-    if words[-1].startswith("{"):
-        words = [*words[:-2], *config(tmp_path, words[-1])]
-    assert refusal(words).removeprefix("unknown flag ").startswith(named)
-
-
-def test_a_flag_that_is_misspelt_finds_its_neighbour():
-    assert refusal("--grop-size=4").endswith("did you mean --group-size?")
+def test_what_cannot_work_is_refused_in_one_line_that_names_it(named, line):
+    assert refusal(line).removeprefix("unknown flag ").startswith(named)
 
 
 @pytest.mark.parametrize("name", ["v1.0", "base", "a/b", ""])
@@ -321,10 +307,10 @@ def test_a_student_to_compare_has_a_name_that_is_a_file_and_a_row(name):
 
 
 CONFIGS = [
-    ({"lrr": 1.0}, "did you mean 'lr'?"), ({"group-size": 4}, "did you mean 'group_size'?"), ({"lr": "fast"}, "lr"),
-    ({"lr": True}, "lr"), ({"steps": 1.5}, "steps"), ({"steps": True}, "steps"), ({"resume": 1}, "resume"),
-    ({"teachers": ["text=x"]}, "teachers"), ({"teachers": {"text": 3}}, "teachers"), ({"name": None}, "name"),
-    ([1], "object"), ('{"lr": 1', "JSON"), ('{"a":' * 100_000, "JSON"),
+    ({"group-size": 4}, "group_size"), ({"lr": "fast"}, "lr"), ({"lr": True}, "lr"), ({"steps": 1.5}, "steps"),
+    ({"steps": True}, "steps"), ({"resume": 1}, "resume"), ({"teachers": ["text=x"]}, "teachers"),
+    ({"teachers": {"text": 3}}, "teachers"), ({"name": None}, "name"), ([1], "object"), ('{"lr": 1', "JSON"),
+    ('{"a":' * 100_000, "JSON"),
 ]  # fmt: skip
 
 
@@ -350,33 +336,21 @@ def test_what_a_stage_reads_is_a_config_that_gives_the_same_settings(tmp_path):
         assert S.read_by(again) | {"config": ""} == S.read_by(s)
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "--estimator velocity --noise-level 0 --window 2:2",  # the ODE needs no noise
-        "--states ode --weight ode --noise-level 0",  # DiffusionOPD
-        "--weight dt",  # Q Eq. 18's weight on F's states
-        "--estimator path --weight kl_dt",
-        "--tasks text --teachers text=x",
-        "--stage grpo --kernel cps --noise-level 1",
-        "--group-size 1",  # only GRPO, NFT and curation compare within a group
-        "--stage grpo --prompts-per-step 8 --updates 2",
-        "--steps 0",
-        "--stage curate --noise-level 0 --window 0:0",  # the first noise alone makes the samples of a prompt differ
-        "--resolution 24",  # the tiny world's pictures have 24 pixels
-        "--prompts auto=mine.jsonl text=signs.txt",
-        "--stage all --tasks text",
-        "--parameters full --parallel hsdp",
-        f"{FLOW} --stage all",
-        f"{FLOW} --stage sft --parameters full --parallel fsdp",
-        f"{FLOW} --stage grpo --kernel cps --beta 0",
-        "--stage nft --beta 1",
-        "--preset tiny-qwen --stage grpo --task mix --mix turns --prompts-per-step 1",
-        "--preset tiny-qwen --stage all",
-        f"{QWEN} --stage all",
-        f"{QWEN} --tasks t2i --teachers t2i=x --prompts-per-step 1",
-    ],
-)
+ALLOWED = [  # each is next to one that is refused
+    "--estimator velocity --noise-level 0 --window 2:2", "--states ode --weight ode --noise-level 0",  # DiffusionOPD
+    "--weight dt", "--estimator path --weight kl_dt",  # Q Eq. 18's weight on F's states
+    "--group-size 1",  # only GRPO, NFT and curation compare within a group
+    "--stage curate --noise-level 0 --window 0:0",  # the first noise alone makes the samples of a prompt differ
+    "--stage grpo --kernel cps --noise-level 1", "--stage grpo --prompts-per-step 8 --updates 2",
+    f"{FLOW} --stage grpo --kernel cps --beta 0", "--stage nft --beta 1", "--steps 0", "--resolution 24",
+    "--tasks text --teachers text=x", f"{QWEN} --tasks t2i --teachers t2i=x --prompts-per-step 1",
+    "--preset tiny-qwen --stage grpo --task mix --mix turns --prompts-per-step 1",
+    "--prompts auto=mine.jsonl text=signs.txt", f"{FLOW} --stage sft --parameters full --parallel fsdp",
+    "--stage all --tasks text", f"{FLOW} --stage all", "--preset tiny-qwen --stage all", f"{QWEN} --stage all",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("line", ALLOWED)
 def test_what_can_work_is_let_through(line):
     parse(line)
 

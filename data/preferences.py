@@ -45,8 +45,8 @@ class Pair(NamedTuple):
 def read(file: str | Path, objective: str) -> list[Sample] | list[Pair]:
     """The lines of a JSONL file that an objective ("pointwise" or "pairwise") learns from, in order.
 
-    Blank lines are skipped. Raises DataError, `file:line: what is wrong`, for a line that does not have the objective's
-    form and for an image that is missing or is none. Only the images' headers are read now.
+    Blank lines are skipped. DataError, `file:line: what is wrong`, for a line of another form and for an image that is
+    missing or is none. Only the images' headers are read now.
     """
     file = Path(file)
     try:
@@ -60,24 +60,22 @@ def read(file: str | Path, objective: str) -> list[Sample] | list[Pair]:
 
 
 def _parse(where: str, line: bytes, folder: Path, objective: str) -> Sample | Pair:
+    """One line. Whatever is wrong with it, DataError says where, why and what is needed."""
+    pointwise = objective == "pointwise"
     try:
         entry = json.loads(line)
-    except (ValueError, RecursionError) as fault:  # malformed JSON, or no UTF-8
-        raise DataError(f"{where}: not JSON ({first_line(fault)}); write one object a line") from None
-    images = ("image",) if objective == "pointwise" else ("image_w", "image_l")
-    fits = isinstance(entry, dict) and all(isinstance(entry.get(n), str) and entry[n] for n in (*images, "prompt"))
-    if fits and objective == "pointwise":
-        score = entry.get("score")
-        fits = type(score) in (int, float) and LOWEST <= score <= HIGHEST
-    if not fits:
-        raise DataError(f"{where}: --objective {objective} needs lines like {FORMS[objective]}")
-    files = [folder / entry[name] for name in images]
-    for file in files:
-        try:
+        names, prompt = [entry[n] for n in (("image",) if pointwise else ("image_w", "image_l"))], entry["prompt"]
+        if not all(isinstance(text, str) and text for text in (*names, prompt)):
+            raise ValueError("an image or the prompt is no text")
+        if pointwise and not (type(entry["score"]) in (int, float) and LOWEST <= entry["score"] <= HIGHEST):
+            raise ValueError(f"the score is no number from {LOWEST} to {HIGHEST}")
+        files = [folder / name for name in names]
+        for file in files:
             Image.open(file).close()
-        except Exception as fault:  # no file, no image, no permission, more pixels than Pillow thinks wise
-            raise DataError(f"{where}: {file} is no readable image ({first_line(fault)})") from None
-    return Sample(*files, entry["prompt"], float(score)) if objective == "pointwise" else Pair(*files, entry["prompt"])
+    except Exception as fault:  # of JSON, UTF-8, a missing field, the file system or one of Pillow's many
+        needed = f"--objective {objective} needs lines like {FORMS[objective]}"
+        raise DataError(f"{where}: {first_line(fault)}; {needed}") from None
+    return Sample(*files, prompt, float(entry["score"])) if pointwise else Pair(*files, prompt)
 
 
 def read_picture(file: Path) -> Image.Image:

@@ -1,12 +1,7 @@
 """A trained reward model as a scorer: a Qwen-VL with a LoRA that marks pictures from 1 to 5 (Q 3.1).
 
-    VLMJudge           the VLM, the question it is asked, and R of Q Eq. 12; its LoRA is what trains
-    agreement          with people, on prompts that are held out
-    save, load         a checkpoint: the weights, and reward_model.json, which says what they belong to
-    scorer             a checkpoint as a reward like any other, the kind `trained`
-
-`train.py --stage reward` trains one. A tiny world has a judge of its own (tiny/judge.py), whose checkpoints `load`
-reads too.
+`train.py --stage reward` trains one, and the kind `trained` of --rewards uses it. A checkpoint is the weights and
+reward_model.json, which says what they belong to. A tiny world's judge (tiny/judge.py) is saved and loaded here too.
 """
 
 import json
@@ -108,8 +103,8 @@ def score_all(judge: Judge, images: Sequence, prompts: Sequence[str], batch: int
 
 
 def agreement(judge: Judge, held: Sequence[Sample] | Sequence[Pair], batch: int) -> dict[str, float]:
-    """Agreement with people on held-out prompts (Q 3.1). Higher is better, but for the error. What is undefined, such
-    as a correlation with marks that are all equal, is left out.
+    """Agreement with people on held-out prompts (Q 3.1). What is undefined, such as a correlation with marks that are
+    all equal, is left out.
 
     held_pair_accuracy              pairs in the right order: the annotated ones, or any two marks of one prompt
     held_pearson, held_spearman     correlation of R with the marks, of values and of ranks      (samples only)
@@ -159,8 +154,8 @@ def scorer(
 ) -> Scorer:
     """A trained reward model as a reward, named as its folder: R / 5 in [0.2, 1], higher is better, of any picture.
 
-    Divided by 5 as every other rating is, so that weights mean the same. `batch` pictures go through the model at once.
-    It judges the picture alone; a source image is not looked at. RewardError names the scorer and the prompt.
+    `batch` pictures go through the model at once. A source image is not looked at. RewardError names the scorer and the
+    prompt.
     """
     judge, name = load(model, device, dtype), Path(str(model)).name
 

@@ -7,16 +7,13 @@ seen.
 import base64
 import gzip
 import io
-import itertools
 import json
 import math
-import random
 import socket
 import struct
 import threading
-from collections import Counter
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import torch
@@ -187,21 +184,3 @@ WRONG = {  # the request is tried again so many times
 }
 FAULTS = PASSING | WRONG
 FAST = remote.Limits(timeout=5, deadline=20, tries=3, rest=0.01, longest_rest=0.05, concurrency=4, max_bytes=65536)
-
-
-def survive(count: int, share: float = 0.47, seed: int = 6) -> tuple[int, Counter]:
-    """(scores that are right, answers by what they were) of `count` pictures, asked about in pairs."""
-    chance, answers, lock, faults = random.Random(seed), Counter(), threading.Lock(), itertools.cycle(FAULTS)
-
-    def plan(number: int, body: dict) -> Callable | None:
-        with lock:
-            name = next(faults) if chance.random() < share else "right"
-            answers[name] += 1
-        return FAULTS.get(name)
-
-    limits = FAST._replace(timeout=0.3, deadline=120, tries=40, rest=0.005, longest_rest=0.02, concurrency=8)
-    with ExitStack() as stack:
-        urls = [stack.enter_context(Far(plan)).url for _ in range(3)]
-        images, prompts = pictures(count)
-        scores = remote.served(urls, "far", batch=2, limits=limits).score(images, prompts)
-    return int((scores == (torch.arange(1, count + 1).double() / 65535).float()).sum()), answers

@@ -1,5 +1,6 @@
 # make demo        merge + OPD from the shipped teachers, then the table and the pictures (about 3 minutes on 2 idle cores)
-# make test        the proofs, in two processes (about five and a half minutes on 2 cores)
+# make test        the proofs, in two processes (about six minutes on 2 cores)
+# make test-all    the same, and a kill before every write of three short runs instead of a sample of them
 # make reproduce   the README's learning results, three seeds each (hours)
 # make bench       the README's speed figures and the estimator table
 # make lock        renew requirements.lock from pyproject.toml's ranges, with the oldest Python that it allows
@@ -7,7 +8,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: demo test reproduce bench assets lock clean
+.PHONY: demo test test-all reproduce bench assets lock clean
 
 # What has to be built (face_recognition_models has no wheel) is built with the lock's setuptools, too.
 .venv/installed: pyproject.toml requirements.lock
@@ -25,6 +26,9 @@ demo: .venv/installed
 test: .venv/installed
 	.venv/bin/ruff check
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
+
+test-all: test
+	OMP_NUM_THREADS=1 $(PY) -m bench.kills
 
 reproduce: .venv/installed
 	$(PY) -m bench.flow_opd learning

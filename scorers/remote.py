@@ -61,8 +61,7 @@ LIMITS = Limits()
 
 
 class Fault(Exception):
-    """Why one try gave no score. It counts as so many tries; the endpoint rests if it `rests`, for `after` seconds at
-    least."""
+    """Why one try gave no score. It `counts` as so many tries. If it `rests`, the endpoint rests `after` s at least."""
 
     def __init__(self, cause: str, counts: float = 1, rests: bool = True, after: float = 0.0):
         super().__init__(cause)
@@ -90,14 +89,14 @@ class Endpoint:
 
 @functools.cache
 def _loop() -> asyncio.AbstractEventLoop:
-    """The one event loop of all clients. Its thread is a daemon: a run that ends does not wait for a far judge."""
+    """The one event loop of all clients. Its thread is a daemon, so a run that ends does not wait for a far judge."""
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="far scorers", daemon=True).start()
     return loop
 
 
 class Client:
-    """Asks several endpoints many things at once, and gives every answer to the one who asked."""
+    """Asks several endpoints many things at once, and puts each answer in its request's place."""
 
     def __init__(self, name: str, endpoints: Sequence[str], key: str, limits: Limits):
         if isinstance(endpoints, str) or not endpoints or len(set(endpoints)) < len(endpoints):
@@ -230,7 +229,7 @@ def check_url(url: str) -> str:
     except httpx2.InvalidURL:
         fits = False
     if not fits or set(url) & set("@?#"):
-        raise RewardError("an endpoint is http://HOST:PORT/v1 or https://HOST/v1; a key belongs into the environment")
+        raise RewardError("an endpoint is http://HOST:PORT/v1 or https://HOST/v1; a key belongs in the environment")
     return url.rstrip("/")
 
 

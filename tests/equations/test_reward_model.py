@@ -85,17 +85,6 @@ def test_the_pairwise_loss_is_bradley_terrys():
     assert abs(loss.item() - R.pairwise_loss(b, w).item()) > 0.1, "a swapped pair is another loss"
 
 
-def test_the_pairwise_loss_asks_for_the_log_odds_of_the_preference():
-    # Of 10 annotators 7 prefer the first picture: the minimum is where sigma(d) = 0.7, and nowhere near it.
-    def loss(d):
-        d = torch.tensor(d)
-        return (0.7 * R.pairwise_loss(d[None], torch.zeros(1)) + 0.3 * R.pairwise_loss(torch.zeros(1), d[None])).item()
-
-    best = math.log(0.7 / 0.3)
-    assert loss(best) < min(loss(best - 0.05), loss(best + 0.05))
-    assert loss(best) == pytest.approx(-0.7 * math.log(0.7) - 0.3 * math.log(0.3), abs=1e-6)
-
-
 def test_the_pairwise_loss_has_no_scale_of_its_own_but_a_floor_on_the_scale_of_one_to_five():
     w, b = draws(4), draws(4, seed=1)
     torch.testing.assert_close(R.pairwise_loss(w + 9, b + 9), R.pairwise_loss(w, b))

@@ -116,8 +116,6 @@ class Settings:
     alpha: float = _option(64.0, "LoRA alpha of a new adapter; its update is alpha/r * B @ A", (*LORA, "reward"),
                            low=0.0)
     batch_size: int = _option(16, "images a step and process", ("pretrain", "sft", "reward"), low=1)
-    caption_dropout: float = _option(0.1, "share of captions left empty, for guidance", ("pretrain",), low=0.0,
-                                     high=1.0)
 
     prompts_per_step: int = _option(6, "prompts [P] a step and process", ROLLOUT, low=1, group="rollout")
     group_size: int = _option(24, "samples per prompt [G]", ROLLOUT, low=1)
@@ -198,6 +196,14 @@ VLM_REWARD = dict(
     save_every=100, **REWARD,
 )
 TINY_REWARD = dict(steps=600, batch_size=64, micro_batch=64, lr=2e-3, warmup=30, save_every=150, **REWARD)
+TINY_PRETRAIN = dict(
+    steps=6000, batch_size=64, lr=3e-3, decay=True, warmup=100, weight_decay=0.01, ema_decay=0.999, save_every=500,
+)
+TINY = dict(
+    precision="float32", micro_batch=0, gradient_checkpointing=False, resolution=24, rank=16, alpha=32.0, lr=1e-3,
+    warmup=5, ema_every=1, batch_size=128, prompts_per_step=12, num_steps=6, advantage_std="batch", beta=0.0,
+    updates=1, train_prompts=2048, eval_prompts=192, eval_steps=10, save_every=25,
+)
 PRESETS: dict[str, dict[str, dict]] = {
     "flow-opd": {
         "": {},
@@ -209,16 +215,9 @@ PRESETS: dict[str, dict[str, dict]] = {
     "tiny": {
         "": dict(
             model=f"{ASSETS['tiny']}/base", teachers={t: f"{ASSETS['tiny']}/teacher-{t}" for t in FLOW_TASKS},
-            precision="float32",
-            micro_batch=0, gradient_checkpointing=False, resolution=24, rank=16, alpha=32.0, lr=1e-3, warmup=5,
-            ema_every=1, batch_size=128, prompts_per_step=12, group_size=16, num_steps=6, window="0:5", cfg=1.0,
-            advantage_std="batch", beta=0.0, updates=1, train_steps="first", train_prompts=2048, eval_prompts=192,
-            eval_steps=10, save_every=25,
+            group_size=16, window="0:5", cfg=1.0, train_steps="first", **TINY,
         ),
-        "pretrain": dict(
-            steps=6000, batch_size=64, lr=3e-3, decay=True, warmup=100, weight_decay=0.01, ema_decay=0.999,
-            save_every=500,
-        ),
+        "pretrain": TINY_PRETRAIN,
         "curate": dict(train_prompts=240),
         "grpo": dict(steps=150, lr=7e-4),
         "sft": dict(steps=100, batch_size=96, lr=1e-3),
@@ -243,8 +242,7 @@ PRESETS: dict[str, dict[str, dict]] = {
         "nft": dict(steps=500, beta=1e-4, updates=1, advantage_clip=1.0, overlap=True),
         "sft": dict(steps=300, guidance="both"),
         "opd": dict(
-            steps=500, estimator="velocity", guidance="teacher", group_size=1, prompts_per_step=8,
-            train_steps="all",
+            steps=500, estimator="velocity", guidance="teacher", group_size=1, prompts_per_step=8, train_steps="all"
         ),
         "eval": dict(guidance="teacher"),
         "reward": VLM_REWARD,
@@ -252,16 +250,10 @@ PRESETS: dict[str, dict[str, dict]] = {
     "tiny-qwen": {
         "": dict(
             model=f"{ASSETS['tiny-qwen']}/base", teachers={t: f"{ASSETS['tiny-qwen']}/teacher-{t}" for t in QWEN_TASKS},
-            tasks="t2i,edit", anchor="", mar=0.0, precision="float32", micro_batch=0, gradient_checkpointing=False,
-            resolution=24, rank=16, alpha=32.0, lr=1e-3, warmup=5, ema_every=1, batch_size=128, prompts_per_step=12,
-            group_size=8, num_steps=6, window="0:4", cfg=2.0, guidance="rollout", combine="normalised", mix="joint",
-            advantage_std="batch", beta=0.0, updates=1, train_steps="random", train_count=3, train_prompts=2048,
-            eval_prompts=192, eval_steps=10, save_every=25,
+            tasks="t2i,edit", anchor="", mar=0.0, group_size=8, window="0:4", cfg=2.0, guidance="rollout",
+            combine="normalised", mix="joint", train_steps="random", train_count=3, **TINY,
         ),
-        "pretrain": dict(
-            steps=6000, batch_size=64, lr=3e-3, decay=True, warmup=100, weight_decay=0.01, ema_decay=0.999,
-            save_every=500, guidance="both",
-        ),
+        "pretrain": dict(guidance="both", **TINY_PRETRAIN),
         "curate": dict(train_prompts=480, threshold=0.4),
         "grpo": dict(steps=80, lr=1.5e-3),
         "nft": dict(steps=80, lr=4e-4, beta=1e-4, advantage_clip=1.0),

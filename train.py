@@ -77,7 +77,7 @@ def pretrain(s: Settings, load=load) -> Run:
         began, rng = time.time(), random.Random(run.generator("world", run.rank).initial_seed())
         noise, loss = run.generator("noise", run.rank), 0.0
         for images, captions, before in load.world_of(s).training_batch(rng, s.batch_size, task_list(s)):
-            captions = ["" if rng.random() < s.caption_dropout else caption for caption in captions]
+            captions = ["" if rng.random() < 0.1 else caption for caption in captions]  # v(x, t, "") is for guidance
             x0 = run.model.latents(images)
             tokens = torch.tensor([run.model.tokenize(caption) for caption in captions])
             cond = run.model.encode_tokens(tokens, before)  # with gradient: the embeddings train, too

@@ -302,5 +302,5 @@ def test_train_py_survives_kill_9_before_a_sample_of_its_writes(world):
     from bench import kills
 
     for case in kills.cases(world.base).values():
-        _, tried, survived = kills.survived(case, every=20)
+        _, tried, survived = kills.survived(case, every=40)
         assert tried == survived > 0

@@ -100,7 +100,7 @@ def unresolved(text):
             yield f"{module}.{name}"
     proofs = set().union(*(defined(path) for path in TRACKED if path.startswith("tests/equations/")))
     yield from (name for name in TEST.findall(text) if name not in proofs)
-    for link in re.findall(r"\]\(([^)#\s]+)", text):
+    for link in re.findall(r"\]\(([^)#\s]+)", re.sub(r"```.*?```", "", text, flags=re.S)):
         if "://" not in link and not any((ROOT / folder / link).exists() for folder in ("", "docs")):
             yield link
 

@@ -1,8 +1,8 @@
-# make demo        merge + OPD from the shipped teachers, then the table and the pictures (about 3 minutes on 2 idle cores)
+# make demo        merge + OPD from the shipped teachers, then the table and the pictures (about 4 minutes on 2 idle cores)
 # make test        the proofs, in two processes (about six minutes on 2 cores)
 # make test-all    the same, and a kill before every write of three short runs instead of a sample of them
-# make reproduce   the README's learning results, three seeds each (hours)
-# make bench       the README's speed figures and the estimator table
+# make reproduce   the learning results of docs/RESULTS.md, three seeds each (hours)
+# make bench       the speed figures of docs/RESULTS.md and the estimator table
 # make lock        renew requirements.lock from pyproject.toml's ranges, with the oldest Python that it allows
 # Each builds .venv on first use (not `lock`), from requirements.lock, and checks it before anything runs.
 PYTHON ?= python3

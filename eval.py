@@ -32,7 +32,7 @@ from models import flow
 from scorers import panel as scoring
 
 
-def panel_of(s: Settings, device: torch.device) -> scoring.Panel | None:
+def named_panel(s: Settings, device: torch.device) -> scoring.Panel | None:
     """The scorers that --rewards names for an evaluation; None if it names none or the world has scorers of its own."""
     if load.world_of(s).KINDS or not s.rewards:
         return None
@@ -52,7 +52,7 @@ def evaluate(
     result: dict = {"scores": {}, "tags": {}, "images": {}, "sources": {}}
     rollout.encode_all(model, (p for some in prompts.values() for p in some), cfg != 1)
     if panel is None and first:
-        panel = panel_of(s, model.device)
+        panel = named_panel(s, model.device)
     for task, some in prompts.items():
         latents = rollout.draw(model, some, s.eval_steps, s.micro_batch, seed_for("eval", s.seed, task), cfg)
         if not first:
@@ -84,7 +84,7 @@ def compare(s: Settings) -> tuple[dict[str, dict], Path]:
     for name, where in s.compare.items():
         names[name] = f"compare:{name}"
         model.add_expert(names[name], where)
-    rows, panel = {}, panel_of(s, device) if first else None
+    rows, panel = {}, named_panel(s, device) if first else None
     for name, expert in names.items():
         if first:
             print(f"evaluating {name} ...", file=sys.stderr)
@@ -112,6 +112,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows, where = compare(s)
     except ranks.USER_ERRORS as fault:
         return ranks.fail(fault)
+    except KeyboardInterrupt:
+        print("interrupted: nothing is kept; repeat the command", file=sys.stderr)
+        return 130
     if rows:
         print(report.markdown_table({name: row["scores"] for name, row in rows.items()}))
         print(f"\npictures: {where.parent / 'samples'}\nreport:   {where}")

@@ -20,6 +20,8 @@ ROLLOUT = ("curate", *RL, "opd")  # stages that draw trajectories
 LORA = (*RL, "sft", "opd")  # stages that train the published model
 TRAINED = ("pretrain", *LORA, "reward")  # stages with an optimizer
 LOADED = (*ROLLOUT, "sft", "merge", "eval")  # stages that load the published model
+# What only published models read: a tiny world refuses these flags.
+PUBLISHED = ("precision", "resolution", "text_length", "source_resolution", "gradient_checkpointing")
 SHOWN = tuple(stage for stage in READERS if stage not in ("curate", "reward"))  # stages that draw test pictures
 
 
@@ -149,8 +151,8 @@ class Settings:
     objective: str = _option("pointwise", "marks of single pictures (Q Eq. 11), or pairs (Q Eq. 10)", ("reward",),
                              choices=("pointwise", "pairwise"))
 
-    advantage_std: str = _option("group", "what advantages are divided by", RL, choices=("group", "batch", "none"),
-                                 group="objective")
+    advantage_std: str = _option("group", "what advantages are divided by (--combine sum)", RL,
+                                 choices=("group", "batch", "none"), group="objective")
     advantage_clip: float = _option(5.0, "largest absolute advantage", RL, low=0.0)
     clip: float = _option(1e-4, "clip range [epsilon] of the policy ratio", ("grpo",), low=0.0)
     log_prob: str = _option("mean", "log-prob and KL over the D latent dimensions: mean as released, sum is exact",
@@ -187,7 +189,7 @@ FIELDS = {f.name: f for f in fields(Settings)}
 VELOCITY = {"weight": "uniform", "states": "ode"}  # what --estimator velocity stands for, with analytic
 
 # What a preset changes for all its stages ("") and for each of them. Learning rates and sizes of the tiny world were
-# found on two CPU cores; see the README. flow-opd: F App. A and, where F is silent, Flow-GRPO's recipe. On 8 ranks it
+# found on two CPU cores; see docs/RESULTS.md. flow-opd: F App. A and, if F is silent, Flow-GRPO's recipe. On 8 ranks it
 # has 48 groups an epoch and two updates of 24 groups; in OPD every step is one such update, hence 3 groups a rank.
 # A reward model's falling rate averages its weights well enough: what it exports are the trained ones (ema_decay=0).
 REWARD = dict(decay=True, weight_decay=0.01, ema_every=1, ema_decay=0.0)
@@ -222,7 +224,7 @@ PRESETS: dict[str, dict[str, dict]] = {
         "grpo": dict(steps=150, lr=7e-4),
         "sft": dict(steps=100, batch_size=96, lr=1e-3),
         # log_prob="sum" is F Eq. 8-11 as written. Under "mean" the literal estimator's noise shrinks by 1/D against
-        # MAR, so that the student quietly becomes the anchor and looks as if it had learnt (README, "Three seeds").
+        # MAR, so that the student quietly becomes the anchor and looks as if it had learnt (docs/RESULTS.md).
         "opd": dict(
             steps=100, lr=3e-3, decay=True, prompts_per_step=24, group_size=4, train_steps="all", log_prob="sum"
         ),
@@ -314,7 +316,7 @@ def test_tasks(s: Settings) -> list[str]:
 
 
 def parts_of(s: Settings) -> tuple[str, ...]:
-    """The stages of --stage all in their order. Merging takes seconds and is picky about its teachers: it is first."""
+    """The stages of --stage all in their order. Merging takes seconds and is needs LoRA teachers: it is first."""
     if known_tasks(s) == QWEN_TASKS:
         return (*(("pretrain",) if is_tiny(s) else ()), "grpo", "opd")
     return (*(("pretrain", "grpo") if is_tiny(s) else ()), "merge", "sft", "opd")

@@ -58,10 +58,9 @@ from data.batches import prompt_batch, seed_for
 from data.pictures import sources
 from data.preferences import Pair, Sample
 from harness import curation, load, plan, ranks, report, rollout
-from harness import run as runtime
 from harness.ranks import USER_ERRORS
 from harness.rollout import Row, Trajectories, batches, micro_batches, prompts_of
-from harness.run import Run
+from harness.run import Run, Stopped, read_metrics
 from models import flow, hub, lora
 from models.experts import STUDENT
 from scorers import panel as scoring
@@ -451,7 +450,7 @@ def reward(s: Settings) -> Path:
             with run.exported():
                 metrics |= vlm_trained.agreement(run.model, held, together)
         run.log({**metrics, "seconds": time.time() - began})
-    rows = {f"step {row.pop('step')}": row for row in runtime.read_metrics(run.folder)}
+    rows = {f"step {row.pop('step')}": row for row in read_metrics(run.folder)}
     rows = {name: {key: row[key] for key in row if key.startswith("held_")} for name, row in rows.items()}
     note = f"Objective: {s.objective}; {len(training)} items to train on, {len(held)} held out, of other prompts."
     return tell(run, {name: {"scores": row, "tags": {}} for name, row in rows.items() if row}, [note])
@@ -561,7 +560,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except USER_ERRORS as fault:
         return ranks.fail(fault)
-    except runtime.Stopped as stop:
+    except Stopped as stop:
         code, message = 0, str(stop)
     except KeyboardInterrupt:
         code, message = 130, "interrupted: repeat the command to continue from the last checkpoint"

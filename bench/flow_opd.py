@@ -1,4 +1,4 @@
-"""Where do the learning results of F in docs/RESULTS.md come from?
+"""Where do the learning results of F in docs/RESULTS.md come from? (`collateral` has no row there yet.)
 
     python -m bench.flow_opd estimators   the table of F Eq. 11's estimators on a linear-Gaussian flow (minutes)
     python -m bench.flow_opd collateral   F Eq. 4: cosines between the tasks' policy gradients, tiny world (a minute)

@@ -50,7 +50,8 @@ def parse(argv: Sequence[str], prog: str = "train.py") -> tuple[Settings, dict]:
     values = unchecked({name: given[name] for name in ("preset", "stage", "tasks") if name in given})
     _check_values(values)
     readable = read_by(values)
-    flags, unknown = _parser(prog, values, readable).parse_known_args(argv)
+    shown = [name for name in readable if not (is_tiny(values) and name in settings.PUBLISHED)]
+    flags, unknown = _parser(prog, values, shown).parse_known_args(argv)
     if unknown:
         raise SettingsError(f"unknown flag {unknown[0]}; {_near(unknown[0].split('=')[0], map(_flag, FIELDS))}")
     flags = {name: _pairs(name, v) if FIELDS[name].type is dict else v for name, v in vars(flags).items()}
@@ -59,6 +60,8 @@ def parse(argv: Sequence[str], prog: str = "train.py") -> tuple[Settings, dict]:
         stages = ", ".join("eval.py" if stage == "eval" else stage for stage in FIELDS[name].metadata["stages"])
         by = prog if values.stage == "eval" else f"--stage {values.stage}"
         raise SettingsError(f"{where}: {by} does not read it; it is for {stages}")
+    for name in [name for name in flags if is_tiny(values) and name in settings.PUBLISHED]:
+        raise SettingsError(f"{_flag(name)}: a tiny world does not read it; it is for published models")
     given |= flags
     return resolve(given), given
 
@@ -201,9 +204,11 @@ def _check_names(s: Settings) -> None:
     for name in s.compare:  # names adapters, files and rows of the table
         if name in ("", "base") or set(name) & set("./\\"):
             raise SettingsError(f"--compare {name}=...: give it a name of its own, without dots and slashes")
-    for task in (*s.teachers, *(set(s.prompts) - {"auto"}), *(settings.task_list(s) or [s.tasks])):
-        if task not in TASKS:
-            raise SettingsError(f"task {task!r}: choose from {', '.join(TASKS)}")
+    known = {"tiny": settings.FLOW_TASKS, "tiny-qwen": settings.QWEN_TASKS}.get(s.preset, TASKS)
+    own = {s.task} - {"", "mix"}
+    for task in (*s.teachers, *(set(s.prompts) - {"auto"}), *own, *(settings.task_list(s) or [s.tasks])):
+        if task not in known:
+            raise SettingsError(f"task {task!r}: choose from {', '.join(known)}")
     if s.stage == "pretrain" and not is_tiny(s):
         raise SettingsError("--stage pretrain makes a tiny world's base: add --preset tiny")
 

@@ -160,8 +160,8 @@ def student_run(s: Settings) -> Run:
 
 def needs_base(s: Settings) -> bool:
     """Does a full-parameter student need the frozen base beside it: for LoRA teachers, or for the KL to the base?"""
-    if s.stage in ("grpo", "nft"):
-        return s.beta > 0
+    if s.stage in ("curate", "grpo", "nft"):
+        return s.stage != "curate" and s.beta > 0
     return any(hub.kind(hub.locate(where)) != "full" for where in (*s.teachers.values(), *anchors(s)))
 
 

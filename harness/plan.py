@@ -143,7 +143,7 @@ def lacking(extra: str) -> list[str]:
 def missing(s: Settings) -> list[str]:
     """What the run would stop for, in words: paths, prompt files, scorers' options, and packages of an extra."""
     found, extras = [], ["wandb"] if s.wandb else []
-    asked = load.asked_of(s) if s.rewards or s.stage in RL else None
+    asked = load.asked_of(s) if s.rewards or s.stage in ("curate", *RL) else None
     if asked:
         extras += [e["kind"] for e in asked.scorers.values() if e["kind"] in ("ocr", "geneval", "face")]
 

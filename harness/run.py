@@ -160,7 +160,7 @@ class Run:
 
     def write_card(self, folder: Path, scores: dict[str, float]) -> None:
         """The model card of a checkpoint, README.md; scores are known once the run has ended."""
-        card = model_card(asdict(self.s), self.record.last, scores, self.step, self.model.pipeline)
+        card = model_card(checkpoints.recorded(self.s), self.record.last, scores, self.step, self.model.pipeline)
         write_atomic(folder / "README.md", card)
 
 

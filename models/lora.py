@@ -1,4 +1,4 @@
-"""How does a LoRA travel between this project, PEFT and stock diffusers without losing its scale?
+"""How is a LoRA read and written between this project, PEFT and stock diffusers without losing its scale?
 
 A LoRA is two factors a module, A (r, in) and B (out, r), and one number that is in neither: the update of a weight is
 alpha / r * B @ A. A reader that loses alpha takes r for it, and the pictures are silently wrong by a factor. Layouts:

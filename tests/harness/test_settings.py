@@ -159,7 +159,7 @@ def test_a_stage_takes_the_flags_that_it_reads_and_each_sets_its_own_value_alone
     program = "eval.py" if stage == "eval" else "train.py"
     line = [] if stage == "eval" else f"--stage {stage} --name given {BASE.get(stage, '')}".split()
     before = asdict(parse(line, prog=program))
-    for name in S.read_by(parse(line, prog=program)).keys() - {"config", "preset", "stage", "name"}:
+    for name in S.read_by(parse(line, prog=program)).keys() - {"config", "preset", "stage", "name", *S.PUBLISHED}:
         arguments, value = another(S.FIELDS[name], before[name])
         if name in ("weight", "states"):  # neither can change alone, see below
             continue
@@ -180,6 +180,7 @@ def test_the_help_shows_the_flags_of_a_stage_with_the_values_it_would_have(capsy
     flags = {name: set(re.findall(r" (--[a-z-]+)", text)) for name, text in (("opd", opd), ("grpo", grpo))}
     for stage, found in flags.items():
         reads = {"--" + n.replace("_", "-") for n, f in S.FIELDS.items() if stage in f.metadata["stages"]}
+        reads -= {"--" + n.replace("_", "-") for n in (S.PUBLISHED if stage == "grpo" else ())}  # a tiny world's
         assert reads <= found and not (found - reads) & {"--" + n.replace("_", "-") for n in S.FIELDS} - {"--weight"}
     assert "[0.0001]" in opd and "composition=jieliu/SD3.5M-FlowGRPO-GenEval" in opd and "[0.0007]" in grpo
     assert "--compare" in table and "--stage" not in table and "--lr" not in table
@@ -267,7 +268,11 @@ REFUSED = [  # the flag or word that the message names first, then a command lin
     ("--name", "--name a/b"), ("--name", "--name .."), ("--resolution", f"{FLOW} --resolution 520"),
     ("--window", "--window 3"), ("--window", "--window a:b"), ("--window", "--window 4:2"),
     ("--window", "--window=-1:3"), ("task 'words'", "--teachers words=x"), ("task 'poem'", "--prompts poem=x"),
-    ("task 'poem'", "--tasks text,poem"), ("task ','", "--tasks ,"),
+    ("task 'poem'", "--tasks text,poem"), ("task ','", "--tasks ,"), ("task 't2i'", "--tasks t2i"),
+    ("task 'edit'", "--stage grpo --task edit"), ("task 'text'", "--preset tiny-qwen --stage nft --task text"),
+    # what only published models read
+    ("--resolution", "--resolution 24"), ("--precision", "--precision bfloat16"),
+    ("--gradient-checkpointing", "--gradient-checkpointing"), ("--text-length", "--preset tiny-qwen --text-length 8"),
     # what would be trained on nothing, or never
     ("--prompts-per-step", "--stage opd --prompts-per-step 2"),
     ("--prompts-per-step", f"{QWEN} --stage nft --task mix --prompts-per-step 1"),
@@ -325,7 +330,7 @@ def test_a_config_is_checked_like_flags_and_must_be_there(tmp_path):
     assert refusal(config(tmp_path, '{"lr": NaN}')).startswith("--lr nan")
     for path in (tmp_path / "no.json", tmp_path):
         assert refusal(["--config", str(path)]).startswith(f"--config {path}: ")
-    s = parse(config(tmp_path, {"lr": 1, "resume": False, "teachers": {t: "x" for t in S.TASKS}}))
+    s = parse(config(tmp_path, {"lr": 1, "resume": False, "teachers": {t: "x" for t in S.FLOW_TASKS}}))
     assert (s.lr, type(s.lr), s.resume, s.teachers["text"]) == (1.0, float, False, "x")
 
 
@@ -342,7 +347,7 @@ ALLOWED = [  # each is next to one that is refused
     "--group-size 1",  # only GRPO, NFT and curation compare within a group
     "--stage curate --noise-level 0 --window 0:0",  # the first noise alone makes the samples of a prompt differ
     "--stage grpo --kernel cps --noise-level 1", "--stage grpo --prompts-per-step 8 --updates 2",
-    f"{FLOW} --stage grpo --kernel cps --beta 0", "--stage nft --beta 1", "--steps 0", "--resolution 24",
+    f"{FLOW} --stage grpo --kernel cps --beta 0", "--stage nft --beta 1", "--steps 0",
     "--tasks text --teachers text=x", f"{QWEN} --tasks t2i --teachers t2i=x --prompts-per-step 1",
     "--preset tiny-qwen --stage grpo --task mix --mix turns --prompts-per-step 1",
     "--prompts auto=mine.jsonl text=signs.txt", f"{FLOW} --stage sft --parameters full --parallel fsdp",

@@ -29,9 +29,9 @@ def model(world):
 
 # ---------------------------------------------------------------------------------------------- an expert's evaluation
 def test_a_panel_is_built_where_rewards_name_one_and_the_tiny_world_needs_none():
-    assert evaluation.panel_of(tiny_settings(rewards="task=1"), "cpu") is None
-    assert evaluation.panel_of(cli.resolve({}), "cpu") is None
-    panel = evaluation.panel_of(cli.resolve({"rewards": "jpeg=2"}), "cpu")
+    assert evaluation.named_panel(tiny_settings(rewards="task=1"), "cpu") is None
+    assert evaluation.named_panel(cli.resolve({}), "cpu") is None
+    panel = evaluation.named_panel(cli.resolve({"rewards": "jpeg=2"}), "cpu")
     assert list(panel.scorers) == ["jpeg"] and not panel.drop, "an evaluation drops nothing: a table has no holes"
 
 

@@ -8,6 +8,7 @@ fetched when the run starts.
 import contextlib
 import re
 import threading
+import tomllib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatch
@@ -132,12 +133,9 @@ def download_sizes(wanted: Mapping[str, Sequence[str]], seconds: float = 4.0) ->
 
 def lacking(extra: str) -> list[str]:
     """Packages of an extra of pyproject.toml that are not installed."""
-    found = []
-    for line in metadata.requires("minopd") or ():
-        name = re.match(r"[\w.-]+", line)[0]
-        if re.search(f"extra == ['\"]{extra}['\"]", line) and not any(True for _ in metadata.distributions(name=name)):
-            found.append(name)
-    return found
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    names = [re.match(r"[\w.-]+", line)[0] for line in project["optional-dependencies"][extra]]
+    return [name for name in names if not any(True for _ in metadata.distributions(name=name))]
 
 
 def missing(s: Settings) -> list[str]:

@@ -1,5 +1,5 @@
 # make demo        merge + OPD from the shipped teachers, then the table and the pictures (about 4 minutes on 2 idle cores)
-# make test        the proofs, in two processes (about six minutes on 2 cores)
+# make test        the proofs, in two processes (about 4 minutes on 2 cores)
 # make test-all    the same, and a kill before every write of three short runs instead of a sample of them
 # make reproduce   the learning results of docs/RESULTS.md, three seeds each (hours)
 # make bench       the speed figures of docs/RESULTS.md and the estimator table

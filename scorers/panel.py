@@ -12,9 +12,9 @@ A score that cannot be had is never a 0. It ends the run, after a checkpoint, wi
 `--on-reward-failure drop`, its whole prompt group is left out of the update, because a group that lost some of its
 samples has another mean, and advantages are about that mean.
 
-ERRATUM (Q 4.1): a rollout that overlaps with the scoring of the batch before it is drawn from the policy *before* that
-batch's update, so that its first ratio is not 1; Q does not say so. The ratio is taken to the policy that drew it (Q
-Eq. 6 asks for no more), and `ratio_std` shows the distance.
+Q 4.1 is silent on this: a rollout that overlaps with the scoring of the batch before it is drawn from the policy before
+that batch's update, so its first ratio is not 1. The ratio is taken to the policy that drew it (Q Eq. 6 asks for no
+more), and `ratio_std` shows the distance.
 """
 
 import math

@@ -20,6 +20,7 @@ from tests.helpers.runs import (
     command,
     flags_of,
     save_random_adapter,
+    with_adapter,
 )
 
 
@@ -38,6 +39,20 @@ def world(tmp_path_factory):
         save_random_adapter(root / "base", folder, seed=number)
     torch.set_num_threads(1)
     return SimpleNamespace(root=root, base=root / "base", teachers=teachers, flags=flags_of(root, teachers, SMALL))
+
+
+@pytest.fixture
+def model(world):
+    """The base of `world` with one teacher's adapter as its student, which is what is selected."""
+    return with_adapter(world, world.teachers["text"])
+
+
+@pytest.fixture(scope="session")
+def prompts():
+    """Five test prompts of each task of the tiny world."""
+    from tiny import drawings
+
+    return {task: drawings.make_prompts(task, "test", 5) for task in TASKS}
 
 
 @pytest.fixture(scope="session")

@@ -17,23 +17,11 @@ from data.pictures import source_image, sources
 from harness import cli, load, rollout
 from models import load as models
 from models.tiny import load_tiny
-from tests.helpers.runs import TASKS, flat, metrics, the_one_line, tiny_settings, with_adapter
+from tests.helpers.runs import TASKS, flat, metrics, the_one_line, tiny_settings
 from tiny import drawings as tiny
 from tiny import edits as tiny_edit
 
 GRPO = ["--stage", "grpo", "--task", "text", "--rewards", "quality=1"]
-
-
-@pytest.fixture(scope="module")
-def prompts():
-    """Five test prompts of each task."""
-    return {task: tiny.make_prompts(task, "test", 5) for task in TASKS}
-
-
-@pytest.fixture
-def model(world):
-    """The base with one teacher's adapter as its student, which is what is selected."""
-    return with_adapter(world, world.teachers["text"])
 
 
 # --------------------------------------------------------------------------------------------------------- the prompts

@@ -15,18 +15,6 @@ from tiny import edits as tiny_edit
 SMALL = tiny_settings()
 
 
-@pytest.fixture(scope="module")
-def prompts():
-    """Five test prompts of each task."""
-    return {task: tiny.make_prompts(task, "test", 5) for task in TASKS}
-
-
-@pytest.fixture
-def model(world):
-    """The base with one teacher's adapter as its student, which is what is selected."""
-    return with_adapter(world, world.teachers["text"])
-
-
 # ---------------------------------------------------------------------------------------------- an expert's evaluation
 def test_a_panel_is_built_where_rewards_name_one_and_the_tiny_world_needs_none():
     assert evaluation.named_panel(tiny_settings(rewards="task=1"), "cpu") is None

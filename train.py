@@ -59,7 +59,7 @@ from data.pictures import sources
 from data.preferences import Pair, Sample
 from harness import curation, load, plan, ranks, report, rollout
 from harness.ranks import USER_ERRORS
-from harness.rollout import Row, Trajectories, batches, micro_batches, prompts_of
+from harness.rollout import Row, Trajectories, batches, in_step, micro_batches, prompts_of
 from harness.run import Run, Stopped, read_metrics
 from models import flow, hub, lora
 from models.experts import STUDENT
@@ -180,11 +180,11 @@ def draw_shares(run: Run, rows: Sequence[Row], later: scoring.Later) -> list[Sha
     for share in batches(rows, len(rows) // s.updates):
         parts, images = [], []
         with run.old_policy():  # nft: the old policy draws (Q Eq. 8)
-            for some in micro_batches(share, s.micro_batch):
+            for some in in_step(micro_batches(share, s.micro_batch)):
                 run.stop_if_asked()
                 trajectories, pictures = rollout.roll_out(run.model, some, s)
                 parts.append(trajectories)
-                images.append(pictures)
+                images.append(pictures[trajectories.counts])
         shares.append(Share(parts, later.submit(torch.cat(images), prompts_of(share))))
     return shares
 
@@ -218,8 +218,7 @@ def warn_of_hacking(run: Run, watched: Collection[str]) -> set[str]:
 def update_policy(run: Run, parts: Sequence[Trajectories], advantage_PG: Tensor, trained: Sequence[int]) -> dict:
     """One optimizer update on the clipped objective (F Eq. 3, Q Eq. 6), the mean over rows and trained transitions."""
     s, advantage_B, stats = run.s, advantage_PG.flatten().to(run.model.device), []
-    weight = 1 / (len(trained) * len(advantage_B))
-    for part, own_B in zip(parts, advantage_B.split([len(part.x0) for part in parts]), strict=True):
+    for part, own_B, weight_B in shared_out(parts, advantage_B, 1 / len(trained)):
         for n in trained:
             old = part.path[n]
             v = part.velocity(old.x, old.t)  # v_theta(x_t, t, c)
@@ -236,8 +235,8 @@ def update_policy(run: Run, parts: Sequence[Trajectories], advantage_PG: Tensor,
             loss_B, found = grpo.policy_loss(
                 log_prob, log_prob_old, own_B, s.clip, s.advantage_clip, kl_B, s.beta, ratio
             )  # Q Eq. 6
-            (loss_B.sum() * weight).backward()
-            stats.append({key: value.item() * weight * len(loss_B) for key, value in found.items()})
+            (loss_B * weight_B).sum().backward()
+            stats.append({key: value.item() * weight_B.sum().item() for key, value in found.items()})
     return {**summed(stats), "grad_norm": run.update()}
 
 
@@ -245,8 +244,7 @@ def update_forward(run: Run, parts: Sequence[Trajectories], advantage_PG: Tensor
     """One optimizer update on the forward-process loss (Q Eq. 7-9), the mean over rows and trained times."""
     s, times, stats = run.s, run.model.time_grid(run.s.num_steps), []
     r_B = nft.optimality(advantage_PG.flatten(), s.advantage_clip).to(run.model.device)  # Q 2.2
-    weight = 1 / (len(trained) * len(r_B))
-    for part, own_B in zip(parts, r_B.split([len(part.x0) for part in parts]), strict=True):
+    for part, own_B, weight_B in shared_out(parts, r_B, 1 / len(trained)):
         ts = [float(times[n]) for n in trained]
         eps = [sde.standard_normal(part.x0.shape, part.noise).to(part.x0) for _ in ts]  # of each time and row its own
         noisy = [sde.interpolate(part.x0, e, t) for e, t in zip(eps, ts)]  # x_t of Q Eq. 1, as in pretraining
@@ -261,14 +259,24 @@ def update_forward(run: Run, parts: Sequence[Trajectories], advantage_PG: Tensor
                     v_base = part.velocity(x, t)
                 found["distance"] = nft.velocity_penalty(v, v_base, reduce="mean")  # Q Eq. 9
                 loss_B = loss_B + s.beta * found["distance"]
-            (loss_B.sum() * weight).backward()
-            stats.append(shares_of(found, weight))
+            (loss_B * weight_B).sum().backward()
+            stats.append(shares_of(found, weight_B))
     return {**summed(stats), "grad_norm": run.update()}
 
 
-def shares_of(found_B: Mapping[str, Tensor], weight: float) -> dict[str, float]:
+def shared_out(
+    parts: Sequence[Trajectories], values_B: Tensor, share: float
+) -> Iterator[tuple[Trajectories, Tensor, Tensor]]:
+    """Each part with its rows' values and weights, (B,): `share` of a mean over all rows; 0 for rows without weight."""
+    own = values_B.split([int(part.counts.sum()) for part in parts])
+    for part, some in zip(parts, own, strict=True):
+        counts = part.counts.to(some.device)
+        yield part, some.new_zeros(len(counts)).masked_scatter(counts, some), counts * share / len(values_B)
+
+
+def shares_of(found_B: Mapping[str, Tensor], weight_B: Tensor) -> dict[str, float]:
     """Values of rows, (B,), as their share of the step's mean."""
-    return {key: value.detach().sum().item() * weight for key, value in found_B.items()}
+    return {key: (value.detach() * weight_B).sum().item() for key, value in found_B.items()}
 
 
 def summed(stats: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -354,9 +362,8 @@ def distil_step(run: Run, rows: Sequence[Row], experts: Mapping[str, str]) -> di
     """The gradient of one step, the mean over its rows and trained transitions -> metrics."""
     s, model, stats = run.s, run.model, []
     trained = rollout.trained_steps(s, run.generator("subset"))  # the n of the transitions that are learnt from
-    weight = 1 / (len(trained) * len(rows))
     level, window, kernel = rollout.noise_of(s)
-    parts = micro_batches(rows, s.micro_batch)  # task by task, so that a part mostly has one teacher
+    parts = in_step(micro_batches(rows, s.micro_batch))  # task by task, so that a part mostly has one teacher
     needed = [{experts[row.prompt.task] for row in part} for part in parts]
     for i, part in enumerate(parts):
         run.stop_if_asked()
@@ -366,6 +373,7 @@ def distil_step(run: Run, rows: Sequence[Row], experts: Mapping[str, str]) -> di
         student = rollout.field(model, cond, uncond, settings.student_cfg(s))  # v_theta(x, t, c)
         routed = opd.route([row.prompt.task for row in part], experts)  # k = R(c)
         teachers = partial(label, run, routed, experts.get("anchor"), cond, uncond)  # F Eq. 7
+        weight_B = torch.tensor([row.counts / (len(trained) * len(rows)) for row in part], device=model.device)
         x, noise = rollout.pure_noise(model, part)
         walk = sde.rollout(student, x, model.time_grid(s.num_steps), level, kernel, window, noise)  # F Eq. 5-6
         for at, v, v_anchor in visits(walk, trained, student, teachers, s.estimator):
@@ -378,8 +386,8 @@ def distil_step(run: Run, rows: Sequence[Row], experts: Mapping[str, str]) -> di
             if at.sigma > 0:  # F Eq. 8 in nats, for the log
                 mean, target = (sde.sde_mean(at.x, u, at.t, at.dt, at.sigma) for u in (v, at.v_target))
                 found["kl"] = kl.gaussian_kl(mean, target, at.sigma * at.dt**0.5)
-            (loss_B.sum() * weight).backward()
-            stats.append(shares_of(found, weight))
+            (loss_B * weight_B).sum().backward()
+            stats.append(shares_of(found, weight_B))
     return summed(stats)
 
 

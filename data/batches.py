@@ -6,6 +6,7 @@ No sampler and no generator is kept between steps. Resuming is exact on any numb
 import hashlib
 import random
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -45,5 +46,6 @@ def prompt_batch(prompts: Sequence[T], count: int, seed: int, step: int, rank: i
     return [prompts[orders[epoch][index]] for epoch, index in places]
 
 
+@lru_cache(16)  # of an epoch, for all of its steps
 def _permutation(length: int, seed: int, epoch: int) -> list[int]:
     return random.Random(seed_for("prompts", seed, epoch)).sample(range(length), length)

@@ -223,9 +223,10 @@ def _check_rollout(s: Settings) -> None:
     if s.stage != "opd" and s.group_size < 2:
         raise SettingsError("--group-size 1: a group of one has no advantage and no range; use at least 2")
     joint = s.stage == "opd" or (s.stage in ("grpo", "nft") and s.task == "mix" and s.mix == "joint")
-    tasks = len(settings.task_list(s))
-    if joint and s.prompts_per_step < tasks:  # a task without a prompt would never be trained
-        raise SettingsError(f"--prompts-per-step {s.prompts_per_step}: {tasks} tasks need one prompt each")
+    tasks, world = len(settings.task_list(s)), int(os.environ.get("WORLD_SIZE", "1"))
+    updates = s.updates if s.stage in settings.RL else 1
+    if joint and s.prompts_per_step * world // updates < tasks:  # a task without a prompt would not be trained
+        raise SettingsError(f"--prompts-per-step {s.prompts_per_step}: {tasks} tasks need one prompt each an update")
     if s.kernel == "cps" and (s.noise_level > 1 or (start < stop == s.num_steps)):
         raise SettingsError("--kernel cps needs a --noise-level of at most 1, and has no noise in the last step: "
                             f"let --window stop at {s.num_steps - 1}")  # fmt: skip

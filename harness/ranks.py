@@ -165,12 +165,17 @@ def average_numbers(values: dict[str, float]) -> dict[str, float]:
     return dict(zip(values, (total / count).tolist(), strict=True))
 
 
-def any_rank(flag: bool) -> bool:
-    """Is the flag set on any rank? All ranks call this, and all get the same answer."""
-    found = torch.tensor(float(flag))
+def most(number: int) -> int:
+    """The largest of the ranks' numbers. All ranks call this, and all get the same answer."""
+    found = torch.tensor(number)
     if dist.is_initialized():
         dist.all_reduce(found, dist.ReduceOp.MAX)
-    return bool(found.item())
+    return int(found.item())
+
+
+def any_rank(flag: bool) -> bool:
+    """Is the flag set on any rank? All ranks call this."""
+    return bool(most(int(flag)))
 
 
 def wait() -> None:

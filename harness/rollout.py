@@ -6,8 +6,8 @@ Rollout, objective and teachers each have a guidance scale (Q 4.1, 4.3): `settin
 `teacher_cfg`.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import groupby
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import groupby, zip_longest
 from typing import NamedTuple
 
 import torch
@@ -35,35 +35,42 @@ class Row(NamedTuple):
 
     prompt: Prompt
     seed: int
+    counts: bool = True  # False: a repeat without weight, see `in_step`
 
     def generator(self) -> torch.Generator:
         """A fresh generator on the CPU: the same noise on any device, rank and micro-batch."""
         return torch.Generator().manual_seed(self.seed)
 
 
-def batch(run: Run, prompts: Mapping[str, list[Prompt]], step: int) -> Iterator[tuple[Prompt, str, int]]:
-    """The prompts of a step for this rank, shared evenly among the tasks; the first tasks take what is left.
+def own_prompts(run: Run, prompts: Mapping[str, list[Prompt]], step: int) -> list[tuple[Prompt, str, int]]:
+    """The prompts of a step for this rank, update by update: (prompt, task, place in the task's batch of all ranks).
 
-    Yields (prompt, task, place), place being the prompt's number within its task's global batch of the step.
+    n ranks with P prompts each have the nP prompts of one rank with nP. Those are shared evenly among the tasks, and
+    the tasks take turns; so each of the step's updates, a stretch of this order, has all tasks. The ranks take turns
+    within an update, task by task.
     """
-    s = run.s
+    s, count = run.s, run.s.prompts_per_step * run.world
     if s.task == "mix" and s.mix == "turns":  # GRPO-mix (F App. A): the task whose turn it is
         task = grpo.mix_schedule(step, {task: MIX.get(task, 1) for task in prompts})
         prompts = {task: prompts[task]}
+    drawn = []
     for i, (task, some) in enumerate(prompts.items()):
-        size = len(range(i, s.prompts_per_step, len(prompts)))
-        if size:
-            mine = prompt_batch(some, size, seed_for(s.seed, task), step, run.rank, run.world)
-            for j, prompt in enumerate(mine):
-                yield prompt, task, run.rank * size + j
+        places = range(len(range(i, count, len(prompts))))
+        batch = prompt_batch(some, len(places), seed_for(s.seed, task), step, 0, 1) if places else []
+        drawn.append([(prompt, task, place) for prompt, place in zip(batch, places, strict=True)])
+    in_turn = [found for turn in zip_longest(*drawn) for found in turn if found]
+    order, mine = {task: i for i, task in enumerate(prompts)}, []
+    for share in batches(in_turn, count // (s.updates if s.stage in settings.RL else 1)):
+        mine += sorted(share, key=lambda found: order[found[1]])[run.rank :: run.world]
+    return mine
 
 
 def rows_of(run: Run, prompts: Mapping[str, list[Prompt]], step: int) -> list[Row]:
-    """The P*G trajectories of a step on this rank, group by group, task by task."""
+    """The P*G trajectories of a step on this rank, group by group; task by task within each update."""
     s = run.s
     return [
         Row(prompt, seed_for("row", s.seed, s.stage, s.task, step, task, place, g))
-        for prompt, task, place in batch(run, prompts, step)
+        for prompt, task, place in own_prompts(run, prompts, step)
         for g in range(s.group_size)
     ]
 
@@ -78,6 +85,15 @@ def micro_batches(rows: Sequence[Row], size: int) -> list[Sequence[Row]]:
     """Rows in parts of at most `size` (0: no limit), in order; no part has both edits and others."""
     kinds = (list(some) for _, some in groupby(rows, lambda row: "image" in row.prompt.metadata))
     return [part for some in kinds for part in batches(some, size)]
+
+
+def in_step(parts: Sequence[Sequence[Row]]) -> list[Sequence[Row]]:
+    """A rank's parts, as many on every rank, because under FSDP the ranks' forwards go together.
+
+    Edits and others may be cut into fewer parts on one rank than on another. It repeats a row, which does not count.
+    """
+    spare = [parts[-1][-1]._replace(counts=False)]
+    return [*parts, *[spare] * (ranks.most(len(parts)) - len(parts))]
 
 
 def prompts_of(rows: Iterable[Row]) -> list[Prompt]:
@@ -106,7 +122,7 @@ def prepare(run: Run, prompts: Mapping[str, list[Prompt]], more: Iterable[Prompt
     """Encode, before the first step, every prompt that the rest of the run will need; then no text encoder is left."""
     s = run.s
     tests = load.load_prompts(s, "test", s.eval_prompts, settings.test_tasks(s)) if s.eval_prompts else {}
-    wanted = [p for step in range(run.step, s.steps) for p, _, _ in batch(run, prompts, step)]
+    wanted = [p for step in range(run.step, s.steps) for p, _, _ in own_prompts(run, prompts, step)]
     wanted += [*(p for some in tests.values() for p in some), *more]
     encode_all(run.model, wanted, settings.teacher_cfg(s) != 1)  # with guidance anywhere, that of teachers is on
 
@@ -173,6 +189,7 @@ class Trajectories(NamedTuple):
     x0: Tensor  # (B, C, H, W) the finished latents
     velocity: Velocity  # the field of the objective, v(x, t)
     noise: list[torch.Generator]  # the rows' generators, where the rollout left them
+    counts: Tensor  # (B,) bool, on the CPU: `Row.counts`
 
 
 @torch.no_grad()
@@ -191,7 +208,8 @@ def roll_out(model: FlowModel, rows: Sequence[Row], s: Settings) -> tuple[Trajec
         x = step.x_next
         if s.stage == "grpo":
             path.append(grpo.hybrid_transition(step, hybrid.v_cond, level, kernel) if hybrid else step)
-    return Trajectories(path, x, field(model, cond, uncond, trained), noise), model.decode(x)
+    counts = torch.tensor([row.counts for row in rows])
+    return Trajectories(path, x, field(model, cond, uncond, trained), noise, counts), model.decode(x)
 
 
 @torch.no_grad()

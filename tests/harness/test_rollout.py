@@ -101,9 +101,9 @@ def test_the_trained_steps_lie_in_the_stochastic_window_if_the_loss_needs_noise(
 
 
 def share(rank=0, world=1, step=0, **changes):
-    """The rows of one rank's step, as rollout.rows_of draws them from twelve prompts a task."""
+    """The rows of one rank's step, as rollout.rows_of draws them from thirty prompts a task."""
     s = cli.resolve({"preset": "tiny", "prompts_per_step": 3, "group_size": 2, **changes})
-    prompts = {task: tiny.make_prompts(task, "train", 12) for task in TASKS}
+    prompts = {task: tiny.make_prompts(task, "train", 30) for task in TASKS}
     run = SimpleNamespace(s=s, rank=rank, world=world)
     return rollout.rows_of(run, prompts if s.stage != "grpo" or s.task == "mix" else {s.task: prompts[s.task]}, step)
 
@@ -118,14 +118,33 @@ def test_a_batch_is_shared_evenly_and_the_first_tasks_take_the_rest():
     assert len({row.seed for row in rows}) == 9, "and each with noise of its own"
 
 
-@pytest.mark.parametrize("changes", [{}, {"stage": "grpo", "task": "text"}, {"stage": "grpo", "task": "mix"}])
-@pytest.mark.parametrize("step", [0, 4])
-def test_two_ranks_with_half_the_prompts_draw_together_what_one_draws(changes, step):
-    changes = {"updates": 1, **changes}
-    alone = [(row.prompt.text, row.seed) for row in share(step=step, prompts_per_step=6, **changes)]
-    both = [(row.prompt.text, row.seed) for rank in (0, 1) for row in share(rank, 2, step, **changes)]
-    assert len(set(alone)) == 12 and sorted(both) == sorted(alone)
-    assert not {text for text, _ in both[:6]} & {text for text, _ in both[6:]}, "a prompt's group lives on one rank"
+@pytest.mark.parametrize("changes", [{}, {"stage": "grpo", "task": "text"},
+                                     *({"stage": "grpo", "task": "mix", "mix": mix} for mix in ("turns", "joint"))])
+@pytest.mark.parametrize("updates", [1, 2])
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("each", [4, 6, 8])  # prompts a rank: with three tasks, some remainder everywhere
+def test_ranks_draw_in_each_update_what_one_rank_with_their_prompts_draws(monkeypatch, changes, updates, world, each):
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    if changes:
+        changes = {**changes, "updates": updates}
+    else:
+        updates = 1  # distillation
+
+    def shares(rank, world, size):
+        rows = [(row.prompt, row.seed) for row in share(rank, world, 4, prompts_per_step=size, **changes)]
+        return rollout.batches(rows, len(rows) // updates)
+
+    alone, ranks = shares(0, 1, each * world), [shares(rank, world, each) for rank in range(world)]
+    for u in range(updates):
+        both = [row for rank in ranks for row in rank[u]]
+        assert len({seed for _, seed in both}) == 2 * each * world // updates
+        assert sorted(both, key=lambda row: row[1]) == sorted(alone[u], key=lambda row: row[1])
+        assert len({len(rank[u]) for rank in ranks}) == 1, "all ranks have as many rows"
+        texts = [{prompt.text for prompt, _ in rank[u]} for rank in ranks]
+        assert sum(map(len, texts)) == each * world // updates, "a prompt's group lives on one rank"
+        tasks = [prompt.task for prompt, _ in alone[u]]
+        if changes.get("mix") == "joint" or not changes:
+            assert max(map(tasks.count, TASKS)) - min(map(tasks.count, TASKS)) <= 2, "each update has all tasks"
 
 
 def test_the_noise_of_a_row_is_named_by_what_it_is_for_and_by_nothing_else():
@@ -223,9 +242,17 @@ def test_micro_batches_keep_the_order_and_no_part_has_both_edits_and_others():
         assert [len(part) for part in parts] == sizes
         assert [row for part in parts for row in part] == rows
         assert all(len({row.prompt.task for row in part}) == 1 for part in parts)
-    assert rollout.micro_batches([], 3) == []
     untagged = rows[0]._replace(prompt=drawn[0]._replace(metadata={"image": "x.png"}))
     assert len(rollout.micro_batches([untagged, rows[0]], 0)) == 2, "the picture decides, not the task's name"
+
+
+def test_a_rank_with_fewer_parts_repeats_a_row_that_does_not_count(monkeypatch):
+    drawn, edits = edits_and_others()
+    rows = [rollout.Row(p, number) for number, p in enumerate([*drawn, *edits])]
+    parts = rollout.micro_batches(rows, 2)
+    assert rollout.in_step(parts) == parts
+    monkeypatch.setattr(rollout.ranks, "most", lambda number: number + 2)
+    assert rollout.in_step(parts) == [*parts, *[[rows[5]._replace(counts=False)]] * 2]
 
 
 def test_conditions_are_the_prompts_with_their_pictures_and_the_empty_prompt_if_guidance_is_on(world2):

@@ -29,7 +29,6 @@ import math
 import random
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -43,61 +42,11 @@ TASKS = ("composition", "text", "quality", "t2i")
 TRAIN, TEST = 595, 390  # the longest lists in which no composition prompt comes twice
 
 
-def _items(text: str) -> tuple[str, ...]:
-    return tuple(" ".join(item.split()) for item in text.split(","))  # a line may break inside an item
-
-
-# -------------------------------------------------------------------------------------- composition: the words
-# The 80 classes of COCO under GenEval's names; its colours are those that its colour classifier tells apart.
-CLASSES = _items("""
-    person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign,
-    parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack, umbrella,
-    handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard,
-    surfboard, tennis racket, bottle, wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange,
-    broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop,
-    computer mouse, tv remote, computer keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book,
-    clock, vase, scissors, teddy bear, hair drier, toothbrush
-""")
-COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
+# words.json has the lists of words. Classes are the 80 of COCO under GenEval's names, colors those that its classifier
+# tells apart. A thing has the place where it is found: a neon sign hangs nowhere in a forest.
+WORDS: dict[str, list] = json.loads(Path(__file__).with_name("words.json").read_text(encoding="utf-8"))
+CLASSES, COLORS = WORDS["classes"], WORDS["colors"]
 COLORLESS = "person"  # GenEval never asks for a green person
-
-# -------------------------------------------------------------------------- text: the words and their scenes
-OPENERS = _items("""
-    Fresh, Open, Free, Grand, Last, First, Local, Secret, Golden, Quiet, Happy, Wild, Royal, Summer, Winter, Midnight,
-    Public, Private, Old, New, Silver, Northern, Lucky, Future, Hidden, Little, Express, Organic, Electric, Famous,
-    Lost, Blue
-""")
-NOUNS = _items("""
-    Coffee, Bakery, Garden, Market, Library, Museum, Harbor, Station, Bridge, Tickets, Parking, Flowers, Books, Music,
-    Festival, Theater, Kitchen, Workshop, Gallery, School, Hotel, Island, River, Forest, Mountain, Planet, Rocket,
-    Dragon, Tiger, Orchard, Honey, Bread, Pizza, Tea, Chess, Dance, Cinema, Laundry, Pharmacy, Beach, Castle, Tower,
-    Lighthouse, Observatory, Academy, Studio, Aquarium, Farm
-""")
-ENDINGS = _items("""
-    Today, Tonight, Tomorrow, Here, Ahead, Only, Inside, Now, Closed, Club, Tour, Zone, Sale, Guide, Party, Week,
-    Upstairs, 2025, 101, 24
-""")
-LONG_ENDINGS = _items("""
-    This Way, For Sale, Since 1962, Every Day, At Noon, Room 12, Under Repair, Until Sunday, Gate 7, On Tour,
-    Half Price, To Go, After Dark, For All, Keep Out, Level 3
-""")
-LOOKS = _items("""
-    a weathered, a brightly painted, a spotless, a dusty, an old-fashioned, a sleek, a dented, an enormous, a tiny,
-    a richly decorated
-""")
-THINGS = (  # each with where it is found: a neon sign hangs nowhere in a forest
-    ("chalkboard", "outside a small bakery"), ("street sign", "at a busy crossing"), ("neon sign", "in a rainy alley"),
-    ("book cover", "on a reading desk"), ("coffee mug", "on a kitchen counter"), ("billboard", "beside a motorway"),
-    ("train ticket", "in a gloved hand"), ("wooden signpost", "on a mountain trail"),
-    ("brass plaque", "on a brick wall"), ("cinema marquee", "above a crowded pavement"),
-    ("shop window", "on a cobbled lane"), ("birthday cake", "on a garden table"),
-    ("delivery van", "in front of a warehouse"), ("menu board", "in a diner"), ("banner", "across a village square"),
-    ("hot-air balloon", "over a valley"),
-)  # fmt: skip
-LETTERS = _items("""
-    bold red, hand-painted, glowing blue, elegant golden, plain black, chalky white, tall green, playful round,
-    narrow capital, carved
-""")
 # Every template uses every field. Otherwise two choices would give one prompt, and the count of prompts be wrong.
 TEMPLATES = (
     '{style} of {look} {thing} {place} that reads "{words}" in {letters} letters, {light}.',
@@ -107,62 +56,6 @@ TEMPLATES = (
     '{light}, {style} shows {look} {thing} marked "{words}" in {letters} letters, {place}.',
     'The text "{words}" stands in {letters} letters on {look} {thing} {place}, {light}, {style}.',
 )
-
-# --------------------------------------------------------------------- quality, and what text shares with it
-STYLES = _items("""
-    a realistic photograph, a close-up, an oil painting, a watercolour, a pencil drawing, a film still,
-    a digital illustration, a woodcut print, a pastel sketch, a 3D render, a comic panel, a paper collage
-""")
-LIGHTS = _items("""
-    at dusk, in soft morning light, under a harsh noon sun, in golden evening light, by candlelight, under a full moon,
-    after heavy rain, lit by neon, in falling snow, under storm clouds, in the glow of street lamps, at sunrise
-""")
-SUBJECTS = _items("""
-    a red fox, an old fisherman, a clockwork owl, a girl with a paper kite, a sleeping dragon, a lone astronaut,
-    a glass teapot, a herd of wild horses, a bearded blacksmith, a ballerina, a tabby cat, an abandoned locomotive,
-    a giant tortoise, a street musician, a robot gardener, a flock of cranes, a bowl of ripe peaches, a sailing ship,
-    a beekeeper, a white wolf, a marble statue, a rusty motorcycle, a pair of elderly dancers, a snow leopard,
-    a lighthouse keeper, a carousel horse, a woman reading a letter, a mechanical whale, a hummingbird, a samurai,
-    a stack of old books, a baby elephant
-""")
-SETTINGS = _items("""
-    in a birch forest, on a rain-soaked rooftop, beside a frozen lake, in a crowded bazaar, on a cliff by the sea,
-    in a field of sunflowers, inside a ruined cathedral, on a distant moon, in an overgrown greenhouse,
-    under a stone bridge, in a quiet library, on a desert road, in a flooded city, at the edge of a volcano,
-    on a wooden pier, in an attic full of clocks, among floating islands, at a deserted fairground, in a coral reef,
-    on a night train, in a snow-covered village, behind a waterfall, in a sunlit courtyard, beneath the northern lights
-""")
-DETAILS = _items("""
-    muted colours, vivid colours, fine detail, shallow depth of field, seen from above, symmetrical composition,
-    visible brushwork, a calm mood, a sense of mystery, strong contrast, a limited palette, a dreamlike mood
-""")
-
-# -------------------------------------------------------------------------------------------------- portraits
-PEOPLE = _items("""
-    an elderly man, an elderly woman, a middle-aged man, a middle-aged woman, a young man, a young woman,
-    a teenage boy, a teenage girl, a small boy, a small girl, a grandmother, a grandfather, a fisherman, a dancer,
-    a farmer, a nurse, a violinist, a mountain guide, a schoolteacher, a boxer, a potter, a sailor, a cook, a painter
-""")
-FEATURES = _items("""
-    with freckles, with grey stubble, with long black braids, with a gap-toothed smile, with curly red hair,
-    with a weathered face, with silver hair, with a thoughtful look, with deep-set eyes, with a shaved head,
-    with a dimpled chin, with laughing eyes, with wet hair, with a scar on one cheek, with a crooked nose,
-    with bushy eyebrows, with high cheekbones, with short blond hair, with tired eyes, with flushed cheeks
-""")
-CLOTHES = _items("""
-    a raincoat, a thick wool jumper, a linen shirt, a velvet jacket, a straw hat, round glasses, a striped scarf,
-    a denim jacket, a silk blouse, a leather apron, a fur-lined hood, a plain black turtleneck, an embroidered shawl,
-    a yellow oilskin
-""")
-SHOTS = _items("""
-    a close-up portrait, a half-length portrait, a candid photograph, a studio portrait, a portrait in profile,
-    a black-and-white portrait, an oil portrait, a film still
-""")
-PLACES = _items("""
-    on a ferry, in a small kitchen, at a bus stop, before a plain grey wall, in a vineyard, at a window,
-    in a crowded market, on a snowy street, in a workshop, by a campfire, in a train compartment, on a windy beach
-""")
-
 TEXT_MIX = {1: 1, 2: 5, 3: 9, 4: 5}  # prompts by number of quoted words, about as in the OCR set of F §6.1
 QUALITY_MIX = {"short": 1, "listed": 2, "led": 2}
 PORTRAIT_MIX = {"plain": 1, "placed": 2}
@@ -216,8 +109,8 @@ def _composition() -> dict[str, Space]:
 
 def _text() -> dict[int, Space]:
     """One to four quoted words; the key is their core, ("Fresh", "Bread") or ("", "Bread"), without the ending."""
-    cores = list(itertools.product(OPENERS, NOUNS))
-    scene = (TEMPLATES, LOOKS, THINGS, LETTERS, LIGHTS, STYLES)
+    cores = list(itertools.product(WORDS["openers"], WORDS["nouns"]))
+    scene = (TEMPLATES, *(WORDS[part] for part in ("looks", "things", "letters", "lights", "styles")))
 
     def sign(opener, noun, ending, template, look, thing, letters, light, style):
         fields = {"look": look, "thing": thing[0], "place": thing[1], "letters": letters, "light": light}
@@ -225,16 +118,17 @@ def _text() -> dict[int, Space]:
         return text[0].upper() + text[1:], {}
 
     return {
-        1: Space([("", noun) for noun in NOUNS], (("",), *scene), sign),
+        1: Space([("", noun) for noun in WORDS["nouns"]], (("",), *scene), sign),
         2: Space(cores, (("",), *scene), sign),
-        3: Space(cores, (ENDINGS, *scene), sign),
-        4: Space(cores, (LONG_ENDINGS, *scene), sign),
+        3: Space(cores, (WORDS["endings"], *scene), sign),
+        4: Space(cores, (WORDS["long_endings"], *scene), sign),
     }
 
 
 def _quality() -> dict[str, Space]:
     """From a bare line to a full one; the key is who is where."""
-    keys = list(itertools.product(SUBJECTS, SETTINGS))
+    keys = list(itertools.product(WORDS["subjects"], WORDS["settings"]))
+    full = tuple(WORDS[part] for part in ("styles", "lights", "details"))
 
     def listed(subject, setting, *more):
         return ", ".join((f"{subject} {setting}", *more)), {}
@@ -243,22 +137,23 @@ def _quality() -> dict[str, Space]:
         return listed(f"{style} of {subject}", setting, *more)
 
     return {
-        "short": Space(keys, (STYLES,), listed),
-        "listed": Space(keys, (STYLES, LIGHTS, DETAILS), listed),
-        "led": Space(keys, (STYLES, LIGHTS, DETAILS), led),
+        "short": Space(keys, full[:1], listed),
+        "listed": Space(keys, full, listed),
+        "led": Space(keys, full, led),
     }
 
 
 def _portrait() -> dict[str, Space]:
     """The key is who, and how this person looks; clothes, light and place are anybody's."""
-    keys = list(itertools.product(PEOPLE, FEATURES))
+    keys = list(itertools.product(WORDS["people"], WORDS["features"]))
+    full = tuple(WORDS[part] for part in ("shots", "clothes", "lights", "places"))
 
     def placed(person, feature, shot, clothes, *more):
         return ", ".join((f"{shot} of {person} {feature}", f"wearing {clothes}", *more)), {}
 
     return {
-        "plain": Space(keys, (SHOTS, CLOTHES), placed),
-        "placed": Space(keys, (SHOTS, CLOTHES, LIGHTS, PLACES), placed),
+        "plain": Space(keys, full[:2], placed),
+        "placed": Space(keys, full, placed),
     }
 
 
@@ -382,9 +277,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as fault:
         parser.error(str(fault))
     for name, prompts in files.items():
-        tags = Counter(p.metadata.get("category") or p.metadata["tag"] for p in prompts if p.metadata)
-        shown = ", ".join(f"{tag} {number}" for tag, number in tags.most_common())
-        print(f"{given.folder / name}: {len(prompts)} prompts" + (f" ({shown})" if shown else ""))
+        print(f"{given.folder / name}: {len(prompts)} prompts")
     return 0
 
 

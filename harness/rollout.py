@@ -122,7 +122,8 @@ def prepare(run: Run, prompts: Mapping[str, list[Prompt]], more: Iterable[Prompt
     """Encode, before the first step, every prompt that the rest of the run will need; then no text encoder is left."""
     s = run.s
     tests = load.load_prompts(s, "test", s.eval_prompts, settings.test_tasks(s)) if s.eval_prompts else {}
-    wanted = [p for step in range(run.step, s.steps) for p, _, _ in own_prompts(run, prompts, step)]
+    steps = range(run.step, s.steps) if prompts else ()
+    wanted = [p for step in steps for p, _, _ in own_prompts(run, prompts, step)]
     wanted += [*(p for some in tests.values() for p in some), *more]
     encode_all(run.model, wanted, settings.teacher_cfg(s) != 1)  # with guidance anywhere, that of teachers is on
 

@@ -26,6 +26,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from kl import gaussian_kl
 from sde import Time, Transition, flat_reduce, full_precision, per_sample, require_noise, same_shape, transition_mean
 
 STD_MODES = ("group", "batch", "none")
@@ -116,53 +117,68 @@ def clipped_objective(ratio: Tensor, advantage: Tensor, eps: float | None) -> Te
 
 
 def policy_loss(
-    log_prob: Tensor,
-    log_prob_old: Tensor,
+    step: Transition,
+    mean: Tensor,
     advantage: Tensor,
     clip: float | None,
     advantage_clip: float = 5.0,
-    kl: Tensor | None = None,
+    reduce: str = "mean",
+    guard: bool = False,
+    mean_ref: Tensor | None = None,
     beta: float = 0.0,
-    ratio: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Q Eq. 6's summand for one transition, with the usual KL penalty: -min(rho A, clip(rho) A) + beta KL, (B,).
+    """Q Eq. 6's summand for one transition, with Flow-GRPO's KL to a frozen reference, (B,), to be minimised:
 
-    Returns `(loss, stats)`: the caller takes the mean of the loss over samples and steps; stats are detached
-    scalars. All arguments are (B,).
-    - log_prob: of the sampled x_{t-dt} under the student, carries the gradient. log_prob_old: under the policy
-      that sampled it. At first they are equal, so rho is exactly 1 and its gradient is grad log pi: the loss's
-      gradient is F Eq. 3 with the sign of a loss.
-    - advantage: clamped to +-advantage_clip (5 in Flow-GRPO): one lucky image must not outweigh its group.
-    - kl: KL to the frozen reference policy (`kl.velocity_kl`), gradient flows.
-    - ratio: replaces exp(log_prob - log_prob_old); for `guard_ratio`.
-    No gradient reaches log_prob_old or the advantage. Raises ValueError for unequal shapes.
+        -min(rho A, clip(rho) A) / D [/ dt]  +  beta dt KL(pi_theta || pi_ref) / D
+
+    Both terms are per dimension, whatever `reduce` and kernel: `reduce` says what rho is, hence where the clip bites.
+    "mean" makes it the D-th root of the ratio of densities, whose gradient has the 1/D already; "sum" is that ratio,
+    and its term is divided by D. At rho = 1 both have the gradient -A grad log pi_theta / D: F Eq. 3 per dimension.
+
+    - step: a sampled transition; its mean and std are those of the policy that drew it. mean: of the student at the
+      same state (`sde.transition_mean`), (B, ...), carries the gradient. Where the two are equal, rho is exactly 1.
+    - advantage: (B,), clamped to +-advantage_clip (5 in Flow-GRPO): one lucky image must not outweigh its group.
+    - guard: GRPO-Guard (arXiv 2510.22319, cited in Q §6): `guard_ratio`, and the term is divided by dt, so that every t
+      pulls alike. Literally by dt, as its code does: the term as a whole grows by about std / dt, and the KL does not.
+    - mean_ref: the reference's mean, with beta. DEVIATION: Flow-GRPO's code divides by 2 sigma^2 where F Eq. 8 has
+      2 sigma^2 dt, and by D. That is dt KL / D, i.e. the mean over D of w(t) dt ||v - v_ref||^2, and its beta (0.04;
+      0.01 for PickScore) belongs to it. A true KL would count 1 / dt times as much, 3.7 to 25 times on SD3.5's grid.
+
+    Also returned, (B,) each, detached: the ratio - 1 and its square, 1 where the min took the clipped branch (no
+    gradient is left), and what beta multiplies. No gradient reaches step, advantage or mean_ref. Raises ValueError for
+    unequal shapes and for a step without noise.
     """
-    old = log_prob_old.detach()
-    same_shape(log_prob=log_prob, log_prob_old=old, advantage=advantage)
-    if ratio is None:
-        ratio = torch.exp(full_precision(log_prob) - full_precision(old))  # rho = pi_theta / pi_old
-    ratio = full_precision(ratio)
+    log_rho = log_ratio(step, mean, reduce)
+    rho = guard_ratio(log_rho, mean, step.mean, step.std, reduce) if guard else log_rho.exp()
     advantage = full_precision(advantage.detach()).clamp(-advantage_clip, advantage_clip)
-    objective = clipped_objective(ratio, advantage, clip)
-    loss = -objective  # (B,) to be minimised
-    with torch.no_grad():
-        stats = {
-            "ratio_mean": ratio.mean(),
-            "ratio_std": ratio.std(correction=0),
-            # The min took the clipped branch, hence no gradient. Counting |rho - 1| > eps, as is often done, also
-            # counts samples that moved the wrong way and still have their gradient.
-            "clip_fraction": (ratio * advantage > objective).float().mean(),
-        }
-    if kl is not None:
-        same_shape(advantage=advantage, kl=kl)
-        loss = loss + beta * full_precision(kl)
-        stats["kl"] = full_precision(kl).detach().mean()
+    objective = clipped_objective(rho, advantage, clip)
+    loss = -objective / (mean[0].numel() if reduce == "sum" else 1)
+    if guard:
+        loss = loss / per_sample(step.dt, loss)
+    off = rho.detach() - 1
+    # Counting |rho - 1| > eps, as is often done, also counts samples that moved the wrong way and keep their gradient.
+    stats = {"off": off, "off_sq": off.square(), "clip_fraction": (rho * advantage > objective).to(off)}
+    if mean_ref is not None:
+        kl = gaussian_kl(mean, mean_ref.detach(), step.std, "mean") * per_sample(step.dt, loss)  # F Eq. 8, dt KL / D
+        loss = loss + beta * kl
+        stats["kl"] = kl.detach()
     return loss, stats
 
 
-def guard_ratio(
-    log_prob: Tensor, log_prob_old: Tensor, mean: Tensor, mean_old: Tensor, std: Time, reduce: str = "mean"
-) -> Tensor:
+def log_ratio(step: Transition, mean: Tensor, reduce: str = "mean") -> Tensor:
+    """F Eq. 11, Q Eq. 6: log rho = log pi_theta(x'|x) - log pi_old(x'|x), (B,), by D if reduce is "mean".
+
+    The difference is taken before the sum over D, number by number: two log-densities of 65,536 numbers are about
+    1e5, and float32 would leave 1e-2 of their difference. Gradient to `mean`. Raises as `sde.log_prob`.
+    """
+    same_shape(mean=mean, mean_old=step.mean, action=step.x_next)
+    require_noise(step.std)
+    action, std = full_precision(step.x_next).detach(), per_sample(step.std, mean)
+    new, old = (action - full_precision(m) for m in (mean, step.mean.detach()))  # (B, ...)
+    return flat_reduce((old.square() - new.square()) / (2 * std**2), reduce)
+
+
+def guard_ratio(log_rho: Tensor, mean: Tensor, mean_old: Tensor, std: Time, reduce: str = "mean") -> Tensor:
     """GRPO-Guard's RatioNorm (arXiv 2510.22319, cited in Q §6): exp(std (log rho + ||dmu||^2/(2 std^2))), (B,).
 
     With x_{t-dt} = mean_old + std*eps and dmu = mean - mean_old, the log-ratio of the two Gaussians is
@@ -173,20 +189,18 @@ def guard_ratio(
     (late, quiet steps clip first). Adding the bias back and multiplying by std leaves exp(<dmu, eps>), centred at
     1 with a spread that depends on ||dmu|| alone: one eps means the same at every t.
 
-    log_prob, log_prob_old: (B,), reduced over D by `reduce`, which must be the log-probs' own; mean, mean_old:
-    (B, ...); std = sigma*sqrt(dt) > 0, a float or (B,). The gradient reaches log_prob and mean (with respect to
-    the policy it is std*grad log pi at dmu = 0), never the old ones. The method's other half, dividing the loss
-    by dt so that every t pulls alike, is the caller's. Raises ValueError for unequal shapes and std <= 0.
+    log_rho: (B,), reduced over D by `reduce`; mean, mean_old: (B, ...); std = sigma*sqrt(dt) > 0, a float or (B,). The
+    gradient reaches log_rho and mean (with respect to the policy it is std*grad log pi at dmu = 0), never mean_old.
+    Raises ValueError for unequal shapes and std <= 0.
     """
-    same_shape(log_prob=log_prob, log_prob_old=log_prob_old)
     same_shape(mean=mean, mean_old=mean_old)
     require_noise(std)
-    std = per_sample(std, log_prob)
+    log_rho = full_precision(log_rho)
+    std = per_sample(std, log_rho)
     gap = full_precision(mean) - full_precision(mean_old).detach()  # dmu, (B, ...)
     gap_sq = flat_reduce(gap.square(), reduce)  # ||dmu||^2, (B,)
-    log_ratio = full_precision(log_prob) - full_precision(log_prob_old).detach()  # log rho, (B,)
-    same_shape(log_ratio=log_ratio, gap_sq=gap_sq)
-    return torch.exp(std * (log_ratio + gap_sq / (2 * std**2)))  # exp(<dmu, eps>)
+    same_shape(log_rho=log_rho, gap_sq=gap_sq)
+    return torch.exp(std * (log_rho + gap_sq / (2 * std**2)))  # exp(<dmu, eps>)
 
 
 def hybrid_transition(step: Transition, v: Tensor, level: float, kernel: str = "sde") -> Transition:

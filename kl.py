@@ -7,8 +7,8 @@
 
 From Eq. 8 to Eq. 9: both policies stand at the *same* state x_t, and `sde.sde_mean` is affine in v, so that x
 cancels and mu_p - mu_q = -dt (1 + sigma^2 (1-t)/(2t)) (v_p - v_q). Square it, divide by 2 sigma^2 dt, and
-pull sigma into the bracket. The file has Eq. 8 and Eq. 9 as two routes that share no arithmetic: the losses take
-Eq. 9, the logged KL of distillation takes Eq. 8, and the tests make them agree.
+pull sigma into the bracket. The file has Eq. 8 and Eq. 9 as two routes that share no arithmetic: GRPO's KL to
+the base takes Eq. 8, distillation takes Eq. 9, and the tests make them agree.
 
 The two papers answer differently. F weighs every step by w(t), which grows without bound as sigma -> 0: on
 SD3.5's ten steps it runs from 0.0016 at t=1 to 1.1 at t=0.28, so F's distillation is mostly about the

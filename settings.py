@@ -155,10 +155,12 @@ class Settings:
                                  choices=("group", "batch", "none"), group="objective")
     advantage_clip: float = _option(5.0, "largest absolute advantage", RL, low=0.0)
     clip: float = _option(1e-4, "clip range [epsilon] of the policy ratio", ("grpo",), low=0.0)
-    log_prob: str = _option("mean", "log-prob and KL over the D latent dimensions: mean as released, sum is exact",
-                            ("grpo", "opd"), choices=("mean", "sum"))
-    guard: bool = _option(False, "GRPO-Guard's ratio normalisation", ("grpo",))
-    beta: float = _option(0.04, "weight of the KL to the base policy (nft: of Q Eq. 9's distance to it)", RL, low=0.0)
+    log_prob: str = _option("mean", "log-probs over the D latent dimensions: mean as released, sum is exact. grpo: it "
+                            "moves where the clip bites and nothing else", ("grpo", "opd"), choices=("mean", "sum"))
+    guard: bool = _option(False, "GRPO-Guard: its ratio normalisation, and each step's loss divided by dt", ("grpo",))
+    beta: float = _option(0.04, "grpo: weight of the KL to the base, taken as the mean over D of w(t) dt ||dv||^2: "
+                          "Flow-GRPO's unit and its 0.04 (0.01 for PickScore); nft: of Q Eq. 9's mean square distance "
+                          "of velocities", RL, low=0.0)
     interpolation: float = _option(1.0, "strength [beta of Q Eq. 7]; 1 / it is the length of a step", ("nft",),
                                    low=1e-6)
     updates: int = _option(2, "optimizer updates per rollout, each on its share of the prompts", RL, low=1)

@@ -146,7 +146,7 @@ def train_teacher(s: Settings, load=load) -> tuple[Run, Panel]:
     rollout.prepare(run, prompts)
     update = {"grpo": update_policy, "nft": update_forward}[s.stage]
     later = scoring.Later(lambda images, some: panel.ask(images, some, s.group_size, sources(some)))
-    ahead, unsuspected = None, set(panel.watched)
+    ahead, unsuspected, unchecked = None, set(panel.watched), s.stage == "grpo"
     for step in run.steps("reward"):
         unsuspected -= warn_of_hacking(run, unsuspected)
         began, trained = time.time(), rollout.trained_steps(s, run.generator("subset"))
@@ -159,6 +159,9 @@ def train_teacher(s: Settings, load=load) -> tuple[Run, Panel]:
         for share, found in zip(shares, scores, strict=True):
             advantage_PG = scoring.advantages(found, s.group_size, s.combine, s.advantage_std)  # Q Eq. 4, 13
             stats.append(update(run, share.parts, advantage_PG, trained))  # Q Eq. 6, or Q Eq. 7-9
+        if unchecked:  # the first step of a run or of its continuation is not drawn ahead
+            warn_of_ratio(run, stats[0])
+            unchecked = False
         metrics = {key: float(np.mean([stat[key] for stat in stats])) for key in stats[0]}
         joined = scoring.joined(scores)
         metrics |= scoring.metrics(joined, s.group_size) | {"seconds": time.time() - began}
@@ -219,25 +222,40 @@ def update_policy(run: Run, parts: Sequence[Trajectories], advantage_PG: Tensor,
     """One optimizer update on the clipped objective (F Eq. 3, Q Eq. 6), the mean over rows and trained transitions."""
     s, advantage_B, stats = run.s, advantage_PG.flatten().to(run.model.device), []
     for part, own_B, weight_B in shared_out(parts, advantage_B, 1 / len(trained)):
-        for n in trained:
-            old = part.path[n]
-            v = part.velocity(old.x, old.t)  # v_theta(x_t, t, c)
-            mean = sde.transition_mean(old, v, s.noise_level, s.kernel)  # F Eq. 5-6
-            log_prob = sde.log_prob(old.x_next, mean, old.std, s.log_prob)
-            log_prob_old = sde.log_prob(old.x_next, old.mean, old.std, s.log_prob)
-            ratio = kl_B = None
-            if s.guard:
-                ratio = grpo.guard_ratio(log_prob, log_prob_old, mean, old.mean, old.std, s.log_prob)
-            if s.beta > 0:  # KL to the frozen base (Flow-GRPO's regulariser), F Eq. 9
+        for step in (part.path[n] for n in trained):
+            v, mean_ref = part.velocity(step.x, step.t), None  # v_theta(x_t, t, c)
+            mean = sde.transition_mean(step, v, s.noise_level, s.kernel)  # F Eq. 5-6
+            if s.beta > 0:  # KL to the frozen base (Flow-GRPO's regulariser)
                 with run.model.adapter(None):
-                    v_base = part.velocity(old.x, old.t)
-                kl_B = kl.velocity_kl(v, v_base, old.t, old.dt, old.sigma, s.log_prob)
+                    v_ref = part.velocity(step.x, step.t)
+                mean_ref = sde.transition_mean(step, v_ref, s.noise_level, s.kernel)
             loss_B, found = grpo.policy_loss(
-                log_prob, log_prob_old, own_B, s.clip, s.advantage_clip, kl_B, s.beta, ratio
+                step, mean, own_B, s.clip, s.advantage_clip, s.log_prob, s.guard, mean_ref, s.beta
             )  # Q Eq. 6
             (loss_B * weight_B).sum().backward()
-            stats.append({key: value.item() * weight_B.sum().item() for key, value in found.items()})
-    return {**summed(stats), "grad_norm": run.update()}
+            stats.append(shares_of(found, weight_B))
+    return {**ratio_stats(summed(stats)), "grad_norm": run.update()}
+
+
+def ratio_stats(found: Mapping[str, float]) -> dict[str, float]:
+    """Shares of E[rho - 1] and E[(rho - 1)^2], `off` and `off_sq` -> `ratio_mean` and `ratio_std` over all ranks.
+
+    Both are exact at 1: where no ratio differs from 1, they are 1.0 and 0.0.
+    """
+    found = ranks.average_numbers(dict(found))
+    off, off_sq = found.pop("off"), found.pop("off_sq")
+    return {"ratio_mean": 1 + off, "ratio_std": max(off_sq - off * off, 0.0) ** 0.5, **found}
+
+
+def warn_of_ratio(run: Run, found: Mapping[str, float]) -> None:
+    """Print a line if the first ratio is not 1 where the policy that learns has just drawn (F Eq. 11, Q Eq. 6).
+
+    Then its forward with gradients has other bits than the one without: attention kernels may differ on an accelerator.
+    """
+    mean, std = found["ratio_mean"], found["ratio_std"]
+    if run.rank == 0 and (mean, std) != (1.0, 0.0):
+        at = f"warning: step {run.step + 1}: the first policy ratio is {mean:.9g}, spread {std:.3g}, and not exactly 1"
+        print(f"{at}: a forward with gradients differs from one without; compare --clip with it", file=sys.stderr)
 
 
 def update_forward(run: Run, parts: Sequence[Trajectories], advantage_PG: Tensor, trained: Sequence[int]) -> dict:
@@ -383,9 +401,8 @@ def distil_step(run: Run, rows: Sequence[Row], experts: Mapping[str, str]) -> di
                 # DEVIATION (F Eq. 12): w(t) is infinite on the ODE's states; MAR has the estimator's weight, there 1.
                 found["mar"] = opd.mar_penalty(v, v_anchor, at.t, at.dt, at.sigma, at.reduce, at.weight)
                 loss_B = loss_B + s.mar * found["mar"]  # F Eq. 12
-            if at.sigma > 0:  # F Eq. 8 in nats, for the log
-                mean, target = (sde.sde_mean(at.x, u, at.t, at.dt, at.sigma) for u in (v, at.v_target))
-                found["kl"] = kl.gaussian_kl(mean, target, at.sigma * at.dt**0.5)
+            if at.sigma > 0:  # F Eq. 9 in nats, for the log
+                found["kl"] = kl.velocity_kl(v, at.v_target, at.t, at.dt, at.sigma)
             (loss_B * weight_B).sum().backward()
             stats.append(shares_of(found, weight_B))
     return summed(stats)

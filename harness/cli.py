@@ -230,8 +230,6 @@ def _check_rollout(s: Settings) -> None:
     if s.kernel == "cps" and (s.noise_level > 1 or (start < stop == s.num_steps)):
         raise SettingsError("--kernel cps needs a --noise-level of at most 1, and has no noise in the last step: "
                             f"let --window stop at {s.num_steps - 1}")  # fmt: skip
-    if s.stage == "grpo" and s.beta > 0 and s.kernel != "sde":
-        raise SettingsError("--beta is the SDE kernel's KL (F Eq. 9): use --kernel sde or --beta 0")
     known = ("both", "teacher", "neither") if s.stage == "opd" else ("both", "rollout", "neither")
     if s.guidance not in known:
         raise SettingsError(f"--guidance {s.guidance}: --stage {s.stage} knows {', '.join(known)}")

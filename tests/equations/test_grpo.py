@@ -7,6 +7,7 @@ hybrid of guided rollouts against densities of torch.distributions; collateral i
 
 import math
 from collections import Counter
+from itertools import islice
 
 import pytest
 import torch
@@ -124,55 +125,115 @@ CLIP_CASES = [
 ]
 
 
+def drawn(action, mean, std, dt=1.0):
+    """A transition that was sampled as `action` from N(mean, std^2 I)."""
+    return sde.Transition(0, 0.5, 0.5 - dt, dt, std / dt**0.5, mean, mean, mean, std, action)
+
+
+def with_ratio(ratio):
+    """(transition, student's mean), one number a sample: std 1, means 0 and 1, hence log rho = action - 1/2."""
+    action = ratio.double().log()[:, None] + 0.5
+    return drawn(action, torch.zeros_like(action), 1.0, dt=0.25), torch.ones_like(action)
+
+
 def test_policy_loss_by_hand():
     # clip 0.2, advantages clamped to +-5: ratio 1.5, A 2: clipped 2.4; 0.5, -3: clipped -2.4;
-    # 1.05, 7 -> 5: 5.25; 0.5, 1: free 0.5. Loss = -objective + 0.1 * kl.
-    ratio, advantage, old, kl = (
-        torch.tensor(x).double()
-        for x in ([1.5, 0.5, 1.05, 0.5], [2.0, -3.0, 7.0, 1.0], [-1.0, 0.0, 2.0, 3.0], [1.0, 2.0, 3.0, 6.0])
-    )
-    loss, stats = grpo.policy_loss(old + ratio.log(), old, advantage, clip=0.2, kl=kl, beta=0.1)
-    expected = [-2.4 + 0.1, 2.4 + 0.2, -5.25 + 0.3, -0.5 + 0.6]
-    torch.testing.assert_close(loss, torch.tensor(expected).double())
-    # Deviations of the ratio 0.6125, -0.3875, 0.1625, -0.3875: mean square 0.701875 / 4.
-    by_hand = {"ratio_mean": 3.55 / 4, "ratio_std": math.sqrt(0.701875 / 4), "clip_fraction": 2 / 4, "kl": 3.0}
-    assert {key: value.item() for key, value in stats.items()} == pytest.approx(by_hand)
-    wide, stats = grpo.policy_loss(old, old, advantage, 0.2, advantage_clip=2.5)
+    # 1.05, 7 -> 5: 5.25; 0.5, 1: free 0.5. KL to a mean that is 2, 4, 0, 6 away: half the squares, by dt = 1/4.
+    step, mean = with_ratio(torch.tensor([1.5, 0.5, 1.05, 0.5]))
+    advantage, away = (torch.tensor(x).double() for x in ([2.0, -3.0, 7.0, 1.0], [2.0, 4.0, 0.0, 6.0]))
+    kl = away**2 / 2 / 4
+    loss, stats = grpo.policy_loss(step, mean, advantage, 0.2, mean_ref=mean + away[:, None], beta=0.1)
+    torch.testing.assert_close(loss, torch.tensor([-2.4, 2.4, -5.25, -0.5]).double() + 0.1 * kl)
+    off = torch.tensor([0.5, -0.5, 0.05, -0.5]).double()
+    by_hand = {"off": off, "off_sq": off**2, "clip_fraction": torch.tensor([1, 1, 0, 0]).double(), "kl": kl}
+    torch.testing.assert_close(stats, by_hand)
+    wide, stats = grpo.policy_loss(step, step.mean, advantage, 0.2, advantage_clip=2.5)
     assert wide.tolist() == [-2.0, 2.5, -2.5, -1.0] and "kl" not in stats
-    assert torch.equal(grpo.policy_loss(old, old, advantage, 0.2, 2.5, kl=kl)[0], wide)  # beta is 0 unless it is given
+    assert torch.equal(grpo.policy_loss(step, step.mean, advantage, 0.2, 2.5, mean_ref=mean)[0], wide), "beta is 0"
 
 
-def test_first_ratio_is_exactly_one_and_its_gradient_is_reinforce():
+@pytest.mark.parametrize("guard", [False, True])
+@pytest.mark.parametrize("reduce", ["mean", "sum"])
+def test_first_ratio_is_exactly_one_and_its_gradient_is_reinforce(reduce, guard):
     # Policy N(theta, s^2 I) in D=3; grad_theta log pi(x) = (x - theta) / s^2, so F Eq. 3 is a closed form.
     theta = torch.tensor([0.3, -0.2, 0.9], dtype=torch.float64, requires_grad=True)
-    s, x, advantage = 0.7, randn(5, 3), randn(5, seed=1)
-    log_prob = Normal(theta, s).log_prob(x).sum(1)
-    loss, stats = grpo.policy_loss(log_prob, log_prob, advantage, clip=1e-4)
-    assert [stats[key].item() for key in ("ratio_mean", "ratio_std", "clip_fraction")] == [1.0, 0.0, 0.0]
-    assert torch.equal(loss.detach(), -advantage)
+    s, dt, x, advantage = 0.7, 0.2, randn(5, 3), randn(5, seed=1)
+    mean = theta.expand(5, 3)
+    loss, stats = grpo.policy_loss(drawn(x, mean, s, dt), mean, advantage, 1e-4, reduce=reduce, guard=guard)
+    assert not any(value.any() for value in stats.values()), "no ratio is off, none is clipped"
+    if reduce == "mean" and not guard:
+        assert torch.equal(loss.detach(), -advantage)
     (grad,) = torch.autograd.grad(loss.mean(), theta)
     reinforce = (advantage[:, None] * (x - theta.detach()) / s**2).mean(0)  # 1/G sum A grad log p
-    torch.testing.assert_close(grad, -reinforce)
+    torch.testing.assert_close(grad, -reinforce / 3 * (s / dt if guard else 1))  # per dimension
 
 
 def test_gradient_is_zero_exactly_where_clipped():
-    ratio, advantage, value, slope = torch.tensor(CLIP_CASES).T
-    log_prob = ratio.log().requires_grad_()
-    loss, stats = grpo.policy_loss(log_prob, torch.zeros(6), advantage, clip=0.2)
+    ratio, advantage, value, slope = torch.tensor(CLIP_CASES).double().T
+    step, mean = with_ratio(ratio)
+    mean.requires_grad_()
+    loss, stats = grpo.policy_loss(step, mean, advantage, clip=0.2)
     torch.testing.assert_close(-loss.detach(), value)
     loss.sum().backward()
-    torch.testing.assert_close(log_prob.grad, -slope * ratio)  # d rho / d log_prob = rho
-    assert stats["clip_fraction"].item() == pytest.approx(2 / 6)
+    torch.testing.assert_close(mean.grad[:, 0], -slope * ratio * (step.x_next[:, 0] - 1))  # d rho = rho (x' - mean)
+    assert stats["clip_fraction"].tolist() == [0, 0, 1, 0, 1, 0]
     assert torch.equal(grpo.clipped_objective(ratio, advantage, None), ratio * advantage)
 
 
-def test_no_gradient_reaches_the_old_policy_or_the_advantage():
-    log_prob, old, advantage, kl = (randn(4, seed=i).requires_grad_() for i in range(4))
-    loss, stats = grpo.policy_loss(log_prob, old, advantage, clip=None, kl=kl, beta=0.5)
+def test_no_gradient_reaches_the_old_policy_the_reference_or_the_advantage():
+    action, old, mean, ref = (randn(4, 3, seed=i).requires_grad_() for i in range(4))
+    advantage = randn(4, seed=5).requires_grad_()
+    loss, stats = grpo.policy_loss(drawn(action, old, 0.5), mean, advantage, None, guard=True, mean_ref=ref, beta=0.5)
     loss.sum().backward()
-    assert old.grad is None and advantage.grad is None and not any(value.requires_grad for value in stats.values())
-    torch.testing.assert_close(kl.grad, torch.full((4,), 0.5).double())
-    torch.testing.assert_close(log_prob.grad, (-(log_prob - old).exp() * advantage).detach())
+    assert [x.grad is None for x in (action, old, mean, ref, advantage)] == [True, True, False, True, True]
+    assert not any(value.requires_grad for value in stats.values())
+
+
+GRID = [1.0, 0.9, 0.55, 0.3]  # three transitions; dt 0.1, 0.35, 0.25
+
+
+@pytest.mark.parametrize("kernel", ["sde", "cps"])
+@pytest.mark.parametrize("D", [1, 6, 35])
+@pytest.mark.parametrize("guard", [False, True])
+def test_log_prob_moves_where_the_clip_bites_and_not_the_gradient_nor_the_weight_of_the_kl(kernel, D, guard):
+    """At every step: the policy's part by autograd of the true density over D, the KL's from F Eq. 9's w(t) dt, or
+    from the cps mean's coefficients, both written out. So the balance of the two is that of the sums, too."""
+    a, beta, x, A = 0.7, 0.3, randn(4, D, seed=7), torch.tensor([1.0, -2.0, 0.5, -0.1]).double()
+    field = lambda x, t: torch.tanh(x) - t  # noqa: E731
+    for step in sde.rollout(field, x, GRID, a, kernel, None, gen(3)):
+        t, dt, found = step.t, step.dt, []
+        v, v_ref = step.v.clone().requires_grad_(), step.v + 0.3 * randn(4, D, seed=9)
+        mean, ref = (sde.transition_mean(step, u, a, kernel) for u in (v, v_ref))
+        for reduce in ("mean", "sum"):
+            whole, stats = grpo.policy_loss(step, mean, A, 1e-4, 5.0, reduce, guard, ref, beta)
+            found.append(torch.autograd.grad(whole.sum(), v, retain_graph=True)[0])
+        torch.testing.assert_close(found[0], found[1])
+        true = (A * Normal(mean, step.std).log_prob(step.x_next).sum(1)).sum()
+        policy = -torch.autograd.grad(true, v, retain_graph=True)[0] / D * (step.std / dt if guard else 1)
+        if kernel == "sde":
+            w_dt = dt**2 / 2 * (step.sigma * (1 - t) / (2 * t) + 1 / step.sigma) ** 2
+        else:
+            along = -(1 - step.t_next) * t + step.t_next * math.cos(a * math.pi / 2) * (1 - t)  # d mean / d v
+            w_dt = dt * along**2 / (2 * (step.t_next * math.sin(a * math.pi / 2)) ** 2)
+        torch.testing.assert_close(stats["kl"], w_dt * (step.v - v_ref).square().mean(1))
+        torch.testing.assert_close(found[0], policy + beta * w_dt * 2 * (step.v - v_ref) / D)
+
+
+def test_guard_makes_every_step_of_sd35s_grid_pull_alike():
+    """The norm of the gradient with respect to the velocity, of one advantage and one noise, over the trained steps."""
+    eps, norms = randn(1, 24, seed=3), {"plain": [], "guard": [], "ratio alone": []}
+    grid = [1.0, 0.960, 0.913, 0.858, 0.790, 0.707, 0.602, 0.465, 0.278, 0.009, 0.0]  # of ten steps, shift 3
+    path = sde.rollout(lambda x, t: 0.3 * x, randn(1, 24), grid, 0.7, window=(0, 9))
+    for step in islice(path, 9):
+        step = step._replace(x_next=step.mean + step.std * eps)
+        for guard in (False, True):
+            v = step.v.clone().requires_grad_()
+            loss, _ = grpo.policy_loss(step, sde.transition_mean(step, v, 0.7), torch.ones(1), 1e-4, guard=guard)
+            norm = torch.autograd.grad(loss.sum(), v)[0].norm().item()
+            norms["guard" if guard else "plain"].append(norm)
+        norms["ratio alone"].append(norm * step.dt)  # the half without its division
+    spread = {name: max(some) / min(some) for name, some in norms.items()}
+    assert spread == pytest.approx({"plain": 26, "guard": 1.2, "ratio alone": 8.4}, rel=0.05), spread
 
 
 def gaussian_policy_gradient(theta, prompts, group, seed, std):
@@ -181,8 +242,8 @@ def gaussian_policy_gradient(theta, prompts, group, seed, std):
     advantage = grpo.group_advantages(-((x - 2) ** 2), std=std).flatten()
     # One copy of theta per sample gives per-sample gradients in one backward.
     parameter = torch.full((prompts * group,), theta, dtype=torch.float64, requires_grad=True)
-    log_prob = Normal(parameter, 1.0).log_prob(x.flatten())
-    loss, _ = grpo.policy_loss(log_prob, log_prob, advantage, 0.2, advantage_clip=1e6)
+    step = drawn(x.reshape(-1, 1), parameter.detach()[:, None], 1.0)
+    loss, _ = grpo.policy_loss(step, parameter[:, None], advantage, 0.2, advantage_clip=1e6)
     (grad,) = torch.autograd.grad(loss.sum(), parameter)
     return -grad.reshape(prompts, group).mean(1)
 
@@ -213,20 +274,15 @@ def gaussian_pair(B, D, gap, std, seed=0):
     return Normal(mean, std).log_prob(x), Normal(mean_old, std).log_prob(x), mean, mean_old, eps
 
 
-@pytest.mark.parametrize(
-    "std", [0.05, 3.0, torch.tensor([0.1, 0.4, 2.0]).double()], ids=["quiet", "loud", "per sample"]
-)
-def test_guard_ratio_is_exp_of_the_mean_shift_times_the_noise(std):
+@pytest.mark.parametrize("reduce", ["mean", "sum"])
+@pytest.mark.parametrize("std", [0.05, 3.0, torch.tensor([0.1, 0.4, 2.0]).double()], ids=["quiet", "loud", "each"])
+def test_guard_ratio_is_exp_of_the_mean_shift_times_the_noise(std, reduce):
     gap, scale = randn(3, 4, seed=9) * 0.1, std if isinstance(std, float) else std[:, None]
     log_new, log_old, mean, mean_old, eps = gaussian_pair(3, 4, gap, scale)
-    full = grpo.guard_ratio(log_new.sum(1), log_old.sum(1), mean, mean_old, std, reduce="sum")
-    torch.testing.assert_close(full, (gap * eps).sum(1).exp())
-    averaged = grpo.guard_ratio(log_new.mean(1), log_old.mean(1), mean, mean_old, std)  # "mean" is the default
-    torch.testing.assert_close(averaged, (gap * eps).mean(1).exp())
-    advantage = randn(3, seed=5)
-    loss, stats = grpo.policy_loss(log_new.sum(1), log_old.sum(1), advantage, clip=0.05, ratio=full)
-    torch.testing.assert_close(loss, -grpo.clipped_objective(full, advantage, 0.05))
-    assert stats["ratio_mean"].item() == pytest.approx(full.mean().item())
+    log_rho = grpo.log_ratio(drawn(mean_old + scale * eps, mean_old, std), mean, reduce)
+    torch.testing.assert_close(log_rho, getattr(log_new - log_old, reduce)(1))
+    ratio = grpo.guard_ratio(log_rho, mean, mean_old, std, reduce)
+    torch.testing.assert_close(ratio, getattr(gap * eps, reduce)(1).exp())
 
 
 def test_guard_ratio_is_centred_and_equally_wide_at_every_noise_level_where_the_ratio_is_not():
@@ -234,23 +290,12 @@ def test_guard_ratio_is_centred_and_equally_wide_at_every_noise_level_where_the_
     n = 20_000
     for std in (0.2, 1.0):
         log_new, log_old, mean, mean_old, _ = gaussian_pair(n, 4, 0.3, std)
-        guarded = grpo.guard_ratio(log_new.sum(1), log_old.sum(1), mean, mean_old, std, "sum").log()
+        guarded = grpo.guard_ratio((log_new - log_old).sum(1), mean, mean_old, std, "sum").log()
         assert guarded.mean().item() == pytest.approx(0.0, abs=5 * 0.6 / math.sqrt(n))
         assert guarded.std().item() == pytest.approx(0.6, abs=5 * 0.6 / math.sqrt(2 * n))
         plain = (log_new - log_old).sum(1)
         assert plain.mean().item() == pytest.approx(-0.18 / std**2, abs=5 * 0.6 / std / math.sqrt(n))
         assert plain.std().item() == pytest.approx(0.6 / std, rel=0.05)
-
-
-def test_guard_ratio_is_one_on_policy_and_its_gradient_is_std_times_the_score():
-    std, mean_old, eps = 0.3, randn(3, 4), randn(3, 4, seed=1)
-    mean, frozen = mean_old.clone().requires_grad_(), mean_old.clone().requires_grad_()
-    log_prob, log_old = (Normal(m, std).log_prob(mean_old + std * eps).sum(1) for m in (mean, frozen))
-    ratio = grpo.guard_ratio(log_prob, log_old, mean, frozen, std, "sum")
-    assert torch.equal(ratio, torch.ones(3).double())
-    ratio.sum().backward()
-    assert frozen.grad is None
-    torch.testing.assert_close(mean.grad, eps)  # std * (x - mean) / std^2
 
 
 # ------------------------------------------------------------------------ guidance in the rollout alone (Q 4.1)
@@ -287,17 +332,14 @@ def test_the_hybrids_first_gradient_is_that_of_the_guided_policy_over_the_scale(
     for step in path[:2]:
         v = conditional(theta, step.x)
         plain = grpo.hybrid_transition(step, v.detach(), LEVEL, kernel)
-        log_prob = sde.log_prob(plain.x_next, sde.transition_mean(plain, v, LEVEL, kernel), plain.std, "sum")
-        old = sde.log_prob(plain.x_next, plain.mean, plain.std, "sum")
-        assert torch.equal(log_prob.detach(), old)
-        loss, stats = grpo.policy_loss(log_prob, old, advantage, clip=1e-4)
-        assert (stats["ratio_mean"], stats["ratio_std"]) == (1.0, 0.0)
+        loss, stats = grpo.policy_loss(plain, sde.transition_mean(plain, v, LEVEL, kernel), advantage, clip=1e-4)
+        assert not stats["off"].any() and not stats["off_sq"].any()
         (found,) = torch.autograd.grad(loss.sum(), theta)
         v_guided = (1 - W) * unconditional(step.x) + W * conditional(theta, step.x)
         mean = sde.transition_mean(step, v_guided, LEVEL, kernel)
         (whole,) = torch.autograd.grad(-(advantage * log_density(step.x_next, mean, step.std)).sum(), theta)
         assert found.norm() > 1e-3
-        torch.testing.assert_close(found, whole / W)
+        torch.testing.assert_close(3 * found, whole / W)  # the loss is per dimension
         # Planted bug: the guided action asked of the policy without guidance.
         asked = log_density(step.x_next, sde.transition_mean(step, conditional(theta, step.x), LEVEL, kernel), step.std)
         (naive,) = torch.autograd.grad(-(advantage * asked).sum(), theta)

@@ -19,6 +19,10 @@ def visit(x, s, t):
     return opd.Visit(x, x.flip(1), t, s, s, v_target=x.flip(2), log_prob_old=-t, future=s, clip=0.9, reduce="mean")
 
 
+def drawn(x, s, t):
+    return sde.Transition(0, t, s, s, s, x, x, mean=x, std=s, x_next=x.flip(1))
+
+
 CALLS = {
     "interpolate": lambda x, y, s, t: sde.interpolate(x, y, t),
     "flow_matching_loss": lambda x, y, s, t: sde.flow_matching_loss(x, y, y.flip(2)),
@@ -35,9 +39,10 @@ CALLS = {
     "group_advantages": lambda x, y, s, t: grpo.group_advantages(x[:, 0]),
     "multi_reward_advantages": lambda x, y, s, t: grpo.multi_reward_advantages(x.transpose(0, 1), [0.3, 0.7]),
     "clipped_objective": lambda x, y, s, t: grpo.clipped_objective(s, t, 0.9),
-    "policy_loss": lambda x, y, s, t: grpo.policy_loss(s, t, s, 0.9, kl=t, beta=0.1)[0],
-    "policy_loss of a ratio": lambda x, y, s, t: grpo.policy_loss(s, s, s, 0.9, ratio=t)[0],
-    "guard_ratio": lambda x, y, s, t: grpo.guard_ratio(s, t, x, y, s),
+    "policy_loss": lambda x, y, s, t: grpo.policy_loss(drawn(x, s, t), y, t, 0.9, mean_ref=y.flip(2), beta=0.1)[0],
+    "policy_loss, guarded": lambda x, y, s, t: grpo.policy_loss(drawn(x, s, t), y, t, 0.9, guard=True)[0],
+    "log_ratio": lambda x, y, s, t: grpo.log_ratio(drawn(x, s, t), y),
+    "guard_ratio": lambda x, y, s, t: grpo.guard_ratio(t, x, y, s),
     "optimality": lambda x, y, s, t: nft.optimality(s, 1.5),
     "nft_loss": lambda x, y, s, t: nft.nft_loss(x, y, y.flip(2), t, 0.5),
     "velocity_penalty": lambda x, y, s, t: nft.velocity_penalty(x, y),
@@ -100,7 +105,7 @@ def test_a_column_or_a_row_in_the_place_of_a_batch_is_refused(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["log_prob", "gaussian_kl", "kl_weight", "velocity_kl", "guard_ratio", *opd.ESTIMATORS]
+    "name", ["log_prob", "gaussian_kl", "kl_weight", "velocity_kl", "policy_loss", "guard_ratio", *opd.ESTIMATORS]
 )
 def test_a_step_without_noise_has_no_density_no_kl_and_no_ratio_but_qs_loss(name):
     x, y, s, t = arguments()

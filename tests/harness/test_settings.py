@@ -287,7 +287,7 @@ REFUSED = [  # the flag or word that the message names first, then a command lin
     ("--objective", "--stage reward --objective pairwise --batch-size 5"),
     # what no equation covers
     ("--kernel", "--stage curate --kernel cps --window 0:6"), ("--kernel", "--stage grpo --kernel cps --window 0:6"),
-    ("--kernel", "--stage grpo --kernel cps --noise-level 1.5"), ("--beta", "--stage grpo --kernel cps --beta 0.1"),
+    ("--kernel", "--stage grpo --kernel cps --noise-level 1.5"),
     *(("--estimator velocity", f"--estimator velocity {more}") for more in ("--weight dt", "--states sde")),
     *(("--weight", f"--states ode --weight {weight}") for weight in ("kl", "kl_dt")),
     ("--estimator sampled", "--states ode --weight dt --estimator sampled"),

@@ -20,8 +20,6 @@ ROLLOUT = ("curate", *RL, "opd")  # stages that draw trajectories
 LORA = (*RL, "sft", "opd")  # stages that train the published model
 TRAINED = ("pretrain", *LORA, "reward")  # stages with an optimizer
 LOADED = (*ROLLOUT, "sft", "merge", "eval")  # stages that load the published model
-# What only published models read: a tiny world refuses these flags.
-PUBLISHED = ("precision", "resolution", "text_length", "source_resolution", "gradient_checkpointing")
 SHOWN = tuple(stage for stage in READERS if stage not in ("curate", "reward"))  # stages that draw test pictures
 
 
@@ -188,6 +186,34 @@ class Settings:
 
 
 FIELDS = {f.name: f for f in fields(Settings)}
+
+# When does a stage that reads a field not read it? Under each of the field's conditions here: every other field that a
+# condition names is read by the stage and has one of these values. A flag that is given then is refused (`unread`).
+GIVEN = "anything but an empty value"
+TINY = {"preset": tuple(ASSETS)}  # a tiny world has its own sizes, scorers and judge
+TINY_JUDGE = {**TINY, "stage": ("reward",)}
+UNGUIDED = {"guidance": ("neither",)}, {"cfg": (1.0,)}
+NO_PICTURE = {"eval_prompts": (0,), "stage": ("pretrain", "merge")}  # these draw test pictures only
+NO_TEST = {"eval_prompts": (0,), "stage": ("pretrain", "merge", *RL, "opd")}
+NO_SCORE = {"eval_prompts": (0,), "stage": ("pretrain", "merge", "sft", "opd")}  # these score test pictures only
+UNREAD: dict[str, tuple[dict, ...]] = {
+    **dict.fromkeys(("precision", "resolution", "text_length", "source_resolution", "gradient_checkpointing"), (TINY,)),
+    "parallel": ({"parameters": ("lora",)},),
+    "model": (TINY_JUDGE,), "data": (TINY,),
+    "anchor": ({"mar": (0.0,)},),
+    "prompts": (NO_PICTURE,),
+    **dict.fromkeys(("rank", "alpha"), ({"parameters": ("full",)}, {"init": GIVEN}, TINY_JUDGE)),
+    "noise_level": ({"states": ("ode",)},),
+    "kernel": ({"noise_level": (0.0,)},),
+    "window": ({"states": ("ode",)}, {"noise_level": (0.0,)}),
+    "train_count": ({"train_steps": ("all",)},),
+    "cfg": (UNGUIDED[0], NO_PICTURE), "guidance": (UNGUIDED[1], NO_PICTURE), "cfg_rescale": (*UNGUIDED, NO_PICTURE),
+    "rewards": ({**TINY, "stage": ("pretrain", "merge", "sft", "opd", "eval")}, NO_SCORE),
+    "advantage_std": ({"combine": ("normalised",)},),
+    "clip": ({"updates": (1,), "overlap": (False,)},),  # every ratio is 1
+    "mix": ({"task": ("", *TASKS)},),
+    "eval_steps": (NO_TEST,),
+}  # fmt: skip
 VELOCITY = {"weight": "uniform", "states": "ode"}  # what --estimator velocity stands for, with analytic
 
 # What a preset changes for all its stages ("") and for each of them. Learning rates and sizes of the tiny world were
@@ -273,12 +299,24 @@ PRESETS: dict[str, dict[str, dict]] = {
 
 
 # --------------------------------------------------------------------------------- values that follow from settings
+def unread(s: Settings, name: str) -> dict:
+    """Why a setting changes nothing in a stage (not "all"): {field: value}, the stage or a condition of `UNREAD`.
+
+    Empty if it is read.
+    """
+    if s.stage not in FIELDS[name].metadata["stages"]:
+        return {"stage": s.stage}
+    for condition in UNREAD.get(name, ()):
+        found = {other: getattr(s, other) for other in condition}
+        known = all(other == "stage" or s.stage in FIELDS[other].metadata["stages"] for other in found)
+        if known and all(v if condition[k] is GIVEN else v in condition[k] for k, v in found.items()):
+            return found
+    return {}
+
+
 def read_by(s: Settings) -> dict:
-    """The settings that the stage reads, by name; "all" reads what its parts do, but for what it decides itself."""
-    parts = {*parts_of(s), "eval"} if s.stage == "all" else {s.stage}
-    decided = {"task", "compare", "init"} if s.stage == "all" else set()
-    readable = [name for name, f in FIELDS.items() if parts & {*f.metadata["stages"]} and name not in decided]
-    return {name: getattr(s, name) for name in readable}
+    """The settings that a stage reads under the values of the others, by name."""
+    return {name: getattr(s, name) for name in FIELDS if not unread(s, name)}
 
 
 def is_tiny(s: Settings) -> bool:

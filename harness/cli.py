@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import settings
-from settings import FIELDS, PRESETS, TASKS, VELOCITY, Settings, SettingsError, is_tiny, parts_of, read_by
+from settings import FIELDS, PRESETS, TASKS, VELOCITY, Settings, SettingsError, is_tiny, parts_of, unread
 
 DESCRIPTION = "Flow-OPD and Qwen-Image-2.0-RL, from pretraining to on-policy distillation."
 
@@ -47,22 +47,21 @@ def parse(argv: Sequence[str], prog: str = "train.py") -> tuple[Settings, dict]:
         given["stage"] = "eval"
     elif given.get("stage") == "eval":
         raise SettingsError("--stage eval is a program of its own: python eval.py")
-    values = unchecked({name: given[name] for name in ("preset", "stage", "tasks") if name in given})
+    chosen = {name: given[name] for name in ("preset", "stage", "tasks") if name in given}
+    values = unchecked(chosen)
     _check_values(values)
-    readable = read_by(values)
-    shown = [name for name in readable if not (is_tiny(values) and name in settings.PUBLISHED)]
+    fixed = {"preset", "stage"}  # --help shows what other flags may give a meaning to
+    shown = [n for n in FIELDS if not all(why and why.keys() <= fixed for why in why_unread(chosen, n))]
     flags, unknown = _parser(prog, values, shown).parse_known_args(argv)
     if unknown:
         raise SettingsError(f"unknown flag {unknown[0]}; {_near(unknown[0].split('=')[0], map(_flag, FIELDS))}")
     flags = {name: _pairs(name, v) if FIELDS[name].type is dict else v for name, v in vars(flags).items()}
-    for name in [name for name in (*file, *flags) if name not in readable]:
-        where = _flag(name) if name in flags else f"--config {given['config']}: {name}"
-        stages = ", ".join("eval.py" if stage == "eval" else stage for stage in FIELDS[name].metadata["stages"])
-        by = prog if values.stage == "eval" else f"--stage {values.stage}"
-        raise SettingsError(f"{where}: {by} does not read it; it is for {stages}")
-    for name in [name for name in flags if is_tiny(values) and name in settings.PUBLISHED]:
-        raise SettingsError(f"{_flag(name)}: a tiny world does not read it; it is for published models")
     given |= flags
+    for name in (*file, *flags):
+        reasons = why_unread(given, name)
+        if all(reasons):
+            where = _flag(name) if name in flags else f"--config {given['config']}: {name}"
+            raise SettingsError(f"{where}: {_refusal(name, reasons, values.stage)}")
     return resolve(given), given
 
 
@@ -76,11 +75,36 @@ def resolve(given: dict) -> Settings:
     return s
 
 
+def why_unread(given: dict, name: str) -> list[dict]:
+    """Why a setting is not read by the stage, or by each part of --stage all (`settings.unread`); {}: it is."""
+    s = unchecked(given)
+    if s.stage != "all":
+        return [unread(s, name)]
+    if name in ("task", "compare", "init"):  # the plan's own word
+        return [{"stage": "all"}]
+    stages = (*parts_of(s), "eval")
+    return [unread(unchecked(_own(given, stage)), name) for stage in stages]
+
+
+def _refusal(name: str, reasons: Sequence[dict], stage: str) -> str:
+    """The words for a flag that changes nothing: the flags that it does not go with, or the stages that it is for."""
+    why = next((why for why in reasons if why.keys() != {"stage"}), {})
+    if not why:
+        by = "eval.py" if stage == "eval" else f"--stage {stage}"
+        stages = ", ".join("eval.py" if known == "eval" else known for known in FIELDS[name].metadata["stages"])
+        return f"{by} does not read it; it is for {stages}"
+    said = (f"--no-{_flag(k)[2:]}" if v is False else f"{_flag(k)} {v or repr(v)}" for k, v in why.items())
+    return f"with {' '.join(word for word in said if word != '--stage eval')} it changes nothing"
+
+
+def _own(given: dict, stage: str) -> dict:
+    """What was given, as far as one stage of a plan reads it."""
+    return {k: v for k, v in given.items() if stage in FIELDS[k].metadata["stages"] and k != "name"} | {"stage": stage}
+
+
 def for_stage(given: dict, stage: str, **more) -> Settings:
     """Settings of one stage of a larger plan: what was given, as far as the stage reads it, and the plan's own."""
-    own = {name: value for name, value in given.items() if stage in FIELDS[name].metadata["stages"]}
-    own.pop("name", None)
-    return resolve({**own, "stage": stage, **more})
+    return resolve({**_own(given, stage), **more})
 
 
 def unchecked(given: dict) -> Settings:
@@ -177,8 +201,6 @@ def _check(s: Settings) -> None:
     for task in settings.task_list(s) if s.stage in ("opd", "sft") else ():
         if task not in s.teachers:
             raise SettingsError(f"task {task!r} has no teacher: give --teachers {task}=PATH, or other --tasks")
-    if s.parallel != "ddp" and s.parameters != "full":
-        raise SettingsError(f"--parallel {s.parallel} shards full parameters: add --parameters full, or use ddp")
     if s.stage == "all" and s.parameters == "full" and "merge" in parts_of(s):
         raise SettingsError("--stage all merges LoRA teachers: use --parameters lora")
     if s.stage == "reward":
@@ -249,8 +271,7 @@ def _check_objective(s: Settings) -> None:
 
 
 def _check_reward(s: Settings) -> None:
-    if is_tiny(s) == bool(s.data):
-        has = "makes its own pictures: leave out" if s.data else "needs"
-        raise SettingsError(f"--stage reward with --preset {s.preset} {has} --data FILE.jsonl")
+    if not is_tiny(s) and not s.data:
+        raise SettingsError(f"--stage reward with --preset {s.preset} needs --data FILE.jsonl")
     if s.objective == "pairwise" and (s.batch_size % 2 or s.micro_batch % 2):
         raise SettingsError("--objective pairwise takes pictures in twos: make --batch-size and --micro-batch even")

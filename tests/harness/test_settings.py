@@ -130,45 +130,7 @@ def test_settings_share_no_dictionary():
     assert other.teachers == parse(FLOW).teachers != s.teachers
 
 
-# ----------------------------------------------------------------------------------------- every field a flag
-def another(f, default):
-    """(arguments that set field `f` to something that is not its default, the value they should give)."""
-    flag = "--" + f.name.replace("_", "-")
-    if f.type is bool:
-        return ["--no-" + flag[2:] if default else flag], not default
-    if f.type is dict:  # given twice, it adds up and replaces the default
-        key = {"compare": ("one", "two")}.get(f.name, ("text", "quality"))
-        return [flag, f"{key[0]}=a/b=c", flag, f"{key[1]}=d"], {key[0]: "a/b=c", key[1]: "d"}
-    if f.type is str:
-        words = {"window": "1:3", "rewards": "ocr=2,jpeg=0.5", "tasks": "text", "guidance": "neither"}
-        choices = (c for c in f.metadata.get("choices", ()) if c not in ("", default))
-        value = words.get(f.name) or next(choices, "x")
-    else:
-        value = default + 1 if f.type is int else abs(default - 0.03125)  # exact in binary; no bound is passed
-    return [flag, str(value)], value
-
-
-BASE = {  # a command line for each stage on which any other flag may be given alone
-    "reward": f"{FLOW} --data marks.jsonl", "sft": "--parameters full", "opd": "--parameters full --estimator sampled",
-    "grpo": "--parameters full --group-size 4", "nft": "--parameters full --group-size 4",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("stage", S.READERS)
-def test_a_stage_takes_the_flags_that_it_reads_and_each_sets_its_own_value_alone(stage):
-    program = "eval.py" if stage == "eval" else "train.py"
-    line = [] if stage == "eval" else f"--stage {stage} --name given {BASE.get(stage, '')}".split()
-    before = asdict(parse(line, prog=program))
-    for name in S.read_by(parse(line, prog=program)).keys() - {"config", "preset", "stage", "name", *S.PUBLISHED}:
-        arguments, value = another(S.FIELDS[name], before[name])
-        if name in ("weight", "states"):  # neither can change alone, see below
-            continue
-        if name == "teachers" and stage in ("sft", "opd"):
-            arguments, value = [*arguments, "--teachers", "composition=x"], {**value, "composition": "x"}
-        after = asdict(parse([*line, *arguments], prog=program))
-        assert after == before | {name: value} != before and type(after[name]) is S.FIELDS[name].type, name
-
-
+# ------------------------------------------------------------------------------------------- every field a flag
 def test_the_help_shows_the_flags_of_a_stage_with_the_values_it_would_have(capsys):
     def shown(line, prog="train.py"):
         with pytest.raises(SystemExit) as stop:
@@ -177,11 +139,12 @@ def test_the_help_shows_the_flags_of_a_stage_with_the_values_it_would_have(capsy
         return " ".join(capsys.readouterr().out.split())
 
     opd, grpo, table = shown(""), shown("--preset tiny --stage grpo"), shown("--preset tiny-qwen", "eval.py")
-    flags = {name: set(re.findall(r" (--[a-z-]+)", text)) for name, text in (("opd", opd), ("grpo", grpo))}
-    for stage, found in flags.items():
-        reads = {"--" + n.replace("_", "-") for n, f in S.FIELDS.items() if stage in f.metadata["stages"]}
-        reads -= {"--" + n.replace("_", "-") for n in (S.PUBLISHED if stage == "grpo" else ())}  # a tiny world's
-        assert reads <= found and not (found - reads) & {"--" + n.replace("_", "-") for n in S.FIELDS} - {"--weight"}
+    for text, s in ((opd, parse(FLOW)), (grpo, parse("--stage grpo"))):
+        found, flags = set(re.findall(r" (--[a-z-]+)", text)), {n: "--" + n.replace("_", "-") for n in S.FIELDS}
+        assert {flags[name] for name in S.read_by(s)} <= found, "also those that another flag would give a meaning to:"
+        assert "--train-count" in found and "train_count" not in S.read_by(parse(FLOW))
+        others = {flags[n] for n, f in S.FIELDS.items() if s.stage not in f.metadata["stages"]} - {"--weight"}
+        assert not found & others and ("--precision" in found) == (s.preset == "flow-opd")
     assert "[0.0001]" in opd and "composition=jieliu/SD3.5M-FlowGRPO-GenEval" in opd and "[0.0007]" in grpo
     assert "--compare" in table and "--stage" not in table and "--lr" not in table
     for group in ("what to run:", "where it runs:", "rollout:", "objective:"):
@@ -230,7 +193,8 @@ def test_a_stage_reads_what_its_settings_say(stage, go, world, tmp_path, monkeyp
     class Recorder(S.Settings):
         def __getattribute__(self, name):
             caller = sys._getframe(1)
-            copied = caller.f_globals["__name__"] == "dataclasses" or caller.f_code.co_name == "read_by"
+            asking = caller.f_code.co_qualname.startswith(("read_by", "unread"))
+            copied = asking or caller.f_globals["__name__"] == "dataclasses"
             if name in S.FIELDS and not copied:
                 found.add(name)
             return super().__getattribute__(name)
@@ -270,9 +234,6 @@ REFUSED = [  # the flag or word that the message names first, then a command lin
     ("--window", "--window=-1:3"), ("task 'words'", "--teachers words=x"), ("task 'poem'", "--prompts poem=x"),
     ("task 'poem'", "--tasks text,poem"), ("task ','", "--tasks ,"), ("task 't2i'", "--tasks t2i"),
     ("task 'edit'", "--stage grpo --task edit"), ("task 'text'", "--preset tiny-qwen --stage nft --task text"),
-    # what only published models read
-    ("--resolution", "--resolution 24"), ("--precision", "--precision bfloat16"),
-    ("--gradient-checkpointing", "--gradient-checkpointing"), ("--text-length", "--preset tiny-qwen --text-length 8"),
     # what would be trained on nothing, or never
     ("--prompts-per-step", "--stage opd --prompts-per-step 2"),
     ("--prompts-per-step", f"{QWEN} --stage nft --task mix --prompts-per-step 1"),
@@ -283,7 +244,7 @@ REFUSED = [  # the flag or word that the message names first, then a command lin
         "--stage opd --noise-level 0", "--stage opd --estimator path --window 0:0")),
     ("task 'composition'", "--teachers text=x"), ("task 'text'", "--stage sft --tasks text --teachers quality=x"),
     ("--stage pretrain", f"{QWEN} --stage pretrain"),
-    ("--stage reward", "--stage reward --data x"), ("--stage reward", f"{FLOW} --stage reward"),
+    ("--stage reward", f"{FLOW} --stage reward"),
     ("--objective", "--stage reward --objective pairwise --batch-size 5"),
     # what no equation covers
     ("--kernel", "--stage curate --kernel cps --window 0:6"), ("--kernel", "--stage grpo --kernel cps --window 0:6"),
@@ -342,10 +303,10 @@ def test_what_a_stage_reads_is_a_config_that_gives_the_same_settings(tmp_path):
 
 
 ALLOWED = [  # each is next to one that is refused
-    "--estimator velocity --noise-level 0 --window 2:2", "--states ode --weight ode --noise-level 0",  # DiffusionOPD
+    "--states ode --weight ode",  # DiffusionOPD
     "--weight dt", "--estimator path --weight kl_dt",  # Q Eq. 18's weight on F's states
     "--group-size 1",  # only GRPO, NFT and curation compare within a group
-    "--stage curate --noise-level 0 --window 0:0",  # the first noise alone makes the samples of a prompt differ
+    "--stage curate --noise-level 0",  # the first noise alone makes the samples of a prompt differ
     "--stage grpo --kernel cps --noise-level 1", "--stage grpo --prompts-per-step 8 --updates 2",
     f"{FLOW} --stage grpo --kernel cps --beta 0", "--stage nft --beta 1", "--steps 0",
     "--tasks text --teachers text=x", f"{QWEN} --tasks t2i --teachers t2i=x --prompts-per-step 1",
@@ -376,7 +337,7 @@ SCALES = [  # guidance, stage -> (the student's pictures, the teachers', the obj
 @pytest.mark.parametrize(("guidance", "stage", "scales"), SCALES)
 def test_each_strategy_guides_whom_it_names(guidance, stage, scales):
     for cfg in (3.0, 1.0):
-        s = parse(f"--stage {stage} --guidance {guidance} --cfg {cfg}")
+        s = cli.resolve({"preset": "tiny", "stage": stage, "guidance": guidance, "cfg": cfg})
         expected = scales if cfg == 3.0 else (1.0, 1.0, 1.0)
         assert (S.student_cfg(s), S.teacher_cfg(s), S.trained_cfg(s)) == expected
 

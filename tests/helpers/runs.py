@@ -36,16 +36,25 @@ def flags_of(root, teachers, small):
 
 
 def command(small, *flags, stage=""):
-    """A command line: what the stage of `flags` reads of the flags `small`, then `flags`."""
+    """A command line: what the stage of `flags` reads, under them, of the flags `small`, then `flags`."""
     from harness import cli
-    from settings import read_by
+    from settings import FIELDS
 
-    preset = small[small.index("--preset") + 1] if "--preset" in small else "flow-opd"
-    stage = stage or ["opd", *(value for name, value in zip(flags, flags[1:]) if name == "--stage")][-1]
-    read, found = read_by(cli.unchecked({"preset": preset, "stage": stage})), []
+    def items(words):  # (field, value as given), flag by flag
+        for i, word in enumerate(words):
+            if word.startswith("--"):
+                name = word[2:].replace("-", "_")
+                name, on = (name, True) if name in FIELDS else (name.removeprefix("no_"), False)
+                after = [w for w in words[i + 1 : i + 2] if not w.startswith("--")]
+                kind = FIELDS[name].type if name in FIELDS else str
+                yield name, on if kind is bool else {"x": "x"} if kind is dict else kind(*after)
+
+    given = {name: value for name, value in items([*small, *flags]) if name in FIELDS}
+    given["stage"] = stage or given.get("stage", "opd")
+    found = []
     for flag in small:
         if flag.startswith("--"):
-            mine = flag[2:].replace("-", "_").removeprefix("no_") in read
+            mine = not all(cli.why_unread(given, flag[2:].replace("-", "_").removeprefix("no_")))
         found += [flag] if mine else []
     return [*found, *flags]
 

@@ -50,3 +50,30 @@ def save_clip(folder, scale=37.0, seed=0):
     (letters / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
     CLIPTokenizer.from_pretrained(letters, model_max_length=77).save_pretrained(folder)
     return folder
+
+
+def save_detector(folder, sure_of=None, seed=0, labels=None):
+    """A random Mask2Former of COCO's 80 classes; with `sure_of` every query says this class with certainty."""
+    from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, Mask2FormerImageProcessorPil
+    from transformers import SwinConfig as Swin
+
+    from data.written import CLASSES
+    from scorers import geneval as G
+
+    backwards = {new: old for old, new in G.GENEVAL_NAMES.items() if old not in ("mouse", "remote", "keyboard")}
+    labels = labels or [backwards.get(name, name) for name in CLASSES]
+    swin = Swin(image_size=32, embed_dim=12, depths=[1] * 4, num_heads=[1, 1, 2, 2], window_size=2,
+                      out_features=["stage1", "stage2", "stage3", "stage4"])  # fmt: skip
+    config = Mask2FormerConfig(
+        backbone_config=swin, feature_size=32, mask_feature_size=32, hidden_dim=32, encoder_feedforward_dim=16,
+        dim_feedforward=16, encoder_layers=1, decoder_layers=2, num_attention_heads=2, num_queries=6,
+        id2label=dict(enumerate(labels)), label2id={name: k for k, name in enumerate(labels)},
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Mask2FormerForUniversalSegmentation(config).eval()
+        if sure_of is not None:
+            model.class_predictor.bias.data[labels.index(sure_of)] = 30.0
+    model.save_pretrained(folder)
+    Mask2FormerImageProcessorPil(size={"height": 48, "width": 48}).save_pretrained(folder)
+    return folder

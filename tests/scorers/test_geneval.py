@@ -16,36 +16,12 @@ from scorers import geneval as G
 from scorers import selftest
 from scorers.common import pixels_of
 from scorers.geneval import geneval
-from tests.helpers.clip import PROMPTS, pictures, prompt, save_clip
+from tests.helpers.clip import PROMPTS, pictures, prompt, save_clip, save_detector
 
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
     return save_clip(tmp_path_factory.mktemp("clip"))
-
-
-def save_detector(folder, sure_of=None, seed=0, labels=None):
-    """A random Mask2Former of COCO's 80 classes; with `sure_of` every query says this class with certainty."""
-    from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, Mask2FormerImageProcessorPil
-    from transformers import SwinConfig as Swin
-
-    backwards = {new: old for old, new in G.GENEVAL_NAMES.items() if old not in ("mouse", "remote", "keyboard")}
-    labels = labels or [backwards.get(name, name) for name in CLASSES]
-    swin = Swin(image_size=32, embed_dim=12, depths=[1] * 4, num_heads=[1, 1, 2, 2], window_size=2,
-                      out_features=["stage1", "stage2", "stage3", "stage4"])  # fmt: skip
-    config = Mask2FormerConfig(
-        backbone_config=swin, feature_size=32, mask_feature_size=32, hidden_dim=32, encoder_feedforward_dim=16,
-        dim_feedforward=16, encoder_layers=1, decoder_layers=2, num_attention_heads=2, num_queries=6,
-        id2label=dict(enumerate(labels)), label2id={name: k for k, name in enumerate(labels)},
-    )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = Mask2FormerForUniversalSegmentation(config).eval()
-        if sure_of is not None:
-            model.class_predictor.bias.data[labels.index(sure_of)] = 30.0
-    model.save_pretrained(folder)
-    Mask2FormerImageProcessorPil(size={"height": 48, "width": 48}).save_pretrained(folder)
-    return folder
 
 
 NAMES = ("cat", "dog", "cow")

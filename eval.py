@@ -4,10 +4,11 @@
     torchrun --nproc_per_node=8 eval.py --compare student=runs/flow-opd-opd --rewards jpeg=1
 
 Every model draws the same test prompts from the same noise with the ODE sampler (Q Eq. 3). Under torchrun each rank
-draws its share of them. In the tiny world, composition is the GenEval score (the unweighted mean of per-tag
-accuracies), text the OCR reward, and quality the print quality on the open prompts. Their average is the plain mean of
-the three. Pictures of other models are scored by what `--rewards` names, and drawn without scores if it names nothing.
-Strict GenEval, OCR, DeQA and PickScore together make F Table 2's Avg.
+draws its share of them. GenEval's number is the unweighted mean over tags of strict verdicts, never the graded reward
+that GRPO trains with; a second table has the tags. In the tiny world that is the column composition, text is the OCR
+reward, quality the print quality on the open prompts, and their average is the plain mean of the three. Pictures of
+other models are scored by what `--rewards` names, and drawn without scores if it names nothing. If it names `geneval`
+for composition, `ocr` for text, `deqa` and `pickscore` for quality, F Table 2's Avg is a column, too.
 """
 
 import sys
@@ -65,7 +66,7 @@ def evaluate(
         result["scores"] |= numbers
         result["tags"] |= tags
     if first:
-        result["scores"] |= world.average(result["scores"], result["tags"])
+        result["scores"] |= world.average(result["scores"])
     return result if first else None
 
 
@@ -116,8 +117,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted: nothing is kept; repeat the command", file=sys.stderr)
         return 130
     if rows:
-        print(report.markdown_table({name: row["scores"] for name, row in rows.items()}))
-        print(f"\npictures: {where.parent / 'samples'}\nreport:   {where}")
+        print("\n".join(report.tables(rows)))
+        print(f"pictures: {where.parent / 'samples'}\nreport:   {where}")
     return 0
 
 

@@ -57,12 +57,14 @@ class Scorer(NamedTuple):
     score(images, prompts, sources) -> (B,) float32 on the CPU, where images is (B, 3, H, W) in [0, 1] on the CPU,
     prompts are B `data.files.Prompt`, and sources, for editing only, are B source images (3, H', W'), else None.
     low, high: the range that a score can have, checked by `check_scores`; infinite if there is none.
+    verdict: as score, 1 or 0: what an evaluation counts by tags (GenEval); None: an evaluation has the mean of score.
     """
 
     name: str
     score: Callable
     low: float
     high: float
+    verdict: Callable | None = None
 
 
 # ------------------------------------------------------------------------------------------ text on the image

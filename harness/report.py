@@ -91,18 +91,22 @@ def markdown_table(rows: Mapping[str, Mapping[str, float]], digits: int = 3) -> 
     return "\n".join(lines)
 
 
+def tables(rows: Mapping[str, dict]) -> list[str]:
+    """The lines of two tables, scores and accuracies by tag, each if some row has any; see `write_report`."""
+    found = []
+    for key, title in (("scores", []), ("tags", ["By tag:", ""])):
+        if any(row[key] for row in rows.values()):
+            found += [*title, markdown_table({name: row[key] for name, row in rows.items()}), ""]
+    return found
+
+
 def write_report(folder: Path, title: str, rows: Mapping[str, dict], notes: Sequence[str] = ()) -> Path:
     """report.md of a run: the table, accuracies by tag, the curves and every grid in samples/; results.json beside it.
 
     rows: {name: {"scores": {column: number}, "tags": {tag: accuracy}}}.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    parts = [f"# {title}", ""]
-    if any(row["scores"] for row in rows.values()):
-        parts += [markdown_table({name: row["scores"] for name, row in rows.items()}), ""]
-    if any(row["tags"] for row in rows.values()):
-        parts += ["By tag:", "", markdown_table({name: row["tags"] for name, row in rows.items()}), ""]
-    parts += [*notes, ""]
+    parts = [f"# {title}", "", *tables(rows), *notes, ""]
     pictures = [*plot_metrics(folder), *sorted((folder / "samples").glob("*.png"))]
     for picture in dict.fromkeys(pictures):
         parts += [f"![{picture.stem}](samples/{picture.name})", ""]

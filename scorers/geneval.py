@@ -7,6 +7,7 @@ Notation: Q queries of the detector, K classes; a detection is as in `rewards.py
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -35,7 +36,9 @@ def geneval(
     device: str = "cpu", dtype: torch.dtype = torch.float32, detector: str = DETECTOR, clip: str = CLIP_L,
     strict: bool = False, short_side: int = 800, batch: int = 4,
 ) -> Scorer:  # fmt: skip
-    """GenEval: are the right objects there? The graded training reward, or, with `strict`, the verdict, 1 or 0. F §6.1.
+    """GenEval: are the right objects there? A graded reward for training, and for evaluations the verdict. F §6.1.
+
+    strict: the verdict in training, too, and to a far run (scorers/serve.py), which is told one number a picture.
 
     Prompts need GenEval metadata. Pictures are enlarged to `short_side` pixels for the detector, as GenEval does: its
     thresholds belong to that size, and to float32. RewardError for a prompt that names a class or colour that the
@@ -46,9 +49,8 @@ def geneval(
     """
     find = _detector(detector, device, dtype, short_side)
     name_color = _color_classifier(clip, device, dtype)
-    rule = rewards.geneval_verdict if strict else rewards.geneval_reward
 
-    def rate(pixels, prompts):
+    def rate(rule, pixels, prompts):
         for prompt in prompts:
             check_checklist(prompt.metadata)
         scores = []
@@ -59,7 +61,11 @@ def geneval(
             scores.append(float(rule(found, prompt.metadata)))
         return scores
 
-    return batched("geneval", rate, 0.0, 1.0, batch)
+    graded, verdict = (
+        batched("geneval", partial(rate, rule), 0.0, 1.0, batch)
+        for rule in (rewards.geneval_reward, rewards.geneval_verdict)
+    )
+    return (verdict if strict else graded)._replace(verdict=verdict.score)
 
 
 def check_checklist(metadata: Mapping) -> None:

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 
 import numpy as np
 from torch import Tensor
@@ -41,24 +42,31 @@ def score(images: Tensor, prompts: Sequence[Prompt], task: str, panel: Panel | N
     """(named scores of the batch, one score for each image, accuracies by tag) of images of a task's test prompts.
 
     Every scorer of the panel that is asked has a column: the mean of its answers or, of GenEval's strict verdicts, the
-    mean over tags. A task for which the panel has no weights is not scored: a teacher's rewards are for its own task.
+    mean over tags. GenEval's graded reward, which a far scorer may give, is called so: it is another number.
+    A task for which the panel has no weights is not scored: a teacher's rewards are for its own task.
     """
     if panel is None or any(panel.category(p) is None for p in prompts):
         return {}, [], {}
-    found, named, by_tag = panel.ask(images, prompts, 1, sources(prompts)), {}, {}
-    tags = [p.metadata.get("tag") for p in prompts]
+    strict = copy(panel)  # GenEval trains with a graded reward and is measured by verdicts (F Table 2)
+    strict.scorers = {name: s._replace(score=s.verdict or s.score) for name, s in panel.scorers.items()}
+    found, named, by_tag = strict.ask(images, prompts, 1, sources(prompts)), {}, {}
     for name, row in zip(found.names, found.values, strict=True):  # (B,), nan for a picture that was not asked about
-        if not np.isnan(row).all():
-            named[f"{task} {name}"] = float(row[~np.isnan(row)].mean())
-        if name == "geneval" and all(tags) and set(row) <= {0.0, 1.0}:
-            named[f"{task} {name}"] = rewards.geneval_score(list(row == 1), tags)
-            by_tag = rewards.per_tag_accuracy(list(row == 1), tags)
+        asked = ~np.isnan(row)
+        if not asked.any():
+            continue
+        verdicts, tags = list(row[asked] == 1), [p.metadata.get("tag", "") for p, b in zip(prompts, asked) if b]
+        is_geneval = panel.scorers[name].verdict is not None or name == "geneval"
+        if is_geneval and set(row[asked]) <= {0.0, 1.0}:
+            named[f"{task} {name}"] = rewards.geneval_score(verdicts, tags)
+            by_tag = rewards.per_tag_accuracy(verdicts, tags)
+        else:
+            named[f"{task} {name}" + " (graded)" * is_geneval] = float(row[asked].mean())
     return named, list(totals(found)), by_tag
 
 
-def average(scores: Mapping[str, float], tags: Mapping[str, float]) -> dict[str, float]:
-    """F Table 2's Avg, if its four columns are there. tags: GenEval's strict verdicts have accuracies by tag."""
-    if not tags or not set(TABLE2) <= set(scores):
+def average(scores: Mapping[str, float]) -> dict[str, float]:
+    """F Table 2's Avg, if its four columns are there."""
+    if not set(TABLE2) <= set(scores):
         return {}
     geneval, ocr, deqa, pickscore = (scores[column] for column in TABLE2)  # scorers give DeQA / 5 and PickScore / 26
     printed = (deqa * rewards.HIGHEST_RATING, pickscore * rewards.PICKSCORE_SCALE)

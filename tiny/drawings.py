@@ -273,7 +273,7 @@ def score(images: Tensor, prompts: Sequence[Prompt], task: str, panel: object = 
     return {task: rewards.geneval_score(verdicts, tags)}, each, rewards.per_tag_accuracy(verdicts, tags)
 
 
-def average(scores: Mapping[str, float], tags: Mapping[str, float], tasks: Sequence[str] = TASKS) -> dict[str, float]:
+def average(scores: Mapping[str, float], tasks: Sequence[str] = TASKS) -> dict[str, float]:
     """The plain mean of the tasks' columns."""
     own = [value for column, value in scores.items() if column in tasks]
     return {"average": sum(own) / len(own)}

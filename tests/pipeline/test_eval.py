@@ -8,6 +8,7 @@ import torch
 import eval as evaluation
 from data.pictures import sources
 from harness import cli, report
+from tests.helpers.clip import save_clip, save_detector
 from tests.helpers.runs import TASKS, command, the_one_line, tiny_settings, with_adapter
 from tiny import drawings as tiny
 from tiny import edits as tiny_edit
@@ -68,7 +69,38 @@ def test_eval_py_scores_base_teachers_and_whatever_is_compared(world, tmp_path, 
     assert text.count("![") == 6 * 3 and (tmp_path / "table/samples/a-run-text.png").is_file()
 
 
-def test_eval_py_draws_and_scores_sd35_with_teachers_of_every_kind(sd35, tmp_path, no_pictures, monkeypatch):
+CATS = """{"tag": "single_object", "include": [{"class": "cat", "count": 12}], "prompt": "twelve cats"}
+{"tag": "counting", "include": [{"class": "cat", "count": 20}], "prompt": "twenty cats"}
+{"tag": "counting", "include": [{"class": "cat", "count": 15}], "prompt": "fifteen cats"}
+"""
+
+
+@pytest.fixture
+def table2(tmp_path, monkeypatch):
+    """Flags for F Table 2's four metrics: GenEval on a tiny detector that sees twelve cats in every picture of 64
+    pixels, so that its graded rewards are 1, 0.6 and 0.8, and three functions of a user's own."""
+    pytest.importorskip("scipy", reason="extra geneval")
+    from scorers import geneval
+
+    cat = {"class": "cat", "score": 0.95, "box": (0, 0, 9, 9)}
+    monkeypatch.setattr(geneval, "instances", lambda *given: [cat] * 12 if given[2] == (64, 64) else [])
+    own, rewards = tmp_path / "own.py", tmp_path / "rewards.json"
+    own.write_text("ocr, deqa, pickscore = (lambda p, *_, value=v: [value] * len(p) for v in (.94, .87, .91))")
+    mine = {name: {"kind": f"{own}:{name}"} for name in ("ocr", "deqa", "pickscore")}
+    options = {"detector": str(save_detector(tmp_path / "detector")), "clip": str(save_clip(tmp_path / "clip"))}
+    weights = {"composition": ["geneval"], "text": ["ocr"], "quality": ["deqa", "pickscore"]}
+    rewards.write_text(json.dumps({
+        "scorers": {"geneval": {"kind": "geneval", "short_side": 64, **options}, **mine},
+        "weights": {category: dict.fromkeys(names, 1.0) for category, names in weights.items()},
+    }))  # fmt: skip
+    (tmp_path / "prompts").mkdir()
+    (tmp_path / "prompts/test_metadata.jsonl").write_text(CATS)
+    return ["--rewards", str(rewards), "--prompts", f"composition={tmp_path / 'prompts'}", "--eval-prompts", "3"]
+
+
+def test_eval_py_has_table_2s_columns_and_the_tags_for_sd35_with_teachers_of_every_kind(
+    sd35, table2, tmp_path, no_pictures, monkeypatch, capsys
+):
     drawn, panels, real = {}, [], evaluation.evaluate
 
     def evaluate(model, prompts, s, cfg, panel):
@@ -79,16 +111,22 @@ def test_eval_py_draws_and_scores_sd35_with_teachers_of_every_kind(sd35, tmp_pat
 
     monkeypatch.setattr(evaluation, "evaluate", evaluate)
     flags = command(sd35.flags, "--out", str(tmp_path), "--compare", f"lora={sd35.lora}", stage="eval")
-    assert evaluation.main([*flags, "--name", "scored", "--rewards", "jpeg=1"]) == 0
+    assert evaluation.main([*flags, "--name", "scored", *table2]) == 0
     rows = json.loads((tmp_path / "scored/results.json").read_text())
     assert list(rows) == ["base", *(f"teacher {task}" for task in TASKS), "lora"]
-    assert all(list(row["scores"]) == [f"{task} jpeg" for task in TASKS] and not row["tags"] for row in rows.values())
-    assert len(drawn) == 5 and all(images.shape == (3, 3, 64, 64) for images in drawn.values())
+    # GenEval 1/2: of its two tags one is right. 0.8 is the mean of its graded rewards, 1/3 that of its verdicts.
+    row = {"composition geneval": 0.5, "text ocr": 0.94, "quality deqa": 0.87, "quality pickscore": 0.91, "Avg": 0.805}
+    tags = {"counting": 0.0, "single_object": 1.0}
+    assert all(found == {"scores": pytest.approx(row), "tags": tags} for found in rows.values())
+    printed = capsys.readouterr().out
+    for table in ("| base | 0.500 | 0.940 | 0.870 | 0.910 | 0.805 |", "By tag:", "| base | 1.000 | 0.000 |"):
+        assert table in printed and table in (tmp_path / "scored/report.md").read_text()
+    assert len(drawn) == 5 and all(images.shape == (9, 3, 64, 64) for images in drawn.values())
     for a in range(5):
         for b in range(a):
             assert not torch.allclose(drawn[a], drawn[b], atol=1e-3), "every model draws its own pictures"
-    assert len({id(panel) for panel in panels}) == 1 and list(panels[0].scorers) == ["jpeg"], "loaded once for all"
-    assert evaluation.main([*flags, "--name", "unscored"]) == 0
+    assert len({id(panel) for panel in panels}) == 1, "the scorers are loaded once for all"
+    assert evaluation.main([*flags, "--name", "unscored", *table2[2:]]) == 0
     assert panels[5:] == [None] * 5
     assert all(torch.equal(drawn[i], drawn[i + 5]) for i in range(5)), "and the same ones again"
     rows = json.loads((tmp_path / "unscored/results.json").read_text())

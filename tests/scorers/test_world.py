@@ -29,13 +29,22 @@ def test_every_scorer_that_is_asked_has_a_column_and_a_weight_in_the_sum():
     assert world.score(images, prompts, "text", None) == ({}, [], {})
 
 
-def test_strict_geneval_is_counted_by_tag_and_a_graded_one_is_not():
+def test_genevals_column_is_the_mean_over_tags_of_verdicts_whatever_it_trains_with():
+    """Three pictures, of which the first is right, by hand: 1/2 over tags; 1/3 over pictures, 0.8 of graded rewards."""
     prompts = written.make_prompts("composition", "test", 3)
-    prompts = [p._replace(metadata={**p.metadata, "tag": tag}) for p, tag in zip(prompts, "aab", strict=True)]
-    for answers, score, tags in (((1.0, 0.0, 0.0), 0.25, {"a": 0.5, "b": 0.0}), ((1.0, 0.5, 0.0), 0.5, {})):
-        panel = Panel([fixed("geneval", *answers)], {"default": {"geneval": 1.0}})
-        named, _, by_tag = world.score(torch.rand(3, 3, 16, 16), prompts, "composition", panel)
-        assert named == {"composition geneval": score} and by_tag == tags
+    prompts = [p._replace(metadata={**p.metadata, "tag": tag}) for p, tag in zip(prompts, "abb", strict=True)]
+    verdicts = fixed("geneval", 1.0, 0.0, 0.0)
+    both = fixed("mine", 1.0, 0.6, 0.8)._replace(verdict=verdicts.score)
+    far = fixed("geneval", 1.0, 0.6, 0.8)  # of which nothing but its answers is known
+    tags = {"a": 1.0, "b": 0.0}
+    for scorer, column, by_tag in (
+        (both, {"mine": 0.5}, tags), (verdicts, {"geneval": 0.5}, tags), (far, {"geneval (graded)": 0.8}, {})
+    ):  # fmt: skip
+        panel = Panel([scorer], {"default": {scorer.name: 1.0}})
+        named, each, found = world.score(torch.rand(3, 3, 16, 16), prompts, "composition", panel)
+        assert named == {f"composition {name}": pytest.approx(value) for name, value in column.items()}
+        assert found == by_tag and each == ([1.0, 0.0, 0.0] if by_tag else pytest.approx([1.0, 0.6, 0.8]))
+        assert panel.scorers[scorer.name] is scorer, "training goes on with the graded reward"
 
 
 def test_edits_are_scored_beside_their_sources():
@@ -50,7 +59,6 @@ def test_edits_are_scored_beside_their_sources():
 def test_the_four_metrics_of_table_2_have_their_average():
     """F's row Ours (Merge): GenEval 0.92, OCR 0.94, DeQA 4.35, PickScore 23.08, Avg 0.9044."""
     scores = {"composition geneval": 0.92, "text ocr": 0.94, "quality deqa": 4.35 / 5, "quality pickscore": 23.08 / 26}
-    assert world.average(scores | {"text jpeg": 3.0}, {"counting": 0.92}) == {"Avg": pytest.approx(0.9044, abs=5e-5)}
-    assert world.average(scores, {}) == {}, "a graded reward is not GenEval"
+    assert world.average(scores | {"text jpeg": 3.0}) == {"Avg": pytest.approx(0.9044, abs=5e-5)}
     for column in scores:
-        assert world.average({name: scores[name] for name in scores if name != column}, {"counting": 1.0}) == {}
+        assert world.average({name: scores[name] for name in scores if name != column}) == {}, "graded GenEval is none"

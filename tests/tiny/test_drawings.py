@@ -276,7 +276,7 @@ def test_composition_is_the_mean_over_tags_and_not_over_prompts_and_strict():
     images = batch([perfect(p) for p in prompts])
     images[0] = 1.0
     assert tiny.score(images, prompts, "text") == ({"text": 0.75}, [0.0, 1.0, 1.0, 1.0], {})
-    assert tiny.average({"text": 0.75, "other": 9.0, "quality": 0.25}, {}) == {"average": 0.5}
+    assert tiny.average({"text": 0.75, "other": 9.0, "quality": 0.25}) == {"average": 0.5}
 
 
 @pytest.mark.parametrize("name", [*tiny.SCORERS, "task"])

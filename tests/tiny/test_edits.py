@@ -382,7 +382,7 @@ def test_two_sides_are_averaged_and_the_first_of_them_counted_by_kind(monkeypatc
     named, each, tags = E.score(torch.zeros(4, 3, 24, 24), untold, "edit")
     assert named == {"edit": 0.625, "edit instruction": 0.625} and each == [1.0, 0.0, 0.5, 1.0]
     assert tags == {"a": 0.5, "b": 0.5, "edit": 1.0}
-    assert E.average({"t2i": 0.5, "edit": 0.25, "edit instruction": 0.1}, {}) == {"average": 0.375}
+    assert E.average({"t2i": 0.5, "edit": 0.25, "edit instruction": 0.1}) == {"average": 0.375}
 
 
 def test_each_row_is_held_against_its_own_source():

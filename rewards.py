@@ -10,8 +10,8 @@ and the real models are scored by the very same lines.
     how nearly are they there (training)?        geneval_reward                     F §6.1, GRPO's signal
     what does a VLM's score token say?           expected_score                     Q Eq. 12, Q §3
     what does a VLM judge's written reply say?   parse_judge                        F App. A, Fig. 6, Table 4
-    ... with one rating a level                  parse_levels -> capped_alignment   Q §3.2
-    ... with one answer a demand of an edit      parse_demands -> capped_editing    Q §3.3
+    ... with one rating a level                  capped_alignment                   Q §3.2
+    ... with one answer a demand of an edit      capped_editing                     Q §3.3
     is it still the same person after an edit?   similarity, identity               Q §3.3
     several rewards as one                       composite                          F §6.1, App. A, Q §4.1
     one number for a model                       table2_average                     F Table 2
@@ -19,13 +19,14 @@ and the real models are scored by the very same lines.
 Notation: B samples, K rewards; boxes are (x0, y0, x1, y1) in pixels with y pointing *down*; a detection is a
 dict {"class", "score", "box", "color"}; metadata is one line of a GenEval file (see `data/files.py`).
 
-A score that could not be computed is an error that names its cause, never a silent 0, which would train on as if
-every image were bad. No gradient flows through rewards: they are numbers about finished images.
+A score that could not be computed is an error that names its cause, never a silent 0. No gradient flows through
+rewards: they are numbers about finished images.
 """
 
 import math
 import re
 import statistics
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -57,7 +58,8 @@ class Scorer(NamedTuple):
     score(images, prompts, sources) -> (B,) float32 on the CPU, where images is (B, 3, H, W) in [0, 1] on the CPU,
     prompts are B `data.files.Prompt`, and sources, for editing only, are B source images (3, H', W'), else None.
     low, high: the range that a score can have, checked by `check_scores`; infinite if there is none.
-    verdict: as score, 1 or 0: what an evaluation counts by tags (GenEval); None: an evaluation has the mean of score.
+    verdict: as score, 1 or 0, what an evaluation counts by tags (GenEval); None: it has the mean of score.
+    check(prompt): ValueError for a prompt that it can never score well, asked before anything is drawn.
     """
 
     name: str
@@ -65,18 +67,33 @@ class Scorer(NamedTuple):
     low: float
     high: float
     verdict: Callable | None = None
+    check: Callable = lambda prompt: None
 
 
 # ------------------------------------------------------------------------------------------ text on the image
-def ocr_target(prompt: str) -> str:
-    """The text an image has to show: what stands between the prompt's first pair of ASCII double quotes.
+# Characters that a reader takes for one another, and the quotes that a target can stand in.
+ALIKE = str.maketrans({
+    **dict.fromkeys("\u201c\u201d\u201e\u201f\uff02\u301d\u301e\u301f", '"'),
+    **dict.fromkeys("\u2018\u2019\u201a\u201b\u02bc\u2032`\u00b4", "'"),
+    **dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2212", "-"),
+})  # fmt: skip
+QUOTED = re.compile(r'"([^"]*)"|\u300c([^\u300d]*)\u300d|\u300e([^\u300f]*)\u300f|«\s*([^»]*?)\s*»|»([^«]*)«')
 
-    F §6.1 (OCR data). Raises ValueError if there is no such pair or nothing but blanks inside it.
+
+def ocr_target(prompt: str) -> str:
+    """The text an image has to show: what stands in the prompt's first pair of quotes, straight, curly, full-width,
+    of East Asia or guillemets. F §6.1 (OCR data).
+
+    Raises ValueError if there is no such pair, nothing or a blank at an end inside it, or a quote that is not closed:
+    in `a 12" pizza next to a 14" laptop` the marks are inches.
     """
-    parts = prompt.split('"')  # before, target, after, ...
-    if len(parts) < 3 or not parts[1].strip():
-        raise ValueError(f'no target text: put it in ASCII double quotes ("like this"): {prompt!r}')
-    return parts[1]
+    plain = prompt.translate(ALIKE)
+    found = QUOTED.search(plain)
+    target = prompt[slice(*found.span(found.lastindex))] if found else ""
+    pairs = (plain.count(a) == plain.count(b) for a, b in ("\u300c\u300d", "\u300e\u300f", "«»"))
+    if plain.count('"') % 2 or not all(pairs) or not as_seen(target) or target != target.strip():
+        raise ValueError(f'no target text: put it in double quotes ("like this") and close them: {prompt!r}')
+    return target
 
 
 def levenshtein(a: str, b: str) -> int:
@@ -90,32 +107,37 @@ def levenshtein(a: str, b: str) -> int:
     return row[-1]
 
 
-def ocr_reward(read_text: str, prompt: str) -> float:
-    """How much of the quoted text was read: 1 - distance / length, in [0, 1]. F §6.1 (OCR).
+def ocr_reward(read_text: str, prompt: str, target: str = "", released: bool = False) -> float:
+    """How much of the target was read: 1 - distance / length, in [0, 1]. F §6.1 (OCR).
 
-    distance = 0 if the target occurs anywhere in `read_text`, else the Levenshtein distance, at most the
-    target's length. Case and white space do not count: engines are unsure of both. `read_text` holds all the
-    lines that the engine read, joined. Raises ValueError if the prompt has no target.
+    distance = 0 if the target occurs anywhere in `read_text`, else the Levenshtein distance, at most the target's
+    length. `read_text` holds all the lines that the engine read, joined. The target is `ocr_target` of the prompt,
+    unless it is given. Raises ValueError if there is none.
 
-    Known weakness, kept because the papers' numbers depend on it: text around the target costs nothing, so
-    an image that repeats itself still scores 1.
+    DEVIATION: the released rule drops white space and capitals (`released`). Here full-width letters, composed accents,
+    curly apostrophes and characters of no width are one with what a reader takes them for, too.
+
+    Known weakness, as released: text around the target costs nothing.
     """
-    target = _letters(ocr_target(prompt))
-    read = _letters(read_text)
+    letters = (lambda text: "".join(text.split()).lower()) if released else as_seen
+    target, read = letters(target or ocr_target(prompt)), letters(read_text)
+    if not target:
+        raise ValueError(f"no target text that can be seen: {prompt!r}")
     distance = 0 if target in read else min(levenshtein(read, target), len(target))
     return 1 - distance / len(target)
 
 
-def _letters(text: str) -> str:
-    return "".join(text.split()).lower()
+def as_seen(text: str) -> str:
+    """The characters of a text that a reader tells apart, without blanks, capitals and what has no width."""
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text.translate(ALIKE)).casefold())
+    return "".join(c for c in folded if not c.isspace() and c != "\ufe0f" and unicodedata.category(c) != "Cf")
 
 
 # ---------------------------------------------------------------------------------------- GenEval's checklist
 def filter_detections(detections: Sequence[dict], metadata: Mapping) -> list[dict]:
     """Detections that count for a prompt: score > 0.3 (tag "counting": > 0.9), the best 16 of each class.
 
-    F §6.1 (GenEval). Best score first. There is no non-maximum suppression, as in GenEval: two boxes on one
-    object are two objects.
+    F §6.1. Best score first. No non-maximum suppression, as in GenEval: two boxes on one object are two objects.
     """
     threshold = COUNTING_CONFIDENCE if metadata.get("tag") == "counting" else CONFIDENCE
     kept: list[dict] = []
@@ -234,6 +256,34 @@ def geneval_score(verdicts: Sequence[bool], tags: Sequence[str]) -> float:
 
 
 # ----------------------------------------------------------------------------------- what a VLM says in words
+REASONING = r"(?:think|thinking|thought|reasoning)"
+# A rating, after marks such as **, "the score is" or \boxed{, before "/5": not the 1 of 10, 1.5, .1, 1/10 or "1 to 5".
+RATING = re.compile(
+    r"[^\w<-]*(?:(?:(?:the|my|final|overall)\s+)*(?:score|rating|answer)\b[^\w<-]*(?:is\b)?[^\w<-]*)?(?:boxed\W)?"
+    r"(?<![.,])(\w+(?:\.\d+)?)(?:\s*(?:/|out of)\s*5\b)?"
+    r"(?!\w|%|[.,]?\d|\s*(?:[/\u2013-]|or\b|to\b|out\b)\s*\d)", re.IGNORECASE,
+)  # fmt: skip
+
+
+def answer(reply: str) -> str:
+    """What a judge says after its reasoning (<Thought>, <think>), which may quote what is no answer.
+
+    RewardError if the reasoning has no end: that reply was cut off.
+    """
+    said = re.sub(rf"^.*</{REASONING}>", "", reply, flags=re.IGNORECASE | re.DOTALL)
+    if re.search(rf"<{REASONING}>", said, re.IGNORECASE):
+        raise RewardError(f"the reasoning does not end in the reply: {reply}")
+    return said
+
+
+def find_rating(text: str) -> re.Match | None:
+    """The rating, a number or a word, with which a text begins, as group 1; None without one, and if more numbers stand
+    in the same line outside of brackets: the scale is explained there, or doubted."""
+    found = RATING.match(text)
+    rest = text[found.end() :].partition("\n")[0] if found else ""
+    return None if re.search(r"\d", re.sub(r"\(.*?\)", "", rest)) else found
+
+
 def expected_score(logprobs: Mapping[str, float], scale: Mapping[str, int] = SCORE_TOKENS) -> float:
     """Q Eq. 12: R = sum over s in {1..5} of s p(s), in [1, 5], from the score token's {text: log-prob}.
 
@@ -241,75 +291,40 @@ def expected_score(logprobs: Mapping[str, float], scale: Mapping[str, int] = SCO
     be missing (p = 0). Blanks around a token and capitals do not count: " 4" and "4" both say four and add up. The
     expectation is finer than the likeliest token: in a group whose images all get a "4" it still ranks.
     `reward_model.expected_score` is the differentiable form, from logits, that a reward model is trained with.
-    Raises RewardError if no token says a word of the scale or the log-probs are not numbers.
+    Raises RewardError if no token says a word of the scale, or a log-prob is no number or above 0.
     """
     words = [(token.strip().lower(), logprob) for token, logprob in logprobs.items()]
     known = [(scale[word], logprob) for word, logprob in words if word in scale]
     if not known:
         raise RewardError(f"no score token {', '.join(scale)} among the judge's log-probs: {dict(logprobs)}")
     top = max(lp for _, lp in known)  # p is unchanged by a common factor; this one keeps exp() from vanishing
-    weights = [(score, math.exp(lp - top)) for score, lp in known]
-    score = sum(s * w for s, w in weights) / sum(w for _, w in weights)
-    if not math.isfinite(score):
+    if not -math.inf < top < 1e-3 or any(math.isnan(lp) for _, lp in known):
         raise RewardError(f"the judge's log-probs give no expectation: {dict(logprobs)}")
-    return score
+    weights = [(score, math.exp(lp - top)) for score, lp in known]
+    return sum(s * w for s, w in weights) / sum(w for _, w in weights)
 
 
 def parse_judge(reply: str) -> dict[str, float]:
     """The judge's ratings {"quality", "instruction", "overall"}, each in [1, 5], from its written reply.
 
-    F App. A, Fig. 6: <QualityScore>X</QualityScore> and so on, after a <Thought>. If the thought quotes
-    the tags too, the last ones count. Raises RewardError with the reply in it if a tag is missing, no
-    number or off the scale: a judge that answers something else is broken, and a 0 would hide that.
+    F App. A, Fig. 6: <QualityScore>X</QualityScore> and so on, after a <Thought>. Of several the last ones count.
+    RewardError with the reply in it if a tag is missing, no number or off the scale: a 0 would hide a broken judge.
 
     ERRATUM: F App. A names Qwen3-30B-A3B-Instruct as this judge, a model that reads text only; the released
     script serves Qwen3-VL-30B-A3B-Instruct.
     """
-    tags = {name: f"{name.title()}Score" for name in ("quality", "instruction", "overall")}
-    found = {name: re.findall(rf"<{tag}>\s*([0-9.]+)\s*</{tag}>", reply) for name, tag in tags.items()}
-    return {name: _rating(f"<{tags[name]}>", texts, reply) for name, texts in found.items()}
+    tags, said = {name: f"{name.title()}Score" for name in ("quality", "instruction", "overall")}, answer(reply)
+    found = {name: re.findall(rf"<{tag}>(.*?)</{tag}>", said, re.DOTALL) for name, tag in tags.items()}
+    return {name: rating(f"<{tags[name]}>", texts, reply) for name, texts in found.items()}
 
 
-def parse_final(reply: str) -> float:
-    """UnifiedReward's rating in [1, 5]: the last number after `Final Score:`. F Table 4. RewardError without one."""
-    found = re.findall(r"final score:[^\w-]*(\d+(?:\.\d+)?)", reply, re.IGNORECASE)
-    return _rating("number after `Final Score:`", found, reply)
-
-
-def parse_levels(reply: str) -> dict[str, float]:
-    """Q §3.2: {level of `ALIGNMENT`: rating} from the tags of the last <Verdict>; levels rated "none" are left out.
-
-    RewardError with the reply in it unless each of the four tags is there once, with none or a rating from 1 to 5.
-    """
-    tags = [(name.lower(), value.lower()) for name, value in _verdict(reply)]
-    if sorted(name for name, _ in tags) != sorted(ALIGNMENT):
-        raise RewardError(f"no <Verdict> with each of the four levels once in the reply: {reply}")
-    return {name: _rating(f"<{name}>", [value], reply) for name, value in tags if value != "none"}
-
-
-def parse_demands(reply: str) -> tuple[list[bool], list[bool], float]:
-    """Q §3.3: (core demands met, extra demands met, coherence) from the tags of the last <Verdict>.
-
-    RewardError with the reply in it unless there is a <Core>, every demand says yes or no, and one <Coherence>.
-    """
-    tags, names = _verdict(reply), ("Core", "Extra", "Coherence")
-    core, extra, coherence = ([value.lower() for key, value in tags if key == name] for name in names)
-    if not core or len(coherence) != 1 or not {*core, *extra} <= {"yes", "no"}:
-        raise RewardError(f"no <Verdict> with a yes or no in each <Core>, <Extra> and one <Coherence>: {reply}")
-    return [said == "yes" for said in core], [said == "yes" for said in extra], _rating("<Coherence>", coherence, reply)
-
-
-def _verdict(reply: str) -> list[tuple[str, str]]:
-    blocks = re.findall(r"<Verdict>(.*?)</Verdict>", reply, re.DOTALL)
-    return re.findall(r"<(\w+)>\s*(.*?)\s*</\1>", blocks[-1], re.DOTALL) if blocks else []
-
-
-def _rating(what: str, found: Sequence[str], reply: str) -> float:
-    """The last of the texts that were found, as a rating."""
-    text = found[-1] if found else ""
-    if not re.fullmatch(r"[0-9]+(\.[0-9]+)?", text) or not LOWEST_RATING <= float(text) <= HIGHEST_RATING:
+def rating(what: str, found: Sequence[str], reply: str) -> float:
+    """The last of the texts that were found, as a rating. RewardError with the reply in it if it is none."""
+    said = find_rating(found[-1]) if found else None
+    number = said[1] if said and re.fullmatch(r"[0-9]+(\.[0-9]+)?", said[1]) else "nan"
+    if not LOWEST_RATING <= float(number) <= HIGHEST_RATING:
         raise RewardError(f"no {what} from {LOWEST_RATING} to {HIGHEST_RATING} in the reply: {reply}")
-    return float(text)
+    return float(number)
 
 
 def capped_alignment(scores: Mapping[str, float]) -> float:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import rewards
+from data.files import Prompt
 from data.written import CLASSES, COLORS
 from rewards import RewardError, Scorer
 from scorers.clip import CLIP_L, clip_features
@@ -52,7 +53,7 @@ def geneval(
 
     def rate(rule, pixels, prompts):
         for prompt in prompts:
-            check_checklist(prompt.metadata)
+            check(prompt)
         scores = []
         for picture, found, prompt in zip(pixels, find(pixels), prompts, strict=True):
             found = rewards.filter_detections(found, prompt.metadata)
@@ -65,12 +66,14 @@ def geneval(
         batched("geneval", partial(rate, rule), 0.0, 1.0, batch)
         for rule in (rewards.geneval_reward, rewards.geneval_verdict)
     )
-    return (verdict if strict else graded)._replace(verdict=verdict.score)
+    return (verdict if strict else graded)._replace(verdict=verdict.score, check=check)
 
 
-def check_checklist(metadata: Mapping) -> None:
-    """RewardError for a GenEval line with a class that the detector, or a colour that the classifier, cannot name."""
-    for entry in [*metadata.get("include", []), *metadata.get("exclude", [])]:
+def check(prompt: Prompt) -> None:
+    """RewardError for a GenEval line without a checklist, or with a class or a colour that the models cannot name."""
+    if not prompt.metadata.get("include"):
+        raise RewardError("GenEval's rules need metadata with a non-empty 'include'")
+    for entry in [*prompt.metadata["include"], *prompt.metadata.get("exclude", [])]:
         for field, known in (("class", CLASSES), ("color", COLORS)):
             if entry.get(field, known[0]) not in known:
                 raise RewardError(f"GenEval knows no {field} {entry[field]!r}; choose from {', '.join(known)}")

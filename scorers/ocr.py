@@ -2,32 +2,44 @@
 
 import io
 import math
+import unicodedata
 from collections.abc import Callable, Sequence
 
 import numpy as np
 from PIL import Image
 
-from rewards import Scorer, ocr_reward
+from rewards import RewardError, Scorer, as_seen, ocr_reward, ocr_target
 from scorers.common import batched, require
 
 
-def ocr(device: str = "cpu", engine: Callable | None = None) -> Scorer:
+def ocr(device: str = "cpu", engine: Callable | None = None, released: bool = False) -> Scorer:
     """How much of the quoted text can be read: `rewards.ocr_reward` of what an OCR engine reads. F §6.1 (OCR).
 
     engine: (H, W, 3) uint8, RGB -> [(text of a line, confidence), ...]; lines of confidence 0 are left out. By default
     RapidOCR (PP-OCR's networks, as in F, with the weights in its wheel), on the GPU if `device` is one and the
-    installed ONNX runtime can use it.
+    installed ONNX runtime can use it. A target with a letter that it does not know can never be read, and is refused.
+    `released` compares as the released rule does.
     """
-    read = engine or _rapidocr(device)
+    read, letters = (engine, "") if engine else _rapidocr(device)
+    known = set(as_seen(letters))
 
     def rate(pixels, prompts):
         lines = [[text for text, confidence in read(picture) if confidence > 0] for picture in pixels]
-        return [ocr_reward(" ".join(found), p.text) for found, p in zip(lines, prompts, strict=True)]
+        return [ocr_reward(" ".join(found), p.text, p.metadata.get("target", ""), released)
+                for found, p in zip(lines, prompts, strict=True)]  # fmt: skip
 
-    return batched("ocr", rate, 0.0, 1.0, batch=1)  # the engine takes one at a time; errors then name their prompt
+    def check(prompt):
+        target = prompt.metadata.get("target") or ocr_target(prompt.text)
+        if known and (missing := [letter for letter in as_seen(target) if letter not in known]):
+            name = unicodedata.name(missing[0], "a letter without a name").lower()
+            raise RewardError(f"this OCR engine does not know {missing[0]!r} ({name}), so {target!r} can never be read")
+
+    # The engine takes one at a time; errors then name their prompt.
+    return batched("ocr", rate, 0.0, 1.0, batch=1)._replace(check=check)
 
 
-def _rapidocr(device: str) -> Callable:
+def _rapidocr(device: str) -> tuple[Callable, str]:
+    """(picture -> lines, the letters that it knows, with blanks between them)."""
     require("ocr", "rapidocr", "onnxruntime", "cv2")
     import onnxruntime
     from rapidocr import RapidOCR
@@ -41,10 +53,11 @@ def _rapidocr(device: str) -> Callable:
     reader = RapidOCR(params=params)
 
     def read(picture: np.ndarray) -> list[tuple[str, float]]:
-        found = reader(Image.fromarray(picture))  # an array would be taken for BGR
+        found = reader(Image.fromarray(picture), use_det=True)  # an array would be taken for BGR
         return list(zip(found.txts or (), found.scores or (), strict=True))
 
-    return read
+    reader(Image.new("RGB", (64, 32)), use_det=False)  # loads the network; the option would hold for later calls, too
+    return read, " ".join(reader.text_rec.postprocess_op.character)
 
 
 def jpeg() -> Scorer:

@@ -65,9 +65,14 @@ class Panel:
         return next((name for name in names if name in self.weights), None)
 
     def check(self, prompts: Iterable[Prompt]) -> None:
-        """RewardError for the first prompt that has no weights, before anything is drawn."""
+        """RewardError for the first prompt that has no weights, or that a scorer can never score well."""
         for prompt in prompts:
-            self.weight("", prompt)
+            for name, scorer in self.scorers.items():
+                if self.weight(name, prompt) or name in self.watched:
+                    try:
+                        scorer.check(prompt)
+                    except ValueError as fault:
+                        raise RewardError(f"{prompt.source}: scorer {name!r}: {fault}") from None
 
     def weight(self, name: str, prompt: Prompt) -> float:
         """w_k of a prompt: its `category`'s; 0 if that does not name the scorer. RewardError without a category."""

@@ -32,6 +32,7 @@ from typing import NamedTuple
 
 import torch
 
+from data.common import first_line
 from rewards import RewardError, Scorer
 
 # Kind -> the module and name of its factory, which is imported when the kind is asked for: it may need an extra.
@@ -136,7 +137,27 @@ def make(kind: str, options: Mapping, device: str = "cpu", world: ModuleType | N
     factory, values = arguments(kind, options, world, kind)
     if "device" in inspect.signature(factory).parameters:
         values.setdefault("device", device)
-    return factory(**values)
+    return named(factory(**values))
+
+
+def named(scorer: Scorer) -> Scorer:
+    """The scorer with its scores on the CPU, and with its own exceptions as RewardErrors that name it.
+
+    A ValueError, such as for a prompt without a target, says itself what is wrong.
+    """
+
+    def asked(ask: Callable) -> Callable:
+        def score(*batch):
+            try:
+                return torch.as_tensor(ask(*batch)).detach().cpu()
+            except ValueError:
+                raise
+            except Exception as fault:
+                raise RewardError(f"scorer {scorer.name!r}: {type(fault).__name__}: {first_line(fault)}") from fault
+
+        return score
+
+    return scorer._replace(score=asked(scorer.score), verdict=scorer.verdict and asked(scorer.verdict))
 
 
 def arguments(kind: str, options: Mapping, world: ModuleType | None, name: str) -> tuple[Callable, dict]:
@@ -190,14 +211,17 @@ def _value(where: str, value: object, annotation: object) -> object:
 def own(where: str) -> Scorer:
     """A user's function, FILE.py:FUNCTION, as a scorer: (images, prompts, sources) -> (B,), see `rewards.Scorer`.
 
-    RewardError if there is no such file or function. What the file or the function itself raises is raised as it is.
+    RewardError if there is no such file or function, or the file cannot be run.
     """
     file, _, name = where.rpartition(":")
     if not Path(file).is_file():
         raise RewardError(f"--rewards {where}: no file {file}; write it as FILE.py:FUNCTION")
     spec = importlib.util.spec_from_file_location(Path(file).stem, file)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as fault:
+        raise RewardError(f"--rewards {where}: {file}: {type(fault).__name__}: {first_line(fault)}") from fault
     if not callable(function := getattr(module, name, None)):
         raise RewardError(f"--rewards {where}: {file} has no function {name!r}")
     return Scorer(name, function, -math.inf, math.inf)

@@ -246,50 +246,63 @@ def judge(
     endpoints: Sequence[str],
     model: str,
     rubric: str | rubrics.Rubric,
-    thought: bool = False,
+    request: dict | None = None,
     key_env: str = KEY_ENV,
     limits: Limits = LIMITS,
 ) -> Scorer:
     """A vision-language model as a judge, as vLLM and SGLang serve it. Q §3, Eq. 12; F App. A, Fig. 6.
 
     One POST {endpoint}/chat/completions a picture, with pictures as data URLs. endpoints: such as http://gpu-7:8000/v1;
-    model: as the server calls it; rubric: what is asked, and by `thought` whether reasoning comes first, as in
-    `rubrics.named`. Scores lie in [0.2, 1]. The key is what the variable `key_env` holds; the default one may be unset,
-    for servers that need none. RewardError, one line, for what cannot work.
+    model: as the server calls it; rubric: what is asked, a name of `rubrics.RUBRICS`; request: fields of the request
+    for servers and models that need others, None for one that is left out. A model that thinks needs
+    {"max_tokens": 4096}, some servers {"max_tokens": None, "max_completion_tokens": 4096}. Scores lie in [0.2, 1].
+    The key is what the variable `key_env` holds; the default one may be unset, for servers that need none.
+    RewardError, one line, for what cannot work.
     """
-    asked = rubrics.named(rubric, thought) if isinstance(rubric, str) else rubric
+    asked = rubrics.named(rubric) if isinstance(rubric, str) else rubric
     name, low, high = asked.name, LOWEST_RATING / HIGHEST_RATING, 1.0
     client = Client(name, endpoints, read_key(key_env, required=key_env != KEY_ENV), limits)
     options = {"model": model, "temperature": 0, "max_tokens": asked.max_tokens}
     options |= {"logprobs": True, "top_logprobs": TOP_LOGPROBS} if asked.ask in rubrics.SCALES else {}
+    options = {field: value for field, value in (options | (request or {})).items() if value is not None}
 
-    def request(prompt: Prompt, *pictures: torch.Tensor) -> Request:
+    def question(prompt: Prompt, *pictures: torch.Tensor) -> Request:
         def read(answer: dict) -> float:
-            choice = answer["choices"][0]
-            rating = rubrics.read(asked, choice["message"]["content"], score_logprobs(asked, choice.get("logprobs")))
+            rating = rubrics.read(asked, *reply_of(asked, answer["choices"][0]))
             return float(check_scores(name, [rating], [prompt.text], low, high)[0])
 
-        body = lambda: {"messages": rubrics.messages(asked, prompt.text, pictures), **options}  # noqa: E731
+        body = lambda: {**options, "messages": rubrics.messages(asked, prompt.text, pictures)}  # noqa: E731
         return Request("/chat/completions", body, read, f"the prompt {prompt.text!r}")
 
     def score(images: torch.Tensor, prompts: Sequence[Prompt], sources: Sequence | None = None) -> torch.Tensor:
         shown = [images] if sources is None else [sources, images]
-        requests = [request(prompt, *pictures) for prompt, *pictures in zip(prompts, *shown, strict=True)]
+        requests = [question(prompt, *pictures) for prompt, *pictures in zip(prompts, *shown, strict=True)]
         return torch.tensor(client.ask_all(requests), dtype=torch.float32)
 
     return Scorer(name, score, low, high)
 
 
-def score_logprobs(rubric: rubrics.Rubric, logprobs: dict | None) -> dict[str, float] | None:
-    """{token text: log-prob} at the score token of a reply, from the API's form; None if there is no such token."""
-    tokens = (logprobs or {}).get("content") or []
-    index = rubrics.score_token(rubric, [token["token"] for token in tokens]) if rubric.ask in rubrics.SCALES else None
+def reply_of(rubric: rubrics.Rubric, choice: dict) -> tuple[str, dict[str, float] | None]:
+    """(a judge's reply, {token text: log-prob} at its score token) from the API's form; None without such a token.
+
+    The content may be a list of parts, of which the texts count. RewardError if there is none, as when a model was
+    still thinking, and for a written answer that was cut off.
+    """
+    content = choice["message"]["content"]
+    if isinstance(content, list):
+        content = "".join(part["text"] for part in content if part["type"] == "text")
+    ended = choice.get("finish_reason") or "stop"
+    if not isinstance(content, str) or ended not in (("stop", "length") if rubric.ask in rubrics.SCALES else ("stop",)):
+        raise RewardError(f"no whole reply, it ended by {ended!r}: {content!r}")
+    tokens = (choice.get("logprobs") or {}).get("content") or []
+    index = rubrics.score_token([token["token"] for token in tokens]) if rubric.ask in rubrics.SCALES else None
     if index is None:
-        return None
+        return content, None
     found: dict[str, list[float]] = {}
     for entry in tokens[index]["top_logprobs"]:  # two tokens may have one text, and then both say it
         found.setdefault(entry["token"], []).append(entry["logprob"])
-    return {text: torch.tensor(alike, dtype=torch.float64).logsumexp(0).item() for text, alike in found.items()}
+    logprobs = {text: torch.tensor(alike, dtype=torch.float64).logsumexp(0).item() for text, alike in found.items()}
+    return content, logprobs
 
 
 def served(endpoints: Sequence[str], scorer: str, batch: int = 8, key_env: str = "", limits: Limits = LIMITS) -> Scorer:
@@ -310,7 +323,7 @@ def served(endpoints: Sequence[str], scorer: str, batch: int = 8, key_env: str =
 
     low, high = client.ask_all([Request("/health", None, bounds, "a start")])[0]
 
-    def request(rows: Sequence[tuple]) -> Request:
+    def question(rows: Sequence[tuple]) -> Request:
         prompts, images, *sources = zip(*rows, strict=True)
 
         def body() -> dict:
@@ -330,7 +343,7 @@ def served(endpoints: Sequence[str], scorer: str, batch: int = 8, key_env: str =
 
     def score(images: torch.Tensor, prompts: Sequence[Prompt], sources: Sequence | None = None) -> torch.Tensor:
         rows = list(zip(prompts, images, *([] if sources is None else [sources]), strict=True))
-        answers = client.ask_all([request(rows[first : first + batch]) for first in range(0, len(rows), batch)])
+        answers = client.ask_all([question(rows[first : first + batch]) for first in range(0, len(rows), batch)])
         return torch.tensor([score for answer in answers for score in answer], dtype=torch.float32)
 
     return Scorer(scorer, score, low, high)

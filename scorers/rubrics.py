@@ -15,8 +15,8 @@ A *rubric* is data. The same words go to a model on this machine (vlm.py) and, a
 
 Every score lies in [0.2, 1]: all of them are ratings from 1 to 5, divided by 5, as F's tables print them. One score
 token carries more than the number that it spells: its probabilities give an expectation, which ranks pictures that
-all get "4". `named("alignment", thought=True)` lets the model reason before it gives the token (Q §3 trains its
-reward models so), which costs some hundred tokens a picture instead of one.
+all get "4". Reasoning before the answer (Q §3 trains its reward models so) is skipped: of a model that thinks by itself
+the token after it counts; other models reason in the checklists.
 
 DEVIATION (F Fig. 6, Q §3): the wording of every rubric is this project's own, and follows the papers in what is asked,
 in which order and on which scale. Q prints none of its prompts. A reward model that was trained on one fixed prompt
@@ -32,16 +32,10 @@ from torch import Tensor
 
 import rewards
 from data.pictures import PNG_URI, png, to_picture
-from rewards import HIGHEST_RATING, LEVELS, SCORE_TOKENS, RewardError
+from rewards import ALIGNMENT, HIGHEST_RATING, LEVELS, SCORE_TOKENS, RewardError
 
 SCALES = {"expected": SCORE_TOKENS, "levels": LEVELS}  # the words of a one-token answer
-WRITTEN = {  # how a longer answer becomes a rating in [1, 5]
-    "overall": lambda reply: rewards.parse_judge(reply)["overall"],
-    "final": rewards.parse_final,
-    "alignment": lambda reply: rewards.capped_alignment(rewards.parse_levels(reply)),
-    "editing": lambda reply: rewards.capped_editing(*rewards.parse_demands(reply)),
-}
-THOUGHT_TOKENS = 1024
+WRITTEN_TOKENS = 1024  # how long a written answer may get
 
 
 class Rubric(NamedTuple):
@@ -53,13 +47,12 @@ class Rubric(NamedTuple):
     user: str  # with the prompt's place, {prompt}, in it
     images: tuple[str, ...] = ("picture",)  # what is shown, in order
     model: str = "Qwen/Qwen2.5-VL-7B-Instruct"  # the checkpoint that vlm.py takes by default
-    thought: bool = False  # reason first, then the one token
     side: int = 0  # pictures are resized to side x side first; 0 leaves them as they are
 
     @property
     def max_tokens(self) -> int:
-        """How long a reply may get: the score token alone, or a thought and the score."""
-        return 1 if self.ask in SCALES and not self.thought else THOUGHT_TOKENS
+        """How long a reply may get, of a model that does not think by itself: the score token alone, or a form."""
+        return 1 if self.ask in SCALES else WRITTEN_TOKENS
 
 
 # ---------------------------------------------------------------------------------------------------- the rubrics
@@ -67,11 +60,6 @@ class Rubric(NamedTuple):
 ONE_TOKEN = {
     "expected": "Answer with one digit from 1 (worst) to 5 (best) and nothing else.",
     "levels": "Answer with one of the words excellent, good, fair, poor, bad and nothing else.",
-}
-THOUGHT_FIRST = {
-    "expected": "First go through the points above one by one. Then end with a line `Score: X`, X from 1 to 5.",
-    "levels": "First go through the points above one by one. Then end with a line `Score: X`, X being one of the words "
-    "excellent, good, fair, poor, bad.",
 }
 
 ALIGNMENT_POINTS = """in this order of importance:
@@ -173,16 +161,11 @@ Answer in this form, the analysis first:
 RUBRICS = {rubric.name: rubric for rubric in ALL}
 
 
-def named(name: str, thought: bool = False) -> Rubric:
-    """A rubric of `RUBRICS`, with reasoning before the score token if `thought`. Q §3 (chain of thought).
-
-    RewardError for an unknown name, and for a thought if the rubric's answer holds one anyway.
-    """
+def named(name: str) -> Rubric:
+    """A rubric of `RUBRICS`; RewardError for an unknown name."""
     if name not in RUBRICS:
         raise RewardError(f"unknown rubric {name!r}: choose one of {', '.join(RUBRICS)}")
-    if thought and RUBRICS[name].ask not in SCALES:
-        raise RewardError(f"the rubric {name!r} reasons in its reply anyway; leave the thought out")
-    return RUBRICS[name]._replace(thought=thought)
+    return RUBRICS[name]
 
 
 # --------------------------------------------------------------------------------------------------- the question
@@ -200,7 +183,7 @@ def user_turn(rubric: Rubric, prompt: str, images: Sequence[Tensor]) -> list[str
     # A prompt must not end its own turn or add pictures: Qwen's control tokens all begin with these two characters.
     text = rubric.user.replace("{prompt}", prompt.replace("<|", "< |"))
     if rubric.ask in SCALES:
-        text += "\n\n" + (THOUGHT_FIRST if rubric.thought else ONE_TOKEN)[rubric.ask]
+        text += "\n\n" + ONE_TOKEN[rubric.ask]
     if len(pictures) == 1:
         return [*pictures, text]
     return ["Source: ", pictures[0], "\nResult: ", pictures[1], "\n" + text]
@@ -228,10 +211,9 @@ def read(rubric: Rubric, reply: str, token_logprobs: Mapping[str, float] | None 
     try:
         if rubric.ask in WRITTEN:
             return WRITTEN[rubric.ask](reply) / HIGHEST_RATING
-        scale, found = SCALES[rubric.ask], _score_word(rubric, reply)
-        if found is None:
-            place = "after `Score:`" if rubric.thought else "at the start"
-            raise RewardError(f"none of {', '.join(scale)} {place} of the reply: ")
+        scale, found = SCALES[rubric.ask], rewards.find_rating(rewards.answer(reply))
+        if not found or found[1].lower() not in scale:
+            raise RewardError(f"none of {', '.join(scale)} is the reply: {reply}")
         rating = scale[found[1].lower()] if token_logprobs is None else rewards.expected_score(token_logprobs, scale)
         return rating / HIGHEST_RATING
     except ValueError as fault:
@@ -239,23 +221,52 @@ def read(rubric: Rubric, reply: str, token_logprobs: Mapping[str, float] | None 
         raise RewardError(f"{cause} {' '.join(reply.split())!r}") from None
 
 
-def score_token(rubric: Rubric, tokens: Sequence[str]) -> int | None:
-    """Which of a reply's tokens is the score's: its index, or None if the reply is not what was asked for.
-
-    It is the token in which the first word of the reply begins, or with `thought` the first word after the last
-    `Score:`.
-    """
-    found, end = _score_word(rubric, "".join(tokens)), 0
+def score_token(tokens: Sequence[str]) -> int | None:
+    """Which of a reply's tokens is the score's: the one in which the rating after all reasoning begins; None without
+    a rating."""
+    reply, end = "".join(tokens), 0
+    said = rewards.answer(reply)
+    found = rewards.find_rating(said)
     for index, token in enumerate(tokens):
         end += len(token)
-        if found and found.start(1) < end:
+        if found and len(reply) - len(said) + found.start(1) < end:
             return index
     return None
 
 
-def _score_word(rubric: Rubric, reply: str) -> re.Match | None:
-    """The word that is the score, as group 1; None if there is none, or another word or number."""
-    starts = [mark.end() for mark in re.finditer(r"\bscore:", reply, re.IGNORECASE)] if rubric.thought else [0]
-    # Markup may stand around it. No part of a longer number is a score: not the 1 of 10, nor the 4 of 4.5.
-    found = re.compile(r"[^\w-]*(\w+)(?!\.?\d)").match(reply, starts[-1]) if starts else None
-    return found if found and found[1].lower() in SCALES[rubric.ask] else None
+def _final(reply: str) -> float:
+    """UnifiedReward's rating in [1, 5]: what stands after the last `Final Score:`. F Table 4."""
+    marked = re.split(r"final score[\s*_]*[:=]", rewards.answer(reply), flags=re.IGNORECASE)[1:]
+    return rewards.rating("number after `Final Score:`", marked, reply)
+
+
+def _alignment(reply: str) -> float:
+    """Q §3.2: each of the four levels of `ALIGNMENT` once, with a rating or none, which leaves it out."""
+    tags = [(name.lower(), value.lower()) for name, value in _verdict(reply)]
+    if sorted(name for name, _ in tags) != sorted(ALIGNMENT):
+        raise RewardError(f"no <Verdict> with each of the four levels once in the reply: {reply}")
+    levels = {name: rewards.rating(f"<{name}>", [value], reply) for name, value in tags if value != "none"}
+    return rewards.capped_alignment(levels)
+
+
+def _editing(reply: str) -> float:
+    """Q §3.3: a yes or no for each demand, one core demand at least, and one coherence."""
+    tags, names = _verdict(reply), ("Core", "Extra", "Coherence")
+    core, extra, coherence = ([value.lower() for key, value in tags if key == name] for name in names)
+    if not core or len(coherence) != 1 or not {*core, *extra} <= {"yes", "no"}:
+        raise RewardError(f"no <Verdict> with a yes or no in each <Core>, <Extra> and one <Coherence>: {reply}")
+    met = [[said == "yes" for said in demands] for demands in (core, extra)]
+    return rewards.capped_editing(*met, rewards.rating("<Coherence>", coherence, reply))
+
+
+def _verdict(reply: str) -> list[tuple[str, str]]:
+    """(name, content) of the tags in the last <Verdict> after all reasoning; none if that was begun and not ended."""
+    _, begun, block = rewards.answer(reply).rpartition("<Verdict>")
+    block, ended, _ = block.partition("</Verdict>")
+    return re.findall(r"<(\w+)>\s*(.*?)\s*</\1>", block, re.DOTALL) if begun and ended else []
+
+
+WRITTEN = {  # how a longer answer becomes a rating in [1, 5]
+    "overall": lambda reply: rewards.parse_judge(reply)["overall"],
+    "final": _final, "alignment": _alignment, "editing": _editing,
+}  # fmt: skip

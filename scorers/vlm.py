@@ -1,7 +1,7 @@
 """A vision-language model on this machine as a judge: a Qwen-VL checkpoint is asked by a rubric of rubrics.py.
 
-The reply is greedy. Of a rubric that asks for one score token, the token's probabilities are read too, and their
-expectation is the score (Q Eq. 12).
+The reply is greedy. Of a rubric that asks for one score token, the expectation over its probabilities is the score (Q
+Eq. 12).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,26 +10,26 @@ from functools import cache
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList
+from transformers import GenerationConfig
 
 from data.files import Prompt
 from models import qwen_vl
 from rewards import HIGHEST_RATING, LOWEST_RATING, RewardError, Scorer
-from scorers.rubrics import SCALES, Rubric, named, read, score_token, user_turn
+from scorers.rubrics import SCALES, Rubric, named, read, user_turn
 
 
 def vlm(
-    rubric: str | Rubric, model: str = "", thought: bool = False, device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32, batch: int = 8,
+    rubric: str | Rubric, model: str = "", device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
+    batch: int = 8,
 ) -> Scorer:  # fmt: skip
     """A Qwen-VL checkpoint as a judge, through transformers, greedy. Scores in [0.2, 1]. Q §3; F App. A.
 
-    rubric, thought: as in `rubrics.named`; model: a folder or Hub id of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL, as
+    rubric: a name of `rubrics.RUBRICS`; model: a folder or Hub id of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL, as
     published or fine-tuned, by default the rubric's own. Safetensors only, no remote code. `batch` pictures are asked
     about at a time. Raises RewardError, one line, for a checkpoint that cannot be asked, among them DeQA's own and
     UnifiedReward-7b's (UnifiedReward-qwen-7b, from the same authors, is a Qwen2.5-VL and can); ModelError without one.
     """
-    asked = named(rubric, thought) if isinstance(rubric, str) else rubric
+    asked = named(rubric) if isinstance(rubric, str) else rubric
     judge = _load(model or asked.model, device, dtype)
     words = _candidates(judge.tokenizer, asked)
 
@@ -38,10 +38,11 @@ def vlm(
             turn = user_turn(asked, prompt.text, [image] if source is None else [source, image])
         return qwen_vl.chat(asked.system, turn)
 
-    def score_of(prompt: Prompt, tokens: Sequence[tuple[str, Mapping[str, float]]], reply: str) -> float:
-        place = score_token(asked, [text for text, _ in tokens]) if words else None
+    def score_of(prompt: Prompt, reply: str, is_whole: bool, logprobs: Mapping[str, float] | None) -> float:
         with _about(asked, prompt):
-            return read(asked, reply, None if place is None else tokens[place][1])
+            if not is_whole:
+                raise RewardError(f"the reply is cut off after {asked.max_tokens} tokens: {reply!r}")
+            return read(asked, reply, logprobs)
 
     def score(images: Tensor, prompts: Sequence[Prompt], sources: Sequence[Tensor] | None = None) -> Tensor:
         rows, scores = list(zip(prompts, images, sources or [None] * len(prompts), strict=True)), []
@@ -87,24 +88,17 @@ def _candidates(tokenizer, rubric: Rubric) -> dict[int, str]:
 
 @torch.no_grad()
 def _ask(judge: qwen_vl.VLM, questions: Sequence[qwen_vl.Question], candidates: Mapping[int, str], max_tokens: int):
-    """Greedy replies to questions: for each its tokens [(text, {candidate: log-prob})] and its text.
+    """Greedy replies to questions: for each (its text, has it come to its end, the candidates' log-probs or None).
 
-    The tokens are left out if there are no candidates: only those are looked up.
+    Of a single token both ends are the same, and its log-probs are looked up.
     """
-    seen: list[Tensor] = []  # a step's log-probs of the candidates, (B, candidates): those of all tokens are too many
-
-    def watch(_ids: Tensor, logits: Tensor) -> Tensor:
-        seen.append(logits.float().log_softmax(-1)[:, list(candidates)].cpu())
-        return logits
-
-    inputs = judge.inputs(questions)
-    watchers = LogitsProcessorList([watch] if candidates else [])
-    replies = judge.network.generate(**inputs, max_new_tokens=max_tokens, logits_processor=watchers)
-    answers = []
-    for b, ids in enumerate(replies[:, inputs["input_ids"].shape[1] :].tolist()):
-        ends = judge.network.generation_config.eos_token_id
-        length = next((i for i, token in enumerate(ids) if token in ends), len(ids))
-        texts = [judge.tokenizer.decode([token]) for token in ids[:length]]
-        steps = [dict(zip(candidates.values(), step[b].tolist(), strict=True)) for step in seen[:length]]
-        answers.append((list(zip(texts, steps, strict=False)), judge.tokenizer.decode(ids[:length])))
+    inputs, options = judge.inputs(questions), {"output_logits": bool(candidates), "return_dict_in_generate": True}
+    told, answers = judge.network.generate(**inputs, max_new_tokens=max_tokens, **options), []
+    for b, ids in enumerate(told.sequences[:, inputs["input_ids"].shape[1] :].tolist()):
+        ends = (i for i, token in enumerate(ids) if token in judge.network.generation_config.eos_token_id)
+        length, logprobs = next(ends, None), None
+        if candidates:
+            row = told.logits[0][b].float().log_softmax(-1)[list(candidates)].tolist()
+            logprobs = dict(zip(candidates.values(), row, strict=True))
+        answers.append((judge.tokenizer.decode(ids[:length]), length is not None or max_tokens == 1, logprobs))
     return answers

@@ -18,12 +18,43 @@ def thing(name, score=0.95, box=(0, 0, 10, 10), color="red"):
 
 
 # -------------------------------------------------------------------------------------------------------- OCR
-@pytest.mark.parametrize("prompt", ["no quotes", 'one " only', 'empty ""', 'blank "  " here', "curly “CAT”", "'CAT'"])
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "no quotes",
+        'one " only',
+        'empty ""',
+        'blank "  " here',
+        "'CAT'",
+        'A 27" monitor that shows "CAT"',
+        'a 12" pizza and a 14" laptop',
+        "open “CAT",
+        'unseen "\u200b"',
+    ],
+)
 def test_a_prompt_without_a_quoted_target_is_an_error_with_the_prompt_in_it(prompt):
     for rule in (R.ocr_target, lambda prompt: R.ocr_reward("CAT", prompt)):
         with pytest.raises(ValueError, match=re.escape(repr(prompt))):
             rule(prompt)
     assert R.ocr_target('a sign "Open Now" beside "Closed"') == "Open Now"
+
+
+@pytest.mark.parametrize("quotes", ["“{}”", "„{}“", "”{}”", "＂{}＂", "「{}」", "『{}』", "«{}»", "« {} »", "»{}«"])
+def test_every_kind_of_double_quotes_holds_the_target(quotes):
+    assert R.ocr_target(f"a sign {quotes.format('it’s 营业中')}, beside “more” and 「more」") == "it’s 营业中"
+
+
+SEEN_ALIKE = [("ＯＰＥＮ：２４", "open:24"), ("cafe\u0301", "Café"), ("ROCK'N'ROLL", "Rock’n’Roll"),
+              ("a\u200bb\ufeff", "AB"), ("☀", "☀\ufe0f"),
+              ("ﬁve\u00a0stars", "five stars"), ("ｶﾞｽ", "ガス"), ("STRASSE", "Straße"), ("10–20", "10-20")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("read", "target"), SEEN_ALIKE)
+def test_text_is_compared_as_a_reader_sees_it_and_as_released_on_demand(read, target):
+    prompt = f'a sign "{target}"'
+    assert R.ocr_reward(read, prompt) == R.ocr_reward(read, "a sign", target) == 1
+    assert R.ocr_reward(read, prompt, released=True) < 1 == R.ocr_reward(f" {target} ", prompt, released=True)
+    assert R.ocr_reward("x" * 40, prompt) == 0, "nothing in common"
 
 
 @lru_cache(None)
@@ -236,7 +267,7 @@ def test_levels_are_five_to_one_and_several_tokens_that_say_one_word_add_up():
 
 
 NO_SCORES = [{}, {"0": 0.0, "6": 0.0}, {"45": 0.0, "five": 0.0, "": 0.0}, {"3": math.nan}, {"3": math.inf},
-             {"3": -math.inf}, {"3": -1.0, "4": math.nan}]  # fmt: skip
+             {"3": -math.inf}, {"3": -1.0, "4": math.nan}, {"3": 0.1}]  # fmt: skip
 
 
 @pytest.mark.parametrize("logprobs", NO_SCORES)
@@ -260,52 +291,13 @@ def test_parse_judge_reads_the_three_tags_of_figure_6():
 
 
 UNREADABLE = [reply(quality="X"), reply(quality="0.9"), "I cannot judge images.", reply(instruction="5.1"),
-              *(reply(overall=bad) for bad in ("-3", "4/5", "")), reply().replace("Overall", "Total")]  # fmt: skip
+              *(reply(overall=bad) for bad in ("-3", "4/10", "")), reply().replace("Overall", "Total")]  # fmt: skip
 
 
 @pytest.mark.parametrize("text", UNREADABLE)
 def test_an_unreadable_reply_is_an_error_with_the_reply_in_it(text):
     with pytest.raises(R.RewardError, match=re.escape(text)):
         R.parse_judge(text)
-
-
-def test_unifiedreward_is_the_last_number_after_final_score():
-    for text, score in (("Final Score: 4", 4), ("Final Score:** 3.5", 3.5), ("final score: 2/5", 2)):
-        assert R.parse_final(f"cat (object): 1\n{text}") == score
-    assert R.parse_final("Final Score: 2? Rather\nFinal Score: 5") == 5
-    for bad in ("Final Score: 10", "Final Score: 0", "Final Score: 5.5", "Score: 4", "Final Score: good"):
-        with pytest.raises(R.RewardError, match=bad):
-            R.parse_final(bad)
-
-
-def checklist(objects, attributes, relations, actions):
-    return (
-        f"Two cats.\n<Verdict>\n<Objects>{objects}</Objects><Attributes> {attributes} </Attributes>"
-        f"<Relations>{relations}</Relations>\n<Actions>{actions}</Actions></Verdict>"
-    )
-
-
-def test_the_alignment_checklist_is_read_level_by_level():
-    assert R.parse_levels(checklist(5, 4, 3, "none")) == {"objects": 5, "attributes": 4, "relations": 3}
-    assert R.parse_levels(checklist(1, 1, 1, 1) + checklist("None", 3, 2.5, 3)) == {
-        "attributes": 3, "relations": 2.5, "actions": 3}  # fmt: skip
-    whole = checklist(5, 5, 5, 5)
-    repeated = "<Verdict>" + "<Objects>5</Objects>" * 4 + "</Verdict>"
-    for bad in (checklist(6, 5, 5, 5), checklist("", 5, 5, 5), checklist(0.5, 5, 5, 5), "all fine", repeated,
-                whole.replace("Actions", "Deeds")):  # fmt: skip
-        with pytest.raises(R.RewardError):
-            R.parse_levels(bad)
-
-
-def test_the_editing_checklist_is_read_demand_by_demand():
-    demands = "<Core>Yes</Core> <Core>no</Core><Extra>yes</Extra>"
-    form = f"text <Core>no</Core>\n<Verdict>{demands}<Coherence>4</Coherence></Verdict>"
-    assert R.parse_demands(form) == ([True, False], [True], 4.0)
-    assert R.parse_demands(form.replace("<Extra>yes</Extra>", "")) == ([True, False], [], 4.0)
-    for old, new in (("no</Core><E", "maybe</Core><E"), ("<Coherence>4</Coherence>", ""), (">4<", ">7<"),
-                     ("Verdict>", "Result>"), ("Core>", "Other>")):  # fmt: skip
-        with pytest.raises(R.RewardError):
-            R.parse_demands(form.replace(old, new))
 
 
 # --------------------------------------------------------------------------------------------- what caps a score

@@ -14,6 +14,7 @@ from rewards import RewardError, Scorer
 from scorers import registry, selftest
 from scorers.common import pixels_of
 from scorers.ocr import jpeg, ocr
+from scorers.panel import Panel
 from tests.helpers.clip import PROMPTS, prompt
 
 
@@ -59,6 +60,13 @@ def test_ocr_scores_what_the_engine_reads_and_leaves_out_lines_it_did_not():
     scores = scorer.score(images, [prompt('a banner "Grand Opening"')] * 3, None)
     # "GRAND" against "grandopening", 12 letters: 7 are missing
     assert scores.tolist() == pytest.approx([0.0, 1.0, 5 / 12])
+    given = prompt("a banner", target="grand opening")
+    assert scorer.score(images, [given] * 3, None).tolist() == scores.tolist()
+    full = (
+        ocr(engine=lambda picture: [("ＯＰＥＮ", 1.0)]),
+        ocr(engine=lambda picture: [("ＯＰＥＮ", 1.0)], released=True),
+    )
+    assert [s.score(images[:1], [prompt('"open"')], None).item() for s in full] == [1, 0]
     with pytest.raises(RewardError, match=r"scorer 'ocr': no target text.*for the prompt 'no words'"):
         scorer.score(images[:2], [prompt('a "b"'), prompt("no words")], None)
 
@@ -78,6 +86,15 @@ def test_the_real_engine_reads_rendered_words():
     scores = scorer.score(images, [prompt(text) for text in texts], None).tolist()
     # "open" for "closed", 6 letters: c and l are missing, p should be s, n should be d
     assert scores == pytest.approx([1, 1, 1 - 4 / 6, 0])
+    for text in ("Open", "Café 24!", "Straße", "营业中", "營業", "かな", "naïve – “x”"):
+        scorer.check(prompt("", target=text))
+    for script, text in (("cyrillic", "ПРИВЕТ"), ("hangul", "안녕"), ("arabic", "مرحبا"), ("devanagari", "हिन्दी")):
+        with pytest.raises(RewardError, match=f"{script}.*'{text}' can never be read"):
+            scorer.check(prompt(f'a sign "{text}"'))
+    for metadata, said in (({"target": "안녕"}, "hangul"), ({}, "no target text")):
+        with pytest.raises(RewardError, match=f"^p.txt:1: scorer 'ocr': .*{said}"):
+            Panel([scorer], {"default": {"ocr": 1.0}}).check([prompt('"fine"'), prompt("a dog", **metadata)])
+    Panel([scorer], {"default": {"ocr": 0.0}}).check([prompt("a dog")])
     assert selftest.self_test(scorer) and selftest.self_test(jpeg())
 
 

@@ -10,7 +10,7 @@ import settings
 from harness import cli, load
 from rewards import RewardError, Scorer
 from scorers import registry as R
-from scorers import remote, rubrics
+from scorers import remote, rubrics, vlm
 from scorers import world as real
 from tests.helpers.checks import refusal as _refusal
 from tests.helpers.runs import metrics
@@ -149,35 +149,22 @@ def test_the_tiny_worlds_own_scorers_take_no_options_and_are_no_kinds_elsewhere(
     assert "no kind 'task'" in refusal(R.check, R.Asked({"x": {"kind": "task"}}, {}))
 
 
-SENT = {"dtype": "bfloat16", "device": "cuda:3", "rubric": "alignment", "thought": True, "endpoints": ["http://a:1"],
-        "no_face": "skip", "batch": 3, "short_side": 64, "strict": True}  # fmt: skip
-EVERY = {
-    "jpeg": "", "ocr": "device", "geneval": "device dtype detector clip strict short_side batch",
-    "pickscore": "device dtype model processor batch", "clipscore": "device dtype model batch",
-    "hps": "device dtype model batch", "aesthetic": "device dtype model head batch",
-    "imagereward": "device dtype model batch", "vlm": "device dtype rubric model thought batch",
-    "face": "no_face folder", "trained": "device dtype model batch",
-    "judge": "rubric model endpoints thought key_env", "served": "scorer endpoints key_env batch",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", R.KINDS)
-def test_every_option_of_a_kind_reaches_its_factory(monkeypatch, kind):
-    """And the device is the run's unless the entry names another."""
-    options = {name: SENT.get(name, f"a {name}") for name in EVERY[kind].split()}
-    limits = {"timeout": 3, "tries": 5} if kind in ("judge", "served") else {}
-    module, _, name = R.KINDS[kind].partition(":")
-    real, calls = R._import(R.KINDS[kind]), []
-    monkeypatch.setattr(f"{module}.{name}", functools.wraps(real)(lambda **given: calls.append(given)))
-    R.make(kind, {**options, **limits}, "cuda:7")
-    got = calls.pop()
-    assert got.pop("limits", None) == (remote.Limits()._replace(**limits) if limits else None)
-    assert got.pop("dtype", None) is (torch.bfloat16 if "dtype" in options else None)
-    assert got == {name: value for name, value in options.items() if name != "dtype"}
-    needed = {name: options[name] for name in ("rubric", "scorer", "endpoints") if name in options}
-    needed |= {"model": "m"} if kind in ("judge", "trained") else {}
-    R.make(kind, needed, "cuda:7")
-    assert calls.pop() == {**needed, **({"device": "cuda:7"} if "device" in options else {})}
+def test_options_reach_their_factory_each_as_what_it_takes_and_the_device_is_the_runs_unless_it_is_named(monkeypatch):
+    calls = []
+    for name in ("judge", "served"):
+        fake = functools.wraps(getattr(remote, name))(lambda **given: calls.append(given) or Scorer("x", None, 0, 1))
+        monkeypatch.setattr(remote, name, fake)
+    monkeypatch.setattr(
+        vlm, "vlm", functools.wraps(vlm.vlm)(lambda **given: calls.append(given) or Scorer("x", None, 0, 1))
+    )
+    fields = {"rubric": "alignment", "model": "m", "endpoints": ["http://a:1"], "request": {"max_tokens": None}}
+    R.make("judge", {**fields, "timeout": 3, "tries": 5}, "cuda:7")
+    assert calls.pop() == {**fields, "limits": remote.LIMITS._replace(timeout=3, tries=5)}
+    R.make("served", {"scorer": "ocr", "endpoints": ["http://a:1"], "batch": 3})
+    assert calls.pop() == {"scorer": "ocr", "endpoints": ["http://a:1"], "batch": 3}
+    for device in ({}, {"device": "cuda:3"}):
+        R.make("vlm", {"rubric": "deqa", "dtype": "bfloat16", **device}, "cuda:7")
+        assert calls.pop() == {"rubric": "deqa", "dtype": torch.bfloat16, "device": "cuda:7", **device}
 
 
 # -------------------------------------------------------------------------------------------- a function of one's own
@@ -188,6 +175,15 @@ def darkness(images, prompts, sources):
 
 def broken(images, prompts, sources):
     return images.mean((1, 2, 3)) / 0 * 0
+
+def raises(images, prompts, sources):
+    return {}["no such key"]
+
+def silent(images, prompts, sources):
+    pass
+
+def grows(images, prompts, sources):
+    return images.mean((1, 2, 3)).requires_grad_()
 """
 
 
@@ -199,7 +195,8 @@ def test_a_users_own_function_is_a_reward(go, tmp_path):
     lines = metrics(folder)
     assert [line["reward"] for line in lines] == pytest.approx([3 * line["reward/darkness"] for line in lines], 1e-4)
     assert all(0 < line["reward/darkness"] < 1 and line["group_std"] > 0 and line["grad_norm"] > 0 for line in lines)
-    go("broken", *flags, f"{tmp_path}/own.py:broken", code=2)
+    for name in ("broken", "raises"):
+        go(name, *flags, f"{tmp_path}/own.py:{name}", code=2)
 
 
 def test_a_file_without_the_function_is_refused(tmp_path):
@@ -209,3 +206,14 @@ def test_a_file_without_the_function_is_refused(tmp_path):
     own = R.make(f"{tmp_path}/own.py:darkness", {})
     assert isinstance(own, Scorer) and own.name == "darkness"
     assert "has no options" in refusal(R.make, f"{tmp_path}/own.py:darkness", {"batch": 3})
+
+
+def test_whatever_a_scorer_or_its_file_raises_is_one_line_with_its_name(tmp_path):
+    (tmp_path / "own.py").write_text(OWN)
+    images = torch.rand(3, 3, 4, 5)
+    for name, said in (("raises", "scorer 'raises': KeyError: 'no such key'"), ("silent", "scorer 'silent': ")):
+        assert refusal(R.make(f"{tmp_path}/own.py:{name}", {}).score, images, [None] * 3, None).startswith(said)
+    found = R.make(f"{tmp_path}/own.py:grows", {}).score(images, [None] * 3, None)
+    assert found.tolist() == images.mean((1, 2, 3)).tolist() and not found.requires_grad
+    (tmp_path / "bad.py").write_text("1 / 0")
+    assert "bad.py: ZeroDivisionError" in refusal(R.own, f"{tmp_path}/bad.py:x")

@@ -129,14 +129,6 @@ def test_no_more_requests_are_in_flight_than_allowed_over_all_batches_and_inside
     assert len(busy) == 24 and max(busy) == 3
 
 
-def test_an_endpoint_that_dies_in_the_middle_is_done_without(far):
-    first, second = far(lambda number, body: reset if number == 2 else None), far()
-    scorer = served(first, second, limits=FAST._replace(rest=30.0, longest_rest=30.0))
-    assert torch.equal(scorer.score(*pictures(20)), own(20))
-    assert len(first.requests) + len(second.requests) == 21 and 3 <= len(first.requests) <= 6
-    assert torch.equal(scorer.score(*pictures(5)), own(5)) and len(second.requests) > 19, "still resting"
-
-
 def test_a_server_may_be_restarted_in_the_middle(far):
     again = []
 
@@ -295,9 +287,9 @@ def looks(body):
     return chat(level, [(level, 0.0)])
 
 
-def judge(server, rubric="aesthetic", answer=looks):
+def judge(server, rubric="aesthetic", answer=looks, **more):
     server.answer = answer
-    return remote.judge([server.url + "/v1"], "vlm-7b", rubric, limits=FAST)
+    return remote.judge([server.url + "/v1"], "vlm-7b", rubric, limits=FAST, **more)
 
 
 def test_a_judge_rates_each_picture_and_each_rating_finds_its_picture(far):
@@ -316,14 +308,17 @@ def test_the_question_is_an_openai_chat_completion(far, monkeypatch):
     assert headers["Content-Type"] == "application/json"
     assert body.pop("messages") == rubrics.messages(rubrics.named("aesthetic"), "p0", [images[0]])
     assert body == {"model": "vlm-7b", "temperature": 0, "max_tokens": 1, "logprobs": True, "top_logprobs": 20}
-
-
-def test_a_written_rating_is_read_without_log_probs(far):
-    text = "<Thought>fine</Thought><QualityScore>3</QualityScore><InstructionScore>5</InstructionScore>"
-    answer = {"choices": [{"message": {"content": text + "<OverallScore>4</OverallScore>"}}]}
-    server = far()
-    assert judge(server, "judge", lambda body: answer).score(*pictures(2)).tolist() == pytest.approx([0.8, 0.8])
-    assert "logprobs" not in server.requests[0][2] and server.requests[0][2]["max_tokens"] > 500
+    others = {"temperature": None, "max_tokens": None, "max_completion_tokens": 99, "top_logprobs": 5, "messages": []}
+    form = "".join(
+        f"<{part}Score>{n}</{part}Score>" for part, n in (("Quality", 1), ("Instruction", 5), ("Overall", 4))
+    )
+    written = {"choices": [{"message": {"content": form}, "finish_reason": "stop"}]}
+    for rubric, sent in (("aesthetic", {"logprobs": True}), ("judge", {})):
+        scorer = judge(server, rubric, looks if sent else lambda _: written, request=others)
+        assert scorer.score(images, prompts).item() == pytest.approx(0.2 if sent else 0.8)
+        body = server.requests[-1][2]
+        assert len(body.pop("messages")) == 2, "what is asked cannot be replaced"
+        assert body == {"model": "vlm-7b", "max_completion_tokens": 99, "top_logprobs": 5, **sent}
 
 
 def test_an_edit_is_judged_with_its_source_first(far):
@@ -335,26 +330,9 @@ def test_an_edit_is_judged_with_its_source_first(far):
         judge(server, "editing").score(images, prompts)
 
 
-def test_the_log_probs_are_those_of_the_score_token_and_two_tokens_of_one_text_add_up():
-    def token(text, *likely):
-        return {"token": text, "top_logprobs": [{"token": t, "logprob": lp} for t, lp in likely]}
-
-    plain, thought = rubrics.named("alignment"), rubrics.named("alignment", thought=True)
-    reply = [token("3", ("3", -0.1)), token(" dogs"), token(". Score:"), token(" 4", (" 4", -0.2), (" 5", -2.0))]
-    assert remote.score_logprobs(thought, {"content": reply}) == {" 4": -0.2, " 5": -2.0}
-    assert remote.score_logprobs(plain, {"content": reply}) == {"3": -0.1}
-    twice = [token("4", ("4", math.log(0.3)), ("4", math.log(0.2)))]
-    assert remote.score_logprobs(plain, {"content": twice}) == {"4": pytest.approx(math.log(0.5))}
-    for nothing in (None, {}, {"content": None}, {"content": []}, {"content": reply[:2]}):
-        assert remote.score_logprobs(thought, nothing) is None
-    assert remote.score_logprobs(rubrics.named("judge"), {"content": reply}) is None, "it asks for no score token"
-
-
 @pytest.mark.parametrize(
-    "answer",
-    [chat("Nice", [("Nice", 0.0)], "Nice\npicture!"), {"choices": []}, {"choices": [{"message": {"content": None}}]},
-     {"choices": [{"message": "4"}]}, chat("4", [("4", math.nan)]), chat("4", [("4", 10**400)])],
-)  # fmt: skip
+    "answer", [chat("Nice", [("Nice", 0.0)], "Nice\npicture!"), {"choices": []}, chat("4", [("4", 1.0)])]
+)
 def test_a_reply_that_is_no_rating_is_asked_for_again_and_then_an_error(far, answer):
     server = far()
     scorer = judge(server, answer=lambda body: looks(body) if len(server.requests) == 2 else answer)

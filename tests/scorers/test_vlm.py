@@ -69,12 +69,8 @@ def test_every_rubric_is_asked_in_a_form_that_its_reader_knows():
         assert ("THE PROMPT" in text) == (name != "deqa"), "technical quality does not depend on the prompt"
         tags = {"overall": "<OverallScore>", "final": "'Final Score:'", "alignment": "<Objects>", "editing": "<Core>"}
         assert tags.get(rubric.ask, "and nothing else") in text
-        assert rubric.max_tokens == (1 if rubric.ask in J.SCALES else J.THOUGHT_TOKENS)
-    thinking = J.named("alignment", thought=True)
-    text = J.messages(thinking, "p", [picture(8, 8, 0)])[1]["content"][-1]["text"]
-    assert "`Score: X`" in text and "nothing else" not in text and thinking.max_tokens > 1
+        assert rubric.max_tokens == 1 if rubric.ask in J.SCALES else rubric.max_tokens > 500
     assert "alignment, alignment_checklist" in refusal(J.named, "alignement")
-    assert "reasons in its reply anyway" in refusal(J.named, "judge", True)
 
 
 def test_a_prompt_cannot_end_its_turn_or_add_a_picture_and_what_cannot_be_shown_is_refused():
@@ -85,61 +81,6 @@ def test_a_prompt_cannot_end_its_turn_or_add_a_picture_and_what_cannot_be_shown_
     bad[1, 2, 3] = math.nan
     assert "not finite" in refusal(J.messages, judge, "p", [bad])
     assert "source and picture" in refusal(J.messages, J.RUBRICS["editing"], "p", [picture(8, 8, 0)])
-
-
-# ------------------------------------------------------------------------------------------------------ the answer
-def test_the_score_is_the_expectation_over_the_five_tokens_divided_by_five():
-    rubric = J.RUBRICS["alignment"]
-    assert J.read(rubric, "4", {"4": math.log(0.6), "3": math.log(0.2)}) == pytest.approx(3.75 / 5)
-    assert J.read(rubric, "2") == 2 / 5, "without log-probs the digit itself"
-    for word, level in (("excellent", 5), ("good", 4), ("fair", 3), ("poor", 2), ("bad", 1)):
-        assert J.read(J.RUBRICS["deqa"], word) == J.read(J.RUBRICS["deqa"], f" {word.title()}.") == level / 5
-        assert J.read(J.RUBRICS["deqa"], word, {word: -0.5}) == level / 5
-    for bad in ({"The": -0.1}, {}, {"4": math.nan}, {"4": -math.inf}):
-        assert refusal(J.read, rubric, "4", bad).endswith("'4'"), "log-probs that hold no score"
-
-
-@pytest.mark.parametrize("reply", ["10", "4.5", "0", "6", "12", "", " ", "four", "The score is 4", "good", "!", "4th"])
-def test_a_reply_that_is_no_digit_from_1_to_5_is_an_error_even_with_log_probs(reply):
-    for logprobs in (None, {"4": -1.0}):
-        assert repr(reply.strip()) in refusal(J.read, J.RUBRICS["aesthetic"], reply, logprobs)
-
-
-def test_after_a_thought_the_score_follows_the_last_mark():
-    thinking = J.named("aesthetic", thought=True)
-    reply = "1. The light is a 2.\nIs it Score: 3? No.\n**Score: 4**/5"
-    assert J.read(thinking, reply) == 4 / 5
-    assert J.read(thinking, reply, {"4": math.log(0.5), "5": math.log(0.5)}) == pytest.approx(4.5 / 5)
-    for bad in ("I give it a 4", "Score: 4.5", "Score: 40", "Score: high", "Score: 4, no, score: none", "so, score:"):
-        assert repr(bad) in refusal(J.read, thinking, bad)
-
-
-def test_the_score_token_is_found_among_the_tokens_of_a_reply():
-    plain, thinking = J.RUBRICS["alignment"], J.named("alignment", thought=True)
-    assert J.score_token(plain, ["4"]) == 0 and J.score_token(plain, ["\n", " ", "4", "<|im_end|>"]) == 2
-    assert J.score_token(plain, ["The", " 4"]) is None and J.score_token(plain, []) is None
-    tokens = ["Light", " 2", ".", " Score", ":", " ", "4", "/", "5"]
-    assert J.score_token(thinking, tokens) == 6, "neither the 2 of the thought nor the 5 of the scale"
-    assert J.score_token(thinking, ["Score", ":", " 3", "."]) == 2 and J.score_token(thinking, ["4"]) is None
-
-
-WRITTEN = {  # a reply, and its score by hand
-    "judge": ("<Thought>a\nb</Thought><QualityScore>2</QualityScore><InstructionScore>5</InstructionScore>"
-              "<OverallScore>4.5</OverallScore>", 0.9),
-    "unifiedreward": ("cat (object): 1\nFinal Score: 3.5", 0.7),
-    "alignment_checklist": ("<Verdict><Objects>2</Objects><Attributes>5</Attributes><Relations>5</Relations>"
-                            "<Actions>none</Actions></Verdict>", 0.4),  # the objects cap it
-    "editing_checklist": ("<Verdict><Core>yes</Core><Core>no</Core><Extra>yes</Extra><Coherence>4</Coherence>"
-                          "</Verdict>", 0.6),  # half the core: at most 3
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", WRITTEN)
-def test_a_written_reply_is_read_by_its_rule_and_another_one_is_an_error_with_the_reply(name):
-    reply, score = WRITTEN[name]
-    assert J.read(J.RUBRICS[name], reply) == pytest.approx(score)
-    for bad in ("all\nfine", reply.replace(">", " ").replace(":", " ")):
-        assert repr(" ".join(bad.split())) in refusal(J.read, J.RUBRICS[name], bad)
 
 
 # ------------------------------------------------------------------------------------------- tiny models, offline
@@ -253,21 +194,17 @@ def chain(text):
         for place, (now, after) in enumerate(zip(letters, (*letters[1:], tok.convert_tokens_to_ids("<|im_end|>")))):
             embeddings[now] = torch.eye(WIDTH)[place]
             head[after] = torch.eye(WIDTH)[place] * 2
-        for digit, weight in zip("123" if " " in text else "", (0.5, 1.0, 1.5), strict=False):
-            head[tok.convert_tokens_to_ids(digit)] = embeddings[tok.convert_tokens_to_ids("Ġ")] * weight
 
     return change
 
 
-def test_a_thought_is_generated_to_its_end_and_the_expectation_taken_at_its_score_token(tmp_path):
+def test_a_written_reply_is_generated_to_its_end_and_one_that_has_none_is_an_error(tmp_path, monkeypatch):
     folder = build(tmp_path / "chain", chain("Score: 5"))
-    thinking = J.named("aesthetic", thought=True)
-    score = vlm(thinking, str(folder)).score(torch.stack([picture(56, 56, 0)] * 2), prompts("a", "bcd"), None)
-    h = WIDTH**0.5  # a one-hot vector after RMS normalisation
-    weights = np.exp(h * np.array([0.5, 1.0, 1.5, 0.0, 2.0]))
-    assert score.tolist() == pytest.approx([float(weights @ np.arange(1, 6) / weights.sum()) / 5] * 2, abs=1e-4)
-    plain = vlm(J.RUBRICS["aesthetic"], str(folder)).score
-    message = refusal(plain, picture(56, 56, 0)[None], prompts("my prompt"), None)
-    assert "'S'" in message and "'my prompt'" in message and "'aesthetic'" in message
-    message = refusal(vlm(J.RUBRICS["judge"], str(folder)).score, picture(56, 56, 0)[None], prompts("my prompt"), None)
-    assert "'Score: 5'" in message, "a written reply is generated to its end too"
+    image, asked = picture(56, 56, 0)[None], prompts("my prompt")
+    for rubric, said in ((J.RUBRICS["aesthetic"], "'S'"), (J.RUBRICS["judge"], "'Score: 5'")):
+        message = refusal(vlm(rubric, str(folder)).score, image, asked, None)
+        assert said in message and "'my prompt'" in message and repr(rubric.name) in message
+    monkeypatch.setattr(J, "WRITTEN_TOKENS", 8)
+    assert "cut off after 8 tokens: 'Score: 5'" in refusal(
+        vlm(J.RUBRICS["judge"], str(folder)).score, image, asked, None
+    )

@@ -78,12 +78,12 @@ class Settings:
     model: str = _option("stabilityai/stable-diffusion-3.5-medium", "base checkpoint: a Hub id, a folder or a run; "
                          "reward: a Qwen-VL", (*LOADED, "reward"), group="models and data")
     teachers: dict = _option({"composition": "jieliu/SD3.5M-FlowGRPO-GenEval",
-                              "text": "CostaliyA/SD3.5M-FlowGRPO-OCR-3240",
-                              "quality": "CostaliyA/SD3.5M-FlowGRPO-Deqa-Mix"},
+                              "text": "jieliu/SD3.5M-FlowGRPO-Text",
+                              "quality": "jieliu/SD3.5M-FlowGRPO-PickScore"},
                              "each task's teacher: a Hub id, a folder or a run; a LoRA in PEFT's or diffusers' layout, "
                              "or a full checkpoint", ("sft", "merge", "opd", "eval"), metavar="TASK=ID_OR_PATH")
-    anchor: str = _option("quality", "MAR's task-agnostic teacher (F Eq. 12): a teacher's task, a Hub id or a path",
-                          ("opd",))
+    anchor: str = _option("CostaliyA/SD3.5M-FlowGRPO-Deqa-Mix", "MAR's task-agnostic teacher (F Eq. 12): a Hub id, a "
+                          "path, or the task of a teacher", ("opd",))
     init: str = _option("", "what the student starts from (a cold start, F 5.1); empty: the base itself",
                         ("curate", *LORA))
     compare: dict = _option({}, "students to score beside the base and the teachers", ("eval",),
@@ -217,8 +217,15 @@ UNREAD: dict[str, tuple[dict, ...]] = {
 VELOCITY = {"weight": "uniform", "states": "ode"}  # what --estimator velocity stands for, with analytic
 
 # What a preset changes for all its stages ("") and for each of them. Learning rates and sizes of the tiny world were
-# found on two CPU cores; see docs/RESULTS.md. flow-opd: F App. A and, if F is silent, Flow-GRPO's recipe. On 8 ranks it
-# has 48 groups an epoch and two updates of 24 groups; in OPD every step is one such update, hence 3 groups a rank.
+# found on two CPU cores; see docs/RESULTS.md.
+#
+# flow-opd: F 6.1 and App. A (T 10 and 40, G 24, a 0.7, 512 pixels, lambda 0.02, r 32, alpha 64) and, if F is silent,
+# Flow-GRPO's recipe. On 8 ranks it has 48 groups an epoch and two updates of 24 groups; in OPD every step is one such
+# update, hence 3 groups a rank. The experts are F's, all of them public: Flow-GRPO's own GenEval, OCR and PickScore
+# teachers, each for the prompts of its data set, and the DeQA teacher, which belongs to no task, as the anchor.
+# The released code differs: G 16, lambda 0.04, epochs OCR 1 : GenEval 3 in turn instead of all tasks in every step, two
+# updates a rollout, rewards clamped at 5, and an OCR teacher of its own, CostaliyA/SD3.5M-FlowGRPO-OCR-3240.
+#
 # A reward model's falling rate averages its weights well enough: what it exports are the trained ones (ema_decay=0).
 REWARD = dict(decay=True, weight_decay=0.01, ema_every=1, ema_decay=0.0)
 VLM_REWARD = dict(
@@ -244,8 +251,9 @@ PRESETS: dict[str, dict[str, dict]] = {
     },
     "tiny": {
         "": dict(
+            # DEVIATION (F 6.1): the world has no DeQA teacher, so that its quality teacher is the anchor, too.
             model=f"{ASSETS['tiny']}/base", teachers={t: f"{ASSETS['tiny']}/teacher-{t}" for t in FLOW_TASKS},
-            group_size=16, window="0:5", cfg=1.0, train_steps="first", **TINY,
+            anchor="quality", group_size=16, window="0:5", cfg=1.0, train_steps="first", **TINY,
         ),
         "pretrain": TINY_PRETRAIN,
         "curate": dict(train_prompts=240),

@@ -163,7 +163,7 @@ def forward_flops(config: dict, resolution: int, text: int, source: int = 0) -> 
 
 
 def random_run(s: Settings, device: torch.device, config: dict) -> tuple[Run, dict[str, str]]:
-    """A student and a LoRA teacher for each task on `random_model`; MAR's anchor is one of the teachers."""
+    """A student, a LoRA teacher for each task and MAR's anchor on `random_model`."""
     model, config_of_student = random_model(s, device, config), None
     if s.parameters == "full":
         model.train_fully(keep_base=True)
@@ -172,10 +172,12 @@ def random_run(s: Settings, device: torch.device, config: dict) -> tuple[Run, di
         config_of_student = lora.lora_config(s.rank, s.alpha)
         model.add_adapter("student", config_of_student)
     run = Run(s, model, config_of_student)
-    for task in s.teachers:
-        model.add_adapter(f"teacher:{task}", lora.lora_config(s.rank, s.alpha))
-    anchor = {"anchor": f"teacher:{s.anchor}"} if s.mar > 0 else {}
-    return run, {task: f"teacher:{task}" for task in s.teachers} | anchor
+    experts = {task: f"teacher:{task}" for task in s.teachers}
+    if s.mar > 0:
+        experts["anchor"] = experts.get(s.anchor, "anchor")
+    for name in dict.fromkeys(experts.values()):
+        model.add_adapter(name, lora.lora_config(s.rank, s.alpha))
+    return run, experts
 
 
 def step(*flags: str, config: dict | None = None, rounds: int = 3) -> dict[str, float]:

@@ -17,9 +17,9 @@ from scorers.panel import Panel, totals
 
 KINDS = ()  # it has no scorers of its own
 # What each task is paid by without --rewards: {task: {category: weights}}; no two tasks have a category in common,
-# so that none replaces another's. DEVIATION: F 6.1 pays the quality teacher with DeQA and PickScore, 4:6; DeQA's
-# checkpoint needs code of its own to be run, so that PickScore is alone here unless DeQA is served. DEVIATION: Q 4.2
-# weighs categories and gives no numbers; these are ours, its emphases are Q's.
+# so that none replaces another's. F's three (6.1) are Flow-GRPO's. F's DeQA teacher, the anchor, is taken as published
+# and not trained here: DeQA's checkpoint needs code of its own, which a far scorer may run.
+# DEVIATION (Q 4.2): Q weighs categories and gives no numbers; these are ours, its emphases are Q's.
 REWARDS = {
     "composition": {"composition": {"geneval": 1.0}}, "text": {"text": {"ocr": 1.0}},
     "quality": {"quality": {"pickscore": 1.0}},

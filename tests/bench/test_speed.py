@@ -63,7 +63,8 @@ def test_a_step_on_both_of_qs_tasks_is_timed_on_random_weights(capsys):
 
 @pytest.mark.parametrize("more", [[], ["--parameters", "full"], ["--precision", "bfloat16", "--estimator", "path"]])
 def test_a_step_of_real_shapes_is_timed_on_random_weights(capsys, more):
-    flags = "--resolution 64 --text-length 10 --num-steps 3 --window 0:2 --prompts-per-step 3 --group-size 2"
+    flags = "--anchor quality --resolution 64 --text-length 10 --num-steps 3 --window 0:2 --prompts-per-step 3"
+    flags += " --group-size 2"
     flags = [*flags.split(), *"--micro-batch 3 --threads 1 --device cpu --precision float32".split(), *more]
     found = bench.step(*flags, config=SMALL, rounds=1)
     a_row = bench.forward_flops(SMALL, 64, 77 + 10)

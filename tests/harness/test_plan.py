@@ -26,13 +26,12 @@ def counted(s):
 
 # ------------------------------------------------------------------------------------------------------- forwards
 STEPS = [  # by hand: F App. A's 3 x 24 trajectories are 3 micro-batches of 24, guidance doubles their rows
-    # the first 9 of 10 steps train. The anchor answers for every row, so the quality teacher is not asked again
-    ("--stage opd", {("student", True): (27, 1296), ("teachers", False): (45, 2160)}),
+    # the first 9 of 10 steps train. An anchor answers for every row; if it is a teacher, that one is not asked again
+    ("--stage opd", {("student", True): (27, 1296), ("teachers", False): (27, 1296), ("anchor", False): (27, 1296)}),
+    ("--stage opd --anchor quality", {("student", True): (27, 1296), ("teachers", False): (45, 2160)}),
     # a path estimator walks to the last trained state first
     ("--stage opd --estimator path --mar 0",
      {("student", True): (27, 1296), ("student", False): (27, 1296), ("teachers", False): (27, 1296)}),
-    ("--stage opd --mar 0.1 --anchor owner/a",
-     {("student", True): (27, 1296), ("teachers", False): (27, 1296), ("anchor", False): (27, 1296)}),
     # 6 x 24 trajectories in two updates of 72; beta asks the base at every trained state
     ("--stage grpo --task text",
      {("student", True): (54, 2592), ("student", False): (60, 2880), ("base", False): (54, 2592)}),

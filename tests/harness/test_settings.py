@@ -72,7 +72,7 @@ def test_the_defaults_are_those_of_flow_opd_appendix_a():
         "lr": 3e-4, "weight_decay": 1e-4, "grad_norm": 1.0, "ema_decay": 0.9, "ema_every": 8, "warmup": 0,
         "mar": 0.02, "beta": 0.04, "updates": 2, "rank": 32, "alpha": 64.0, "parameters": "lora",
         "precision": "bfloat16", "train_steps": "all", "estimator": "analytic", "weight": "kl", "states": "sde",
-        "model": "stabilityai/stable-diffusion-3.5-medium", "tasks": "composition,text,quality", "anchor": "quality",
+        "model": "stabilityai/stable-diffusion-3.5-medium", "tasks": "composition,text,quality",
         "rewards": "", "combine": "sum", "overlap": False, "on_reward_failure": "stop",
     }  # fmt: skip
     grpo, opd = cli.parse(["--stage", "grpo"])[0], cli.parse([])[0]
@@ -83,9 +83,10 @@ def test_the_defaults_are_those_of_flow_opd_appendix_a():
     assert 8 * opd.prompts_per_step == 24, "an OPD step is one such update"
     assert opd.teachers == {
         "composition": "jieliu/SD3.5M-FlowGRPO-GenEval",
-        "text": "CostaliyA/SD3.5M-FlowGRPO-OCR-3240",
-        "quality": "CostaliyA/SD3.5M-FlowGRPO-Deqa-Mix",
-    }
+        "text": "jieliu/SD3.5M-FlowGRPO-Text",
+        "quality": "jieliu/SD3.5M-FlowGRPO-PickScore",
+    }, "F App. A: Flow-GRPO's official checkpoints"
+    assert opd.anchor == "CostaliyA/SD3.5M-FlowGRPO-Deqa-Mix", "F 6.1: the DeQA teacher belongs to no task"
     assert not any("tiny" in str(value) for value in asdict(opd).values())
 
 

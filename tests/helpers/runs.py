@@ -21,7 +21,7 @@ SMALL2 = [
 ]  # fmt: skip
 SMALL_SD35 = [
     *COMMON, *("--resolution", "64", "--precision", "float32", "--micro-batch", "3", "--eval-prompts", "1"),
-    *("--ema-every", "1", "--updates", "1", "--text-length", "16"),
+    *("--ema-every", "1", "--updates", "1", "--text-length", "16", "--anchor", "quality"),
 ]  # fmt: skip
 SMALL_QWEN = [
     "--preset", "qwen-rl", *COMMON, *("--resolution", "64", "--precision", "float32", "--micro-batch", "3"),

@@ -94,9 +94,9 @@ class QwenFlow(FlowModel):
             hidden_states=tokens,
             encoder_hidden_states=cond.tokens,
             encoder_hidden_states_mask=cond.mask,
-            # TRAP: the transformer rounds it to its own type: in bfloat16, as in the stock pipeline, 0.9 is 0.8984, and
-            # the embedding's highest frequency is 1000. Student and teachers see the same rounded times.
-            timestep=t,
+            # TRAP: in bfloat16 0.9 is 0.8984, and the embedding's highest frequency is 1000. The stock pipeline rounds
+            # 1000 t, divides, and rounds again; another order gives another time in 9 of 40 steps.
+            timestep=(1000 * t).to(self._dtype()) / 1000,
             img_shapes=[shapes] * len(x),
             return_dict=False,
         )[0]

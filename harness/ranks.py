@@ -197,7 +197,8 @@ def shard(model: FlowModel, s: Settings) -> None:
     else:
         mesh = init_device_mesh(kind, (world,), mesh_dim_names=("shard",))
     low = torch.bfloat16 if s.precision == "bfloat16" else None
-    policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32)
+    # TRAP: by default the inputs of a forward are cast, too, and SD3's timestep of 900.9 becomes 900.
+    policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.transformer.transformer_blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     # TRAP: by default the root's own parameters (embeddings, the last layer) stay gathered after a forward, for the

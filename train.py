@@ -385,8 +385,7 @@ def distil_step(run: Run, rows: Sequence[Row], experts: Mapping[str, str]) -> di
     needed = [{experts[row.prompt.task] for row in part} for part in parts]
     for i, part in enumerate(parts):
         run.stop_if_asked()
-        # A full-checkpoint teacher is fetched while the part before its own computes, and sent away after its last.
-        model.keep(needed[i] | needed[(i + 1) % len(parts)] | {experts.get("anchor", "")})
+        model.keep(needed[i] | {experts.get("anchor", "")})  # "only the active teacher is loaded onto the GPU" (Q 4.3)
         cond, uncond = rollout.conditions(model, prompts_of(part), settings.teacher_cfg(s))
         student = rollout.field(model, cond, uncond, settings.student_cfg(s))  # v_theta(x, t, c)
         routed = opd.route([row.prompt.task for row in part], experts)  # k = R(c)

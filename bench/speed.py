@@ -166,8 +166,7 @@ def random_run(s: Settings, device: torch.device, config: dict) -> tuple[Run, di
     """A student, a LoRA teacher for each task and MAR's anchor on `random_model`."""
     model, config_of_student = random_model(s, device, config), None
     if s.parameters == "full":
-        model.train_fully(keep_base=True)
-        ranks.shard(model, s)
+        model.train_fully(shard=ranks.sharding(s.parallel, s.precision, model.device))
     else:
         config_of_student = lora.lora_config(s.rank, s.alpha)
         model.add_adapter("student", config_of_student)

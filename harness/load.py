@@ -139,12 +139,11 @@ def base_model(s: Settings, device: torch.device | str = "cpu") -> flow.FlowMode
 
 def student_run(s: Settings) -> Run:
     """The frozen base and the student: a LoRA on it or a transformer of its own, new or from --init (a cold start)."""
-    device = ranks.start(s)
+    device, full = ranks.start(s), s.parameters == "full"
     locate_all(s)
-    model = base_model(s, device)
-    if s.parameters == "full":
-        model.train_fully(s.init, keep_base=needs_base(s))
-        ranks.shard(model, s)
+    model = base_model(s, "cpu" if full else device)
+    if full:
+        model.train_fully(s.init, needs_base(s), device, ranks.sharding(s.parallel, s.precision, device))
         return Run(s, model)
     state, config = None, lora.lora_config(s.rank, s.alpha)
     if s.init:

@@ -279,9 +279,10 @@ def _model_lines(s: Settings) -> tuple[list[tuple[str, str]], list[str]]:
     if s.stage == "reward" or ("model" in wanted and "model" not in dict(lines)):
         return lines, lost
     base = base_of(s)
-    whole, trained = numbers(base.transformer.parameters()), trained_numbers(s, base)
+    whole, fixed = numbers(base.transformer.parameters()), numbers(base.transformer.buffers())
+    trained = trained_numbers(s, base)
     lines.append(("parameters", f"transformer {whole:,}, trained {trained:,}"))
-    parts = memory(s, whole, trained, {name for name, kind in kinds.items() if kind == "full"})
+    parts = memory(s, whole, fixed, trained, {name for name, kind in kinds.items() if kind == "full"})
     total = " + ".join(f"{name} {gib(size)}" for name, size in parts.items())
     unknown = ", without checkpoints that are not here yet" if wanted.keys() - kinds.keys() - {"model"} else ""
     lines.append(("memory", f"{gib(sum(parts.values()))} a rank stay: {total}{unknown}"))
@@ -295,12 +296,13 @@ def gib(size: float) -> str:
     return f"{size / GIB:.{2 if size > GIB / 100 else 5}f} GiB"
 
 
-def memory(s: Settings, whole: int, trained: int, full: Collection[str]) -> dict[str, float]:
-    """Bytes of a rank that stay through a run. whole, trained: N and n; full: which checkpoints are transformers.
+def memory(s: Settings, whole: int, fixed: int, trained: int, full: Collection[str]) -> dict[str, float]:
+    """Bytes of a rank that stay through a run. full: which checkpoints are transformers.
 
-    b N of the frozen base, with N numbers of b bytes (it is absent if all train and nobody asks it); 20 n of the n
-    trained ones (24 for nft, whose old policy draws), over the ranks that share them; b N of each full teacher on the
-    accelerator, of which there are two at most, and the anchor.
+    whole, fixed and trained: N parameters and F numbers in buffers (SD3's positions, a tenth of it), of which n train.
+    b (N + F) of the frozen base, b bytes a number (it is absent if all train and nobody asks it); 20 n of the trained
+    ones (24 for nft, whose old policy draws), over the ranks that share them, and 4 F beside them; b (N + F) of
+    the full teacher that is on the accelerator, and of the anchor.
     """
     b = 4 if is_tiny(s) or s.precision == "float32" else 2
     full = {*full} - {"init"} if s.stage != "merge" else set()
@@ -308,8 +310,8 @@ def memory(s: Settings, whole: int, trained: int, full: Collection[str]) -> dict
     asked = s.beta > 0 if s.stage in RL else bool({*load.checkpoints_of(s)} - full - {"init"})  # it carries LoRAs
     shards = {"fsdp": ranks.rank_and_world()[1], "hsdp": ranks.local_world()}.get(s.parallel, 1) if fully else 1
     parts = {
-        "base": b * whole * (not fully or (asked and s.stage != "pretrain")),
-        "student": (TRAINED_BYTES + 4 * (s.stage == "nft")) * trained / shards,
-        "full teachers": b * whole * min(len(full), 3 if "anchor" in full else 2),
+        "base": b * (whole + fixed) * (not fully or (asked and s.stage != "pretrain")),
+        "student": (TRAINED_BYTES + 4 * (s.stage == "nft")) * trained / shards + 4 * fixed * fully,
+        "full teachers": b * (whole + fixed) * min(len(full), 1 + ("anchor" in full)),
     }
     return {name: size for name, size in parts.items() if size}

@@ -19,11 +19,12 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -32,7 +33,6 @@ from torch.distributed.tensor import DTensor
 from data.common import first_line
 from data.files import DataError
 from harness.threads import cores
-from models.flow import FlowModel
 from models.hub import ModelError
 from rewards import RewardError
 from settings import Settings, SettingsError, is_tiny
@@ -184,27 +184,26 @@ def wait() -> None:
         dist.barrier()
 
 
-def shard(model: FlowModel, s: Settings) -> None:
-    """FSDP2: shard the student by transformer block. Blocks compute in --precision; master weights are float32.
+def sharding(parallel: str, precision: str, device: torch.device) -> Callable[[nn.Module], object] | None:
+    """FSDP2: what shards a part of a full student over the ranks, its blocks first, then the whole; None for "ddp".
 
-    A block's parameters are gathered for its forward or backward, and freed after it.
+    Blocks compute in `precision`; master weights are float32. A block's parameters are gathered for its forward or
+    backward, and freed after it.
     """
-    if s.parallel == "ddp" or not dist.is_initialized():
-        return
-    world, local, kind = dist.get_world_size(), local_world(), model.device.type
-    if s.parallel == "hsdp":
-        mesh = init_device_mesh(kind, (world // local, local), mesh_dim_names=("replicate", "shard"))
+    if parallel == "ddp" or not dist.is_initialized():
+        return None
+    world, local = dist.get_world_size(), local_world()
+    if parallel == "hsdp":
+        mesh = init_device_mesh(device.type, (world // local, local), mesh_dim_names=("replicate", "shard"))
     else:
-        mesh = init_device_mesh(kind, (world,), mesh_dim_names=("shard",))
-    low = torch.bfloat16 if s.precision == "bfloat16" else None
+        mesh = init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
+    low = torch.bfloat16 if precision == "bfloat16" else None
     # TRAP: by default the inputs of a forward are cast, too, and SD3's timestep of 900.9 becomes 900.
     policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for block in model.transformer.transformer_blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
     # TRAP: by default the root's own parameters (embeddings, the last layer) stay gathered after a forward, for the
     # backward that is expected next. A rollout ends with a forward that has no backward: the gathered copy would
     # survive the optimizer's update, and the next step would run on stale weights.
-    fully_shard(model.transformer, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    return partial(fully_shard, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
 
 
 def own(tensor: Tensor) -> Tensor:

@@ -4,13 +4,13 @@
     LoRA experts    teachers phi_k (F Eq. 7), the anchor of MAR (F Eq. 12), the base: all on the one backbone, so that
                     a teacher costs its low-rank factors only, not a second transformer
     full experts    teachers that are whole checkpoints. They wait in (pinned) host memory, and only the one that is
-                    needed now, and the next one while it is being copied, are on the accelerator (Q 4.3)
+                    needed now is on the accelerator (Q 4.3)
 
 `Experts.adapter(name)` is the only way to run anything but the student, and always restores the student.
 """
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,49 +23,62 @@ from models import hub, lora
 from models.hub import Transformer
 
 STUDENT = "student"
+CHUNK = 1 << 30  # bytes of pinned memory that are asked for at once
 
 
 class HostExpert:
-    """A full checkpoint whose weights stay in host memory and are copied to the accelerator while they are needed."""
+    """A full checkpoint whose weights stay in host memory and are copied to the accelerator while they are needed.
+
+    TRAP: torch rounds every pinned allocation up to a power of two, which makes 60 GiB of Qwen-Image's 38. So its
+    tensors lie in a few chunks whose sizes are powers of two. The copy runs on the stream that computes: the memory
+    that another expert has given back can be used at once, and no event is waited for.
+    """
 
     def __init__(self, module: nn.Module, device: torch.device):
         self.module, self.device = module.requires_grad_(False), device
-        tensors = [*module.parameters(), *module.buffers()]
-        cuda = device.type == "cuda"
-        self.pairs = [(tensor, tensor.data.pin_memory() if cuda else tensor.data) for tensor in tensors]
-        for tensor, host in self.pairs:
-            tensor.data = host  # pinned; the pageable original is let go
-        self.stream = torch.cuda.Stream(device) if cuda else None
-        self.present = device.type == "cpu"  # on the CPU there is nothing to copy
-        self.arrival = None
-
-    def fetch(self) -> None:
-        """Begin the copy to the device, beside whatever is being computed there."""
-        if self.present:
-            return
-        with torch.cuda.stream(self.stream):  # a stream of None changes nothing
-            for tensor, host in self.pairs:
-                tensor.data = host.to(self.device, non_blocking=True)
-        self.arrival = self.stream.record_event() if self.stream else None
-        self.present = True
+        self.present = device.type == "cpu"  # there is nothing to copy
+        self.chunks: list[Tensor] = []  # bytes on the host
+        self.places: list[tuple[Tensor, int, int]] = []  # (parameter or buffer, its chunk, where it begins)
+        tensors = [] if self.present else [*module.parameters(), *module.buffers()]
+        left, start, end = sum(map(_padded, tensors)), 0, 0
+        for tensor in tensors:
+            if start + _padded(tensor) > end:
+                start, end = 0, max(_power_of_two(_padded(tensor)), min(CHUNK, _power_of_two(left // 2 + 1)))
+                self.chunks.append(torch.empty(end, dtype=torch.uint8, pin_memory=device.type == "cuda"))
+            self.places.append((tensor, len(self.chunks) - 1, start))
+            tensor.data = _view(self.chunks[-1], start, tensor).copy_(tensor.data)
+            start, left = start + _padded(tensor), left - _padded(tensor)
 
     def ready(self) -> nn.Module:
-        """The module, on the device. What is computed next waits for the copy, the host does not."""
-        self.fetch()
-        if self.arrival:
-            now = torch.cuda.current_stream(self.device)
-            now.wait_event(self.arrival)
-            for tensor, _ in self.pairs:
-                tensor.data.record_stream(now)  # not to be reused before what is queued now has read it
-            self.arrival = None
+        """The module, on the device."""
+        if not self.present:
+            self._point_at([chunk.to(self.device, non_blocking=True) for chunk in self.chunks])
+            self.present = True
         return self.module
 
     def release(self) -> None:
         """Give the accelerator's memory back. Frozen weights need no copy to the host."""
-        if self.present and self.device.type != "cpu":
-            for tensor, host in self.pairs:
-                tensor.data = host
+        if self.present and self.chunks:
+            self._point_at(self.chunks)
             self.present = False
+
+    def _point_at(self, chunks: Sequence[Tensor]) -> None:
+        for tensor, chunk, start in self.places:
+            tensor.data = _view(chunks[chunk], start, tensor)
+
+
+def _padded(tensor: Tensor) -> int:
+    """Bytes of a tensor, such that the next one begins at a multiple of 64."""
+    return -(-tensor.nbytes // 64) * 64
+
+
+def _power_of_two(size: int) -> int:
+    """The smallest power of two that is not smaller."""
+    return 1 << (size - 1).bit_length()
+
+
+def _view(chunk: Tensor, start: int, like: Tensor) -> Tensor:
+    return chunk[start : start + like.nbytes].view(like.dtype).view(like.shape)
 
 
 class Experts:
@@ -111,29 +124,50 @@ class Experts:
         """An adapter on disk, checked against this model's backbone; see `lora.read_adapter`."""
         return lora.read_adapter(folder, dict(self.backbone.named_modules()), self.source, self.fingerprint)
 
-    def train_fully(self, where: str = "", keep_base: bool = True) -> None:
+    def train_fully(
+        self, where: str = "", keep_base: bool = True, device: torch.device | str = "",
+        shard: Callable[[nn.Module], object] | None = None,
+    ) -> None:  # fmt: skip
         """Make the student a transformer of its own in float32, from a full checkpoint, or from the base and a LoRA.
 
         The frozen base stays as the backbone of LoRA experts and of the KL to the base, unless nobody needs it.
-        ValueError if an adapter is there already: the student would be a copy of base and adapter together.
+        device: where the model goes; so that the student is never there as a whole, load the base on the CPU. `shard`
+        (FSDP2) is given one block after the other, then the whole. ValueError if an adapter is there already: the
+        student would be a copy of base and adapter together.
         """
         if self.adapters:
             raise ValueError(f"train_fully must come before the adapters {sorted(self.adapters)}")
         folder = hub.locate(where) if where else None
         if folder and hub.kind(folder) == "full":
-            own = hub.read_transformer(folder, torch.float32, self.backbone.config).to(self.device)
+            own = hub.read_transformer(folder, torch.float32, self.backbone.config)
             if self.transformer.is_gradient_checkpointing:
                 own.enable_gradient_checkpointing()
         else:
-            own = copy.deepcopy(self.transformer).float() if keep_base else self.transformer.float()
+            own = copy.deepcopy(self.transformer) if keep_base else self.transformer
             if folder:  # a merged cold start: its update becomes part of the weights
                 state, config = self.read_adapter(folder)
+                for key in state:
+                    own.get_submodule(key.rpartition(".lora_")[0]).float()
                 lora.add(own, "init", config, state)
                 own.fuse_lora(adapter_names=["init"])
                 own.unload_lora()
         self.transformer, self.trains = own.requires_grad_(True), "full"
         self.backbone = self.backbone if keep_base else own
+        self._place(torch.device(device or self.device), shard)
         self._use(STUDENT)
+
+    def _place(self, device: torch.device, shard: Callable[[nn.Module], object] | None) -> None:
+        """Bring a full student to the device in float32, block by block, and whatever else there is."""
+        self.device, blocks = device, self.transformer.transformer_blocks
+        for part in (*(child for child in self.transformer.children() if child is not blocks), *blocks):
+            part.float()
+            if shard and part in [*blocks]:
+                shard(part)
+            else:
+                part.to(device)
+        if shard:
+            shard(self.transformer)
+        self.backbone.to(device)
 
     # ------------------------------------------------------------------------------------------------ who computes
     @contextmanager
@@ -168,13 +202,11 @@ class Experts:
                     layer._active_adapter = name
 
     def keep(self, names: Iterable[str]) -> None:
-        """Have these full experts on the device, or on their way to it, and no others."""
+        """Send all full experts but these away from the device; one that is asked for comes by itself."""
         names = set(names)
         for name, expert in self.hosted.items():
             if name not in names:
                 expert.release()
-        for name in names & set(self.hosted):
-            self.hosted[name].fetch()
 
     # --------------------------------------------------------------------------------------------------- the student
     def trainable(self) -> dict[str, nn.Parameter]:

@@ -73,6 +73,10 @@ class TinyModel(FlowModel):
         whole = [("transformer", self.transformer), ("text_encoder", self.text_encoder)]
         return {f"{part}.{name}": p for part, module in whole for name, p in module.named_parameters()}
 
+    def _place(self, device: torch.device, shard=None) -> None:
+        super()._place(device, shard)
+        self.text_encoder.to(device)
+
     def save_full(self, folder: Path, state: dict[str, Tensor]) -> None:
         super().save_full(folder, state)
         (folder / "text_encoder").mkdir(parents=True, exist_ok=True)

@@ -155,15 +155,16 @@ def test_parameters_are_those_that_a_run_trains(world, more, request):
 
 
 def test_memory_by_hand():
-    """A base of 1000 numbers and a student of 100: 2 or 4 bytes a frozen number, 20 a trained one, 24 under NFT."""
+    """A base of 1000 numbers and 30 in buffers, a student of 100: 2 or 4 bytes a frozen number, 20 or 24 a trained one;
+    of two full teachers one is on the accelerator, and the anchor beside it."""
     lora = parse(f"--anchor owner/a --init {__file__}")
     full = {"teacher quality", "teacher composition", "anchor", "init"}
-    assert plan.memory(lora, 1000, 100, full) == {"base": 2000, "student": 2000, "full teachers": 6000}
+    assert plan.memory(lora, 1000, 30, 100, full) == {"base": 2060, "student": 2000, "full teachers": 4120}
     fully = parse("--parameters full --precision float32 --mar 0")
     experts = {f"teacher {task}" for task in settings.FLOW_TASKS}
-    assert plan.memory(fully, 1000, 1000, experts) == {"student": 20_000, "full teachers": 8000}
+    assert plan.memory(fully, 1000, 30, 1000, experts) == {"student": 20_120, "full teachers": 4120}
     nft = parse("--stage nft --task text --beta 0.1")
-    assert plan.memory(nft, 1000, 100, set()) == {"base": 2000, "student": 2400}
+    assert plan.memory(nft, 1000, 0, 100, set()) == {"base": 2000, "student": 2400}
 
 
 # ------------------------------------------------------------------------------------------ what is there, what is not

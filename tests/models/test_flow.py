@@ -4,22 +4,22 @@ Everything runs on three architectures: the tiny world's, SD3.5's with its secon
 Qwen-Image's with masked texts and source pictures.
 """
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from diffusers import QwenImageTransformer2DModel
 from safetensors.torch import load_file
 from torch.utils.checkpoint import CheckpointError
 
+from models import experts
 from models import lora as adapters
-from models.experts import STUDENT, HostExpert
+from models.experts import STUDENT
 from models.flow import Cond, FlowModel, joined
 from models.hub import fingerprint, read_transformer
 from models.qwen import QwenFlow, pack, unpack
 from models.tiny import new_tiny
 from tests.helpers import qwen_hub, sd3
 from tests.helpers.checks import gap, refusal
+from tests.helpers.pretend_cuda import CPU, CUDA, place, pretend_cuda
 from tests.helpers.runs import same
 
 RANK, ALPHA = 4, 12.0  # alpha / rank = 3: an adapter that loses its alpha is seen
@@ -262,14 +262,14 @@ def trained(model):
 
 
 @pytest.fixture
-def experts(model, other):
+def taught(model, other):
     """The student, a LoRA teacher and a full-checkpoint teacher."""
     model.add_expert("whole", str(other))
     return model
 
 
-def test_leaving_an_expert_restores_the_student_whatever_happened(experts):
-    model = experts
+def test_leaving_an_expert_restores_the_student_whatever_happened(taught):
+    model = taught
     before, student = velocity(model), trained(model)
     assert student and all(f".{STUDENT}." in name for name in student)
     for name in ("text", "whole", None):
@@ -307,9 +307,9 @@ def gradients(model):
     return found
 
 
-def test_teachers_between_forward_and_backward_cost_the_student_no_gradient(experts):
+def test_teachers_between_forward_and_backward_cost_the_student_no_gradient(taught):
     """With and without gradient checkpointing, which runs the student's forward once more inside backward."""
-    model = experts
+    model = taught
     student_loss(model).backward()
     expected = gradients(model)
     assert sum(g.abs().sum() for g in expected.values()) > 0
@@ -386,82 +386,31 @@ def test_a_full_checkpoint_of_another_architecture_is_refused_as_expert_and_as_s
 
 
 # ------------------------------------------------------------------ host experts: copied to a device and released
-@pytest.fixture
-def far(monkeypatch):
-    """A device with memory of its own, as an accelerator has: what is sent there is a copy that can be computed with.
-
-    (A meta tensor will not do: `tensor.data` takes only what computes.)
-    """
-    place, plain = SimpleNamespace(type="far"), torch.Tensor.to
-
-    def to(tensor, *where, **options):
-        return tensor.clone() if where and where[0] is place else plain(tensor, *where, **options)
-
-    monkeypatch.setattr(torch.Tensor, "to", to)
-    return place
-
-
-def tensors(module):
-    return [*module.parameters(), *module.buffers()]
-
-
-def places(module):
-    return [tensor.data_ptr() for tensor in tensors(module)]
-
-
 @pytest.mark.parametrize("kind", ["sd35"], indirect=True)
-def test_a_host_experts_weights_are_copied_and_released_bit_identical(other, far):
-    module = read_transformer(other, torch.float32)
-    home, values = places(module), [tensor.clone() for tensor in tensors(module)]
-    near = HostExpert(module, torch.device("cpu"))
-    for call in (near.fetch, near.ready, near.release, near.ready):
-        call()
-        assert near.present and places(module) == home, "on the CPU nothing is copied"
-    expert = HostExpert(module, far)
-    assert not expert.present and places(module) == home, "it waits in host memory"
-    expert.fetch()
-    away = places(module)
-    assert expert.present and not set(away) & set(home), "every parameter and buffer has gone"
-    assert all(map(torch.equal, tensors(module), values))
-    expert.fetch()
-    assert expert.ready() is module and places(module) == away, "what is there is not copied again"
-    for tensor in tensors(module):
-        tensor.data.zero_()  # whatever happens over there
-    expert.release()
-    assert not expert.present and places(module) == home and all(map(torch.equal, tensors(module), values))
-    assert expert.ready() is module and expert.present and not set(places(module)) & set(home), "ready fetches"
-
-
-@pytest.fixture
-def hosting(model, base, other, far):
-    """A model with three full experts that live elsewhere: "a" and "c" are `other`, "b" is the base."""
-    model.device = far
-    for name, folder in (("a", other), ("b", base), ("c", other)):
-        model.add_expert(name, str(folder))
-    model.device = torch.device("cpu")  # what computes here is the processor
-    return model
-
-
-def present(model):
-    return {name for name, expert in model.hosted.items() if expert.present}
-
-
-@pytest.mark.parametrize("kind", ["sd35"], indirect=True)
-def test_keep_has_the_named_experts_there_and_an_expert_that_is_asked_is_fetched(hosting, base, other):
-    assert present(hosting) == set()
-    for names in (["a"], {"a", "b"}, ["b", "c"], ["c", "c"], []):
-        before = {name: places(hosting.hosted[name].module) for name in present(hosting) & set(names)}
-        hosting.keep(iter(names))
-        assert present(hosting) == set(names)
-        assert all(places(hosting.hosted[name].module) == where for name, where in before.items()), "who stays, stays"
-    hosting.keep(["text", STUDENT, "", "b"])
-    assert present(hosting) == {"b"}, "LoRAs and the absence of an anchor are nothing to carry"
-    expected = velocity(load(other))
-    assert torch.equal(velocity(hosting, "a"), expected) and present(hosting) == {"a", "b"}
-    for _, host in hosting.hosted["a"].pairs:
-        host.zero_()
-    assert torch.equal(velocity(hosting, "a"), expected), "it computes with the copy, not the original"
-    assert torch.equal(velocity(hosting), velocity(load(base))), "the student begins as the base"
+def test_full_experts_wait_in_pinned_memory_and_take_turns_on_the_device_bit_identical(base, other, monkeypatch):
+    expected = {"a": velocity(load(other)), "b": velocity(load(base))}
+    monkeypatch.setattr(experts, "CHUNK", 1 << 17)
+    with pretend_cuda() as mode:
+        model = load(base)
+        model.device = CUDA
+        model.transformer.to(CUDA)
+        for name, folder in (("a", other), ("b", base)):
+            model.add_expert(name, str(folder))
+        held = sum(t.nbytes for e in model.hosted.values() for t in (*e.module.parameters(), *e.module.buffers()))
+        assert all(size & (size - 1) == 0 for size in mode.pinned), "torch would round them up"
+        assert held <= sum(mode.pinned) < 1.2 * held and len(mode.pinned) > 4
+        x, t, cond, _ = inputs(model)
+        for name in ("a", "b", "a"):
+            model.keep([name, "text", ""])
+            with model.adapter(name):
+                found = model.velocity(x.to(CUDA), t.to(CUDA), cond.to(CUDA))
+            assert torch.equal(found.cpu(), expected[name])
+            for p in model.hosted[name].module.parameters():
+                p.zero_()  # the copy, which is not written back
+            there = {n: {place(p) for p in e.module.parameters()} for n, e in model.hosted.items()}
+            assert there == {n: {CUDA if n == name else CPU} for n in model.hosted}, "one at a time"
+        model.keep([])
+        assert {place(t) for e in model.hosted.values() for t in e.module.state_dict().values()} == {CPU}
 
 
 # ------------------------------------------------------------------------------------- full-parameter students
@@ -488,6 +437,24 @@ def test_a_full_student_starts_as_what_it_starts_from_and_trains_entirely(base, 
             p.add_(0.05)
     assert gap(velocity(model), expected[start]) > 1e-2
     assert torch.equal(velocity(model, None), plain) == keep_base, "a kept base does not move with the student"
+
+
+def test_a_full_student_comes_to_the_device_block_by_block(base):
+    """What FSDP2 is given; what it has not been given yet waits on the host, as it was read."""
+    with pretend_cuda():
+        model = load(base, "bfloat16")
+        blocks, given = [*model.transformer.transformer_blocks], []
+
+        def shard(part):
+            waiting = [p for block in blocks[len(given) + 1 :] for p in block.parameters()]
+            assert {(p.dtype, p.device) for p in waiting} <= {(torch.bfloat16, CPU)}
+            assert {p.dtype for p in part.parameters()} == {torch.float32}
+            given.append(part)
+            part.to(CUDA)
+
+        model.train_fully(keep_base=False, device=CUDA, shard=shard)
+        assert given == [*blocks, model.transformer] and model.device == CUDA
+        assert {p.device for p in model.transformer.parameters()} == {CUDA}
 
 
 def test_a_lora_is_fused_in_float32_whatever_the_backbone_is_in(base, lora):

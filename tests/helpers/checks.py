@@ -21,6 +21,31 @@ def gap(a, b) -> float:
     return (a - b).abs().max().item()
 
 
+def relative(found, expected) -> float:
+    """The largest distance of a row, as a share of the expected row's length."""
+    return ((found - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)).max().item()
+
+
+def five_velocities(model, rounded=False):
+    """v of five samples at five times, without gradient, float32.
+
+    bfloat16 would round all of the times. `rounded`: the times that the stock Qwen-Image makes of them in bfloat16.
+    """
+    import torch
+
+    from models.flow import Cond
+
+    config, rng = model.transformer.config, torch.Generator().manual_seed(0)
+    x = torch.randn(5, *model.latent_shape, generator=rng)
+    tokens, pooled = torch.randn(5, 7, config.joint_attention_dim, generator=rng), None
+    if "pooled_projection_dim" in config:
+        pooled = torch.randn(5, config.pooled_projection_dim, generator=rng)
+    t = torch.tensor([0.9009, 0.7071, 0.5005, 0.2777, 0.0091])
+    t = ((1000 * t).bfloat16() / 1000).float() if rounded else t
+    with torch.no_grad():
+        return model.velocity(x, t, Cond(tokens, pooled))
+
+
 def parity(what: str, found, expected) -> None:
     """Two results of the same arithmetic in float32; the largest difference is printed (`pytest -s`)."""
     size = max(1.0, expected.abs().max().item())

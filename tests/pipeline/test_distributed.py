@@ -264,6 +264,50 @@ def test_the_cold_starts_run_on_two_ranks_and_one_of_them_scores(pair):
     assert set(scores) == {"t2i jpeg", "edit jpeg"} and len(lines(run, "loss")) == 2
 
 
+# ------------------------------------------------------------------------------------------- half precision, sharded
+SHARDED = """
+import os, sys
+sys.path.insert(0, {root!r})
+import torch
+from safetensors.torch import save_file
+from harness import ranks
+from models import load
+from tests.helpers.checks import five_velocities
+
+torch.distributed.init_process_group("gloo")
+os.environ["LOCAL_WORLD_SIZE"] = "1"  # hsdp: two nodes of one rank each
+found = {{}}
+for where in sys.argv[2:]:
+    for parallel in ("ddp", "fsdp", "hsdp"):
+        for precision in ("float32", "bfloat16"):
+            model = load.load(where, precision=precision, resolution=64)
+            model.train_fully(keep_base=False, shard=ranks.sharding(parallel, precision, torch.device("cpu")))
+            found[f"{{where}} {{parallel}} {{precision}}"] = five_velocities(model)
+if ranks.rank_and_world()[0] == 0:
+    save_file(found, sys.argv[1])
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_a_full_student_has_the_base_models_velocity_however_it_is_sharded_and_in_half_precision(sd35, qwen, tmp_path):
+    """At five times that bfloat16 would round: SD3's 900.9 to 900, and velocities 20 to 115 % apart."""
+    from safetensors.torch import load_file
+
+    from models import load
+    from tests.helpers.checks import five_velocities, relative
+
+    (tmp_path / "sharded.py").write_text(SHARDED.format(root=str(ROOT)))
+    where = [str(sd35.base), str(qwen.base)]
+    code, output, _ = torchrun(tmp_path / "sharded.py", tmp_path / "found.safetensors", *where)
+    assert code == 0, output[-4000:]
+    whole = {folder: load.load(folder, resolution=64) for folder in where}
+    for name, found in load_file(tmp_path / "found.safetensors").items():
+        folder, _, precision = name.split()
+        expected = five_velocities(whole[folder], folder == str(qwen.base) and precision == "bfloat16")
+        print(f"{name}: {relative(found, expected):.1e}")
+        assert relative(found, expected) < {"float32": 1e-5, "bfloat16": 2e-2}[precision], name
+
+
 # --------------------------------------------------------------------------------------------------- the command line
 
 

@@ -155,14 +155,22 @@ def policy_loss(
     loss = -objective / (mean[0].numel() if reduce == "sum" else 1)
     if guard:
         loss = loss / per_sample(step.dt, loss)
-    off = rho.detach() - 1
-    # Counting |rho - 1| > eps, as is often done, also counts samples that moved the wrong way and keep their gradient.
-    stats = {"off": off, "off_sq": off.square(), "clip_fraction": (rho * advantage > objective).to(off)}
+    stats = ratio_terms(rho, advantage, objective)
     if mean_ref is not None:
         kl = gaussian_kl(mean, mean_ref.detach(), step.std, "mean") * per_sample(step.dt, loss)  # F Eq. 8, dt KL / D
         loss = loss + beta * kl
         stats["kl"] = kl.detach()
     return loss, stats
+
+
+@torch.no_grad()
+def ratio_terms(rho: Tensor, advantage: Tensor, objective: Tensor) -> dict[str, Tensor]:
+    """What is logged of a ratio, (B,) each: rho - 1, its square, 1 where `clipped_objective` took the clipped branch.
+
+    Counting |rho - 1| > eps, as is often done, also counts samples that moved the wrong way and keep their gradient.
+    """
+    off = rho - 1
+    return {"off": off, "off_sq": off.square(), "clip_fraction": (rho * advantage > objective).to(off)}
 
 
 def log_ratio(step: Transition, mean: Tensor, reduce: str = "mean") -> Tensor:

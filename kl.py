@@ -44,10 +44,11 @@ def gaussian_kl(mean_p: Tensor, mean_q: Tensor, std: Time, reduce: str = "sum") 
 def kl_weight(t: Time, dt: Time, sigma: Time) -> Time:
     """F Eq. 9: w(t) = dt/2 (sigma (1-t)/(2t) + 1/sigma)^2 in nats per unit of ||dv||^2; a float, or (B,).
 
-    t in (0, 1], dt > 0. Raises ValueError for sigma = 0: the weight is infinite there.
+    t in (0, 1], dt > 0. Raises ValueError for sigma = 0, where the weight is infinite, and for unequal shapes.
     """
     require_noise(sigma)
     t, dt, sigma = full_precision(t), full_precision(dt), full_precision(sigma)
+    same_shape(**{k: x for k, x in (("t", t), ("dt", dt), ("sigma", sigma)) if isinstance(x, Tensor) and x.ndim})
     # sigma (1-t)/(2t): v's part in the score term; 1/sigma: v's part in the drift
     return dt / 2 * (sigma * (1 - t) / (2 * t) + 1 / sigma) ** 2
 

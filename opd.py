@@ -22,17 +22,21 @@ docs/PAPERS.md has the argument, the errata of F Eq. 1, 10-12 and Q Eq. 14, 19, 
 Notation: B samples, T steps, D numbers a sample; v, x (B, ...), times and sigma floats or (B,), losses (B,).
 Every loss is one transition's term. The caller takes one mean over samples and steps (ERRATUM, F Eq. 11: the
 sum over t = 0..T has T+1 terms and no mean, where Eq. 12 is a mean, so lambda would depend on T).
+
+One unit: what is added, every estimator and MAR, is the equation's sum over the D numbers divided by D, under
+every setting (with the weight w(t): nats per dimension). So lambda means one thing at every resolution.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from grpo import clipped_objective
+from grpo import clipped_objective, log_ratio, ratio_terms
 from kl import kl_weight
-from sde import Time, flat_reduce, full_precision, log_prob, per_sample, same_shape, sde_mean
+from sde import Time, Transition, flat_reduce, full_precision, per_sample, same_shape, sde_mean
 
 
 # --------------------------------------------------------------------------------------- who teaches what
@@ -86,7 +90,7 @@ def velocity_matching(v_student: Tensor, v_teacher: Tensor, reduce: str = "sum")
     return flat_reduce((full_precision(v_student) - full_precision(v_teacher).detach()).square(), reduce)
 
 
-def weight(name: str, t: Time, dt: Time, sigma: Time) -> Time:
+def time_weight(name: str, t: Time, dt: Time, sigma: Time) -> Time:
     """The weight of ||v_student - v_target||^2 at time t; a float, or (B,).
 
     kl       w(t), F Eq. 9: the true KL of the two policies, in nats
@@ -105,18 +109,16 @@ def weight(name: str, t: Time, dt: Time, sigma: Time) -> Time:
     raise ValueError(f"weight must be kl, kl_dt, uniform, dt or ode, not {name!r}")
 
 
-_weight = weight  # the functions below have an argument of this name
-
-
 def weighted_gap(
     v_student: Tensor, v_target: Tensor, t: Time, dt: Time, sigma: Time, reduce: str = "sum", weight: str = "kl"
 ) -> Tensor:
     """F Eq. 9, Q Eq. 14: weight(t) ||v_student - v_target||^2, (B,), gradient to the student only.
 
-    With the weight "kl" this is KL(pi_student || pi_target) in nats. Raises as `weight` and `velocity_matching`.
+    With the weight "kl" this is KL(pi_student || pi_target) in nats, or with the reduction "mean" in nats per
+    dimension. Raises as `time_weight` and `velocity_matching`.
     """
     gap_B = velocity_matching(v_student, v_target, reduce)
-    return gap_B * per_sample(_weight(weight, t, dt, sigma), gap_B)
+    return gap_B * per_sample(time_weight(weight, t, dt, sigma), gap_B)
 
 
 @torch.no_grad()
@@ -141,105 +143,117 @@ def mar_penalty(
 
 # ------------------------------------------------------------------------------- one transition, as it is learnt
 class Visit(NamedTuple):
-    """What is known about one transition of the student's rollout (`sde.rollout`, kernel "sde")."""
+    """One transition of the student's rollout (`sde.rollout`, kernel "sde"), and how it is judged."""
 
-    x: Tensor  # (B, ...) the state x_t
-    x_next: Tensor  # (B, ...) the action a = x_{t-dt}
-    t: Time
-    dt: Time
-    sigma: Time
+    step: Transition  # the state x_t, the action a = x_{t-dt}, and v and mean of the policy that drew it, pi_old
     v_target: Tensor  # (B, ...) F Eq. 7, `target_velocity`
-    log_prob_old: Tensor | None = None  # (B,) of a under the policy that drew it; None: it is this student
     future: Tensor | None = None  # (B,) from `futures`, for the two path estimators
+    weight: str = "kl"  # of the squared norm, see `time_weight`
+    reduce: str = "sum"  # of rho's log-probs: rho, or its D-th root ("mean", the released code)
     clip: float | None = None  # eps of F Eq. 11; it belongs to `reduce`: 1e-4 goes with "mean"
-    reduce: str = "sum"  # of the squared norms and the log-probs
-    weight: str = "kl"  # of the squared norm, see `weight`
+    credit_clip: float = math.inf  # largest absolute reward, in the unit of the losses (5 in the released code)
+
+
+Estimate = tuple[Tensor, dict[str, Tensor]]  # a loss, (B,), and `grpo.ratio_terms`
 
 
 def kl_t(at: Visit, v: Tensor) -> Tensor:
-    """KL_t of the formulas below: `weighted_gap` of v and the teacher at the visited state, (B,), gradient to v."""
-    return weighted_gap(v, at.v_target, at.t, at.dt, at.sigma, at.reduce, at.weight)
+    """KL_t of the formulas below: `weighted_gap` to the teacher at this state, per dimension, (B,), gradient to v."""
+    return weighted_gap(v, at.v_target, at.step.t, at.step.dt, at.step.sigma, "mean", at.weight)
 
 
-def log_policy(at: Visit, v: Tensor) -> Tensor:
-    """F Eq. 6: log pi_v(a|x_t), the log-probability of the action if the velocity were v, (B,), gradient to v."""
-    std = full_precision(at.sigma) * full_precision(at.dt) ** 0.5  # of the action, F Eq. 6
-    return log_prob(at.x_next.detach(), sde_mean(at.x.detach(), v, at.t, at.dt, at.sigma), std, at.reduce)
+def log_ratio_of(at: Visit, v: Tensor, reduce: str) -> Tensor:
+    """F Eq. 6: log pi_v(a|x_t) - log pi_old(a|x_t), (B,), pi_v the policy if the velocity were v; gradient to v."""
+    return log_ratio(at.step, sde_mean(at.step.x.detach(), v, at.step.t, at.step.dt, at.step.sigma), reduce)
 
 
-def _log_old(at: Visit, log_new: Tensor) -> Tensor:
-    """log pi_old(a|x_t), (B,), no gradient: as stored, or this student's own, which makes rho exactly 1."""
-    log_old = (log_new if at.log_prob_old is None else full_precision(at.log_prob_old)).detach()
-    same_shape(log_prob=log_new, log_prob_old=log_old)
-    return log_old
+def surrogate(at: Visit, v: Tensor, credit: Tensor, scale: int = 1) -> Estimate:
+    """F Eq. 11: -A - scale (min(rho A, clip(rho) A) - A), A the clamped credit, (B,); scale 1 is the equation.
+
+    rho = pi_v(a|x_t) / pi_old(a|x_t), or its D-th root; exactly 1 if v is what drew the action. Gradients flow
+    through rho and the credit.
+    """
+    rho = log_ratio_of(at, v, at.reduce).exp()
+    credit = full_precision(credit).clamp(-at.credit_clip, at.credit_clip)
+    objective = clipped_objective(rho, credit, at.clip)
+    return -credit - scale * (objective - credit), ratio_terms(rho, credit, objective)
 
 
-def policy_gradient(at: Visit, v: Tensor, credit: Tensor) -> Tensor:
-    """F Eq. 11: -min(rho A, clip(rho) A) with the credit A and rho = pi_v(a|x_t) / pi_old(a|x_t), (B,)."""
-    log_new = log_policy(at, v)
-    rho = torch.exp(log_new - _log_old(at, log_new))  # (B,); its gradient at rho = 1 is grad log pi
-    return -clipped_objective(rho, credit, at.clip)
+def policy_gradient(at: Visit, v: Tensor, credit: Tensor) -> Estimate:
+    """F Eq. 11 with a detached credit, (B,): at rho = 1 its gradient is -credit grad log pi(a|x_t).
+
+    credit: (B,), per dimension. The D-th root of rho has 1/D of rho's gradient: D gives it back, so that `reduce`
+    decides where the clip acts and nothing else.
+    """
+    return surrogate(at, v, credit.detach(), v[0].numel() if at.reduce == "mean" else 1)
 
 
 @torch.no_grad()
-def sampled_reward(at: Visit, v: Tensor) -> Tensor:
-    """F Eq. 2's log-ratio at one action: log pi_target(a|x_t) - log pi_old(a|x_t), (B,), no gradient.
+def sampled_reward(at: Visit) -> Tensor:
+    """F Eq. 2's log-ratio at one action, [log pi_target(a|x_t) - log pi_old(a|x_t)] / D, (B,), no gradient.
 
-    Its mean over a ~ pi_old is -KL(pi_old || pi_target): F Eq. 10's reward, but one that looks at the action.
+    Times weight(t)/w(t), so that its mean over a ~ pi_old is -KL_t under every weight: F Eq. 10's reward, but one
+    that looks at the action.
     """
-    return log_policy(at, at.v_target) - _log_old(at, log_policy(at, v))
+    step, ratio_B = at.step, log_ratio_of(at, at.v_target, "mean")
+    weight = time_weight(at.weight, step.t, step.dt, step.sigma) / kl_weight(step.t, step.dt, step.sigma)  # 1 with "kl"
+    return ratio_B * per_sample(weight, ratio_B)
 
 
 # ------------------------------------------------------------------------------------------------ the estimators
-# Each takes a visit and the student's velocity v with its gradient, and returns a loss, (B,), to be minimised.
-# [.] is detached. All but `velocity` and `analytic` need sigma > 0. The gradient reaches v only.
-# Raises: ValueError for unequal shapes. ERRATUM (released code): a (B, 1) reward times a (B,) ratio is (B, B), so
-# that every sample is credited with the mean of the batch.
-def literal(at: Visit, v: Tensor) -> Tensor:
+# Each takes a visit and the student's velocity v with its gradient, and returns a loss, (B,), to be minimised, and
+# `grpo.ratio_terms` if it has a ratio. [.] is detached; KL_t, and log-probs outside of rho, are per dimension. All but
+# `velocity` and `analytic` need sigma > 0. The gradient reaches v only. Raises: ValueError for unequal shapes.
+# ERRATUM (released code): a (B, 1) reward times a (B,) ratio is (B, B), so that every sample is credited with the mean
+# of the batch.
+def literal(at: Visit, v: Tensor) -> Estimate:
     """-clip(rho [-KL_t]): F Eq. 10-11 as printed.
 
     ERRATUM (F Eq. 10-11): the reward is detached and depends on the state alone, not on the action. For any f,
     E_a[grad log pi(a|x) f(x)] = 0, so the gradient is noise around zero.
     """
-    return policy_gradient(at, v, dense_reward(v, at.v_target, at.t, at.dt, at.sigma, at.reduce, at.weight))
+    step = at.step
+    return policy_gradient(at, v, dense_reward(v, at.v_target, step.t, step.dt, step.sigma, "mean", at.weight))
 
 
-def released(at: Visit, v: Tensor) -> Tensor:
+def released(at: Visit, v: Tensor) -> Estimate:
     """-clip(rho (-KL_t)): the authors' code.
 
     DEVIATION (F Eq. 10): it learns because the detach is missing. rho grad KL_t is the gradient of F Eq. 9;
-    KL_t grad rho is the noise of `literal`.
+    KL_t grad rho is the noise of `literal`. As in their code, that noise is D times smaller if rho is the D-th
+    root ("mean"): the only gradient at rho = 1 that `reduce` changes, and its mean is zero either way.
     """
-    return policy_gradient(at, v, -kl_t(at, v))
+    return surrogate(at, v, -kl_t(at, v))
 
 
-def analytic(at: Visit, v: Tensor) -> Tensor:
+def analytic(at: Visit, v: Tensor) -> Estimate:
     """KL_t: F Eq. 9 itself, the default. The mean of `sampled` with the action integrated out."""
-    return kl_t(at, v)
+    return kl_t(at, v), {}
 
 
-def sampled(at: Visit, v: Tensor) -> Tensor:
+def sampled(at: Visit, v: Tensor) -> Estimate:
     """-clip(rho [log pi_target(a|x_t) - log pi_old(a|x_t)]): the recipe of language models that F cites."""
-    return policy_gradient(at, v, sampled_reward(at, v))
+    return policy_gradient(at, v, sampled_reward(at))
 
 
-def path(at: Visit, v: Tensor) -> Tensor:
+def path(at: Visit, v: Tensor) -> Estimate:
     """KL_t - clip(rho [-sum_{s>t} KL_s]): the exact gradient of the KL of whole trajectories.
 
-    grad E[sum_t KL_t] = E[sum_t grad KL_t + grad log pi(a_t|x_t) sum_{s>t} KL_s]. DEVIATION: with "mean" the
-    log-prob and the later KLs are both divided by D; one D back keeps the two parts in step.
+    grad E[sum_t KL_t] = E[sum_t grad KL_t + grad log pi(a_t|x_t) sum_{s>t} KL_s]. It is exact if the noise begins
+    with the first step and no noisy step before the last trained one is left out: then no state depends on theta
+    except through actions that are credited.
     """
-    dims = v.shape[1:].numel() if at.reduce == "mean" else 1  # D
-    return kl_t(at, v) + dims * policy_gradient(at, v, -at.future.detach())
+    loss_B, stats = policy_gradient(at, v, -at.future)
+    return kl_t(at, v) + loss_B, stats
 
 
-def sampled_path(at: Visit, v: Tensor) -> Tensor:
+def sampled_path(at: Visit, v: Tensor) -> Estimate:
     """-clip(rho [sum_{s>=t} sampled reward_s]): the same mean by policy gradient alone."""
-    return policy_gradient(at, v, at.future.detach())
+    return policy_gradient(at, v, at.future)
 
 
-def velocity(at: Visit, v: Tensor) -> Tensor:
-    """||v - v_target||^2: Q Eq. 14, which is `analytic` with weight 1, for the states of the ODE.
+def velocity(at: Visit, v: Tensor) -> Estimate:
+    """||v - v_target||^2 / D: Q Eq. 14, which is `analytic` with weight 1, for the states of the ODE.
 
     ERRATUM (Q Eq. 14, 19): with t_0 = 1 and t_N ~ 0, n = 1..N counts the finished image, where an N-step ODE
     evaluates no velocity, and leaves out the pure noise. The states to use are n = 0..N-1.
@@ -255,22 +269,21 @@ def reward_to_go(per_step_TB: Tensor, inclusive: bool = True) -> Tensor:
 
 
 @torch.no_grad()
-def futures(estimator: str, visits: Sequence[Visit], vs: Sequence[Tensor]) -> Sequence[Tensor | None]:
+def futures(estimator: str, visits: Sequence[Visit]) -> Sequence[Tensor | None]:
     """What each of a trajectory's T actions is credited with, T of (B,), no gradient; None if not needed.
 
-    visits, vs: the trained transitions in order, and the velocity of the policy that drew the actions.
-    path: the KLs of later states. An action cannot change the KL of the state it was taken in, so that term
-    would add variance and no signal. sampled_path: the `sampled_reward` of this and later actions.
+    visits: the trained transitions in order. path: the KLs of later states. An action cannot change the KL of the
+    state it was taken in, so that term would add variance and no signal. sampled_path: the `sampled_reward` of this
+    and later actions.
     """
     if estimator == "path":
-        kls = [kl_t(at, v) for at, v in zip(visits, vs, strict=True)]
-        return list(reward_to_go(torch.stack(kls), inclusive=False))
+        return list(reward_to_go(torch.stack([kl_t(at, at.step.v) for at in visits]), inclusive=False))
     if estimator == "sampled_path":
-        return list(reward_to_go(torch.stack([sampled_reward(at, v) for at, v in zip(visits, vs, strict=True)])))
+        return list(reward_to_go(torch.stack([sampled_reward(at) for at in visits])))
     return [None] * len(visits)
 
 
-Estimator = Callable[[Visit, Tensor], Tensor]
+Estimator = Callable[[Visit, Tensor], Estimate]
 ESTIMATORS: dict[str, Estimator] = {
     f.__name__: f for f in (literal, released, analytic, sampled, path, sampled_path, velocity)
 }

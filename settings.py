@@ -153,8 +153,8 @@ class Settings:
                                  choices=("group", "batch", "none"), group="objective")
     advantage_clip: float = _option(5.0, "largest absolute advantage", RL, low=0.0)
     clip: float = _option(1e-4, "clip range [epsilon] of the policy ratio", ("grpo",), low=0.0)
-    log_prob: str = _option("mean", "log-probs over the D latent dimensions: mean as released, sum is exact. grpo: it "
-                            "moves where the clip bites and nothing else", ("grpo", "opd"), choices=("mean", "sum"))
+    log_prob: str = _option("mean", "the ratio's log-probs over the D latent dimensions: mean as released, sum is "
+                            "exact; it moves where the clip bites", ("grpo", "opd"), choices=("mean", "sum"))
     guard: bool = _option(False, "GRPO-Guard: its ratio normalisation, and each step's loss divided by dt", ("grpo",))
     beta: float = _option(0.04, "grpo: weight of the KL to the base, taken as the mean over D of w(t) dt ||dv||^2: "
                           "Flow-GRPO's unit and its 0.04 (0.01 for PickScore); nft: of Q Eq. 9's mean square distance "
@@ -211,6 +211,7 @@ UNREAD: dict[str, tuple[dict, ...]] = {
     "rewards": ({**TINY, "stage": ("pretrain", "merge", "sft", "opd", "eval")}, NO_SCORE),
     "advantage_std": ({"combine": ("normalised",)},),
     "clip": ({"updates": (1,), "overlap": (False,)},),  # every ratio is 1
+    "log_prob": ({"estimator": ("literal", "analytic", "sampled", "path", "sampled_path", "velocity")},),  # the same
     "mix": ({"task": ("", *TASKS)},),
     "eval_steps": (NO_TEST,),
 }  # fmt: skip
@@ -259,11 +260,7 @@ PRESETS: dict[str, dict[str, dict]] = {
         "curate": dict(train_prompts=240),
         "grpo": dict(steps=150, lr=7e-4),
         "sft": dict(steps=100, batch_size=96, lr=1e-3),
-        # log_prob="sum" is F Eq. 8-11 as written. Under "mean" the literal estimator's noise shrinks by 1/D against
-        # MAR, so that the student quietly becomes the anchor and looks as if it had learnt (docs/RESULTS.md).
-        "opd": dict(
-            steps=100, lr=3e-3, decay=True, prompts_per_step=24, group_size=4, train_steps="all", log_prob="sum"
-        ),
+        "opd": dict(steps=100, lr=3e-3, decay=True, prompts_per_step=24, group_size=4, train_steps="all"),
         "reward": TINY_REWARD,
     },
     # Q names its methods and hardly a number: those here are Flow-GRPO's and DiffusionNFT's, scaled to a model of 20

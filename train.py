@@ -394,17 +394,18 @@ def distil_step(run: Run, rows: Sequence[Row], experts: Mapping[str, str]) -> di
         x, noise = rollout.pure_noise(model, part)
         walk = sde.rollout(student, x, model.time_grid(s.num_steps), level, kernel, window, noise)  # F Eq. 5-6
         for at, v, v_anchor in visits(walk, trained, student, teachers, s.estimator):
-            loss_B = opd.ESTIMATORS[s.estimator](at, v)  # F Eq. 9-11, Q Eq. 14
-            found = {"loss": loss_B, "gap": sde.flat_reduce((v - at.v_target).square(), "mean")}
+            step, (loss_B, found) = at.step, opd.ESTIMATORS[s.estimator](at, v)  # F Eq. 9-11, Q Eq. 14
+            found |= {"loss": loss_B, "gap": sde.flat_reduce((v - at.v_target).square(), "mean")}
             if v_anchor is not None:
                 # DEVIATION (F Eq. 12): w(t) is infinite on the ODE's states; MAR has the estimator's weight, there 1.
-                found["mar"] = opd.mar_penalty(v, v_anchor, at.t, at.dt, at.sigma, at.reduce, at.weight)
+                found["mar"] = opd.mar_penalty(v, v_anchor, step.t, step.dt, step.sigma, "mean", s.weight)
                 loss_B = loss_B + s.mar * found["mar"]  # F Eq. 12
-            if at.sigma > 0:  # F Eq. 9 in nats, for the log
-                found["kl"] = kl.velocity_kl(v, at.v_target, at.t, at.dt, at.sigma)
+            if step.sigma > 0:  # F Eq. 9 in nats per dimension, for the log
+                found["kl"] = kl.velocity_kl(v, at.v_target, step.t, step.dt, step.sigma, "mean")
             (loss_B * weight_B).sum().backward()
             stats.append(shares_of(found, weight_B))
-    return summed(stats)
+    found = summed(stats)
+    return ratio_stats(found) if "off" in found else found
 
 
 def visits(
@@ -427,9 +428,9 @@ def visits(
     with torch.no_grad():
         path = [tr for tr in islice(walk, last + 1) if tr.index in trained]
     states, anchors = zip(*map(teachers, path), strict=True)
-    credit = opd.futures(estimator, states, [tr.v for tr in path])
+    credit = opd.futures(estimator, states)
     for at, v_anchor, future in zip(states, anchors, credit, strict=True):
-        yield at._replace(future=future), student(at.x, at.t), v_anchor
+        yield at._replace(future=future), student(at.step.x, at.step.t), v_anchor
 
 
 def label(
@@ -449,7 +450,7 @@ def label(
             return model.velocity(x, t, cond.rows(rows), uncond and uncond.rows(rows), cfg)
 
     v_target = opd.target_velocity(routed, teacher, tr.x, tr.t)  # v_k(x_t, t, c), F Eq. 7
-    return opd.Visit(tr.x, tr.x_next, tr.t, tr.dt, tr.sigma, v_target, reduce=s.log_prob, weight=s.weight), v_anchor
+    return opd.Visit(tr, v_target, weight=s.weight, reduce=s.log_prob), v_anchor
 
 
 # ------------------------------------------------------------------------------------------------------ reward model

@@ -16,7 +16,8 @@ import sde
 
 def visit(x, s, t):
     # flips instead of products: in bfloat16 a product would be rounded before the function sees it
-    return opd.Visit(x, x.flip(1), t, s, s, v_target=x.flip(2), log_prob_old=-t, future=s, clip=0.9, reduce="mean")
+    step = sde.Transition(0, t, t - s, s, s, x, x.flip(2), x.flip(1, 2), s, x.flip(1))
+    return opd.Visit(step, x.flip(2), s, "kl_dt", "mean", clip=0.9, credit_clip=0.8)
 
 
 def drawn(x, s, t):
@@ -49,21 +50,14 @@ CALLS = {
     "velocity_matching": lambda x, y, s, t: opd.velocity_matching(x, y),
     "dense_reward": lambda x, y, s, t: opd.dense_reward(x, y, t, s, s),
     "mar_penalty": lambda x, y, s, t: opd.mar_penalty(x, y, t, s, s, weight="kl_dt"),
-    "sampled_reward": lambda x, y, s, t: opd.sampled_reward(visit(x, s, t), y),
+    "sampled_reward": lambda x, y, s, t: opd.sampled_reward(visit(x, s, t)._replace(v_target=y)),
     "target_velocity": lambda x, y, s, t: opd.target_velocity(
         {"a": torch.tensor([2, 0]), "b": torch.tensor([1])}, lambda expert, rows, x, t: sde.per_sample(t, x) * x, x, t
     ),
-    **{name: lambda x, y, s, t, f=f: f(visit(x, s, t), y) for name, f in opd.ESTIMATORS.items()},
+    **{name: lambda x, y, s, t, f=f: f(visit(x, s, t), y)[0] for name, f in opd.ESTIMATORS.items()},
 }
 EVERY = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
-ONE_ARGUMENT = {
-    "noise_scale",
-    "kl_weight",
-    "group_advantages",
-    "multi_reward_advantages",
-    "optimality",
-    "target_velocity",
-}
+ONE_ARGUMENT = {"noise_scale", "group_advantages", "multi_reward_advantages", "optimality", "target_velocity"}
 
 
 def arguments(seed=0, dtype=torch.float64):
@@ -98,10 +92,11 @@ def test_a_column_or_a_row_in_the_place_of_a_batch_is_refused(name):
     mean, and nothing complains."""
     call, some = CALLS[name], arguments()
     before = call(*some)
-    for i in range(4):
+    rows, columns = [x[:1] for x in some], [x[:, None] for x in some[2:]]
+    for i, wrong in (*enumerate(rows), *enumerate(columns, 2)):
         if not torch.equal(call(*some[:i], some[i] * 0.99, *some[i + 1 :]), before):  # the argument is read
             with pytest.raises(ValueError):
-                call(*some[:i], some[i][:1] if i < 2 else some[i][:, None], *some[i + 1 :])
+                call(*some[:i], wrong, *some[i + 1 :])
 
 
 @pytest.mark.parametrize(

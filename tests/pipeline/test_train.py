@@ -404,7 +404,7 @@ def test_a_mistake_is_one_line_that_names_it_and_exit_code_2(go, world, tmp_path
 
 def test_a_run_that_explodes_says_so(go, monkeypatch, capsys):
     """A planted bug: the gradient is nan, and no weight and no checkpoint is written."""
-    monkeypatch.setitem(opd.ESTIMATORS, "analytic", lambda at, v: (v * math.nan).mean((1, 2, 3)))
+    monkeypatch.setitem(opd.ESTIMATORS, "analytic", lambda at, v: ((v * math.nan).mean((1, 2, 3)), {}))
     folder = go("run", code=2)
     assert "nan" in the_error(capsys)
     assert hub.last_checkpoint(folder) is None

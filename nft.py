@@ -96,7 +96,7 @@ def ema_update(old: Sequence[Tensor], new: Sequence[Tensor], decay: float) -> No
 
 
 def old_policy_decay(step: int) -> float:
-    """The decay of `ema_update` at update `step`: min(0.001 step, 0.5).
+    """The decay of `ema_update` after step `step`, all its updates included: min(0.001 step, 0.5).
 
     It starts at 0, where sampling with the newest policy learns fastest, and rises to 0.5, where a slower sampling
     policy keeps the late phase stable. Q is silent on the schedule; this is one of DiffusionNFT's.

@@ -111,7 +111,7 @@ class Settings:
     grad_norm: float = _option(1.0, "largest norm of a gradient; longer ones are scaled down to it", TRAINED, low=0.0)
     ema_decay: float = _option(0.9, "decay of the averaged weights, which are what a checkpoint exports", TRAINED,
                                low=0.0, high=1.0)
-    ema_every: int = _option(8, "steps between two updates of the averaged weights", TRAINED, low=1)
+    ema_every: int = _option(8, "optimizer updates between two updates of the averaged weights", TRAINED, low=1)
     rank: int = _option(32, "LoRA rank r of a new adapter", (*LORA, "reward"), low=1)
     alpha: float = _option(64.0, "LoRA alpha of a new adapter; its update is alpha/r * B @ A", (*LORA, "reward"),
                            low=0.0)
@@ -140,8 +140,9 @@ class Settings:
                            "scorers, weights for each category; empty: the task's own", LOADED, group="rewards")
     combine: str = _option("sum", "several rewards: their weighted sum, or each normalised in its group first (Q Eq. "
                            "13)", RL, choices=("sum", "normalised"))
-    overlap: bool = _option(False, "score a batch while the next one is drawn (Q 4.1), from a policy one update older",
-                            RL)
+    overlap: bool = _option(False, "draw the next step before this one is learnt from, for scorers that are slower "
+                            "than drawing; its policy is one step older. (Without it, too, groups are scored while the "
+                            "same step draws others, Q 4.1)", RL)
     on_reward_failure: str = _option("stop", "a score that cannot be had: stop the run, or drop its prompt's group",
                                      ("curate", *RL), choices=("stop", "drop"))
     threshold: float = _option(0.05, "the least range of the reward within a group that is kept (Q 4.2)", ("curate",),
@@ -273,8 +274,8 @@ PRESETS: dict[str, dict[str, dict]] = {
             combine="normalised", train_steps="random", train_count=8, mix="joint", log_prob="mean",
         ),
         "curate": dict(train_prompts=2000),
-        "grpo": dict(steps=500, beta=0.0, updates=1, overlap=True),
-        "nft": dict(steps=500, beta=1e-4, updates=1, advantage_clip=1.0, overlap=True),
+        "grpo": dict(steps=500, beta=0.0, updates=1),
+        "nft": dict(steps=500, beta=1e-4, updates=1, advantage_clip=1.0),
         "sft": dict(steps=300, guidance="both"),
         "opd": dict(
             steps=500, estimator="velocity", guidance="teacher", group_size=1, prompts_per_step=8, train_steps="all"

@@ -149,16 +149,21 @@ def train_teacher(s: Settings, load=load) -> tuple[Run, Panel]:
     ahead, unsuspected, unchecked = None, set(panel.watched), s.stage == "grpo"
     for step in run.steps("reward"):
         unsuspected -= warn_of_hacking(run, unsuspected)
-        began, trained = time.time(), rollout.trained_steps(s, run.generator("subset"))
-        shares = ahead or draw_shares(run, rollout.rows_of(run, prompts, step), later)  # F Eq. 5-6, or Q Eq. 3
-        # With --overlap the next step is drawn while this one is scored. Nothing is drawn ahead of a checkpoint: a run
-        # that continues from it begins as this one goes on.
+        began = time.time()
+        shares = ahead or draw_shares(run, prompts, step, later)  # F Eq. 5-6, or Q Eq. 3
+        # DEVIATION (Q 4.1): with --overlap the next step is drawn before this one is learnt from, by an older policy.
+        # Nothing is drawn ahead of a checkpoint: a run that continues from it begins as this one goes on.
         more = s.overlap and step + 1 < s.steps and (step + 1) % s.save_every
-        ahead = draw_shares(run, rollout.rows_of(run, prompts, step + 1), later) if more else None
+        ahead = draw_shares(run, prompts, step + 1, later) if more else None
         scores, stats = collect(run, shares), []
         for share, found in zip(shares, scores, strict=True):
-            advantage_PG = scoring.advantages(found, s.group_size, s.combine, s.advantage_std)  # Q Eq. 4, 13
-            stats.append(update(run, share.parts, advantage_PG, trained))  # Q Eq. 6, or Q Eq. 7-9
+            if not found.lost.all():
+                advantage_PG = scoring.advantages(found, s.group_size, s.combine, s.advantage_std)  # Q Eq. 4, 13
+                kept_B = torch.from_numpy(~found.lost).float()
+                weight_B = kept_B * run.world / kept_B.sum()  # a lost group pulls nothing, and no mean counts it
+                own = (values.chunk(run.world)[run.rank] for values in (advantage_PG.flatten(), weight_B))
+                stats.append(update(run, share.parts, *own))  # Q Eq. 6, or Q Eq. 7-9
+        run.follow()  # nft: after the step's last update, so that all of them have the old policy that drew (Q Eq. 7)
         if unchecked:  # the first step of a run or of its continuation is not drawn ahead
             warn_of_ratio(run, stats[0])
             unchecked = False
@@ -171,40 +176,53 @@ def train_teacher(s: Settings, load=load) -> tuple[Run, Panel]:
 
 
 class Share(NamedTuple):
-    """The trajectories of one optimizer update, and what the scorers will say of them."""
+    """The trajectories of one optimizer update, and what the scorers will say of them, in order."""
 
     parts: list[Trajectories]
-    scores: concurrent.futures.Future
+    scores: list[concurrent.futures.Future]
 
 
-def draw_shares(run: Run, rows: Sequence[Row], later: scoring.Later) -> list[Share]:
-    """Roll out a step's rows, one share for each optimizer update; each share goes to the scorers when it is drawn."""
-    s, shares = run.s, []
+def draw_shares(run: Run, prompts: Mapping[str, list], step: int, later: scoring.Later) -> list[Share]:
+    """Roll out a step's rows, one share for each optimizer update.
+
+    Groups go to the scorers as soon as they are whole, and are scored while the next micro-batch is drawn (Q 4.1).
+    """
+    s, shares, rows = run.s, [], rollout.rows_of(run, prompts, step)
+    trained = rollout.trained_steps(s, run.generator("subset", step=step))
     for share in batches(rows, len(rows) // s.updates):
-        parts, images = [], []
-        with run.old_policy():  # nft: the old policy draws (Q Eq. 8)
-            for some in in_step(micro_batches(share, s.micro_batch)):
-                run.stop_if_asked()
-                trajectories, pictures = rollout.roll_out(run.model, some, s)
-                parts.append(trajectories)
-                images.append(pictures[trajectories.counts])
-        shares.append(Share(parts, later.submit(torch.cat(images), prompts_of(share))))
+        found, waiting, asked = Share([], []), [], 0
+        for some in in_step(micro_batches(share, s.micro_batch)):
+            run.stop_if_asked()
+            with run.old_policy():  # nft: the old policy draws (Q Eq. 8)
+                part, pictures = rollout.roll_out(run.model, some, s, trained)
+            found.parts.append(part)
+            waiting += pictures[part.counts]
+            if whole := len(waiting) // s.group_size * s.group_size:
+                about = prompts_of(share[asked : asked + whole])
+                found.scores.append(later.submit(torch.stack(waiting[:whole]), about))
+                waiting, asked = waiting[whole:], asked + whole
+        shares.append(found)
     return shares
 
 
 def collect(run: Run, shares: Sequence[Share]) -> list[scoring.Scores]:
-    """Wait for the scorers. If one fails for good, the run ends on every rank, after a checkpoint, with its words."""
+    """Wait for the scorers -> each update's answers on all ranks, rank by rank.
+
+    If one fails for good, the run ends on every rank, after a checkpoint, with its words.
+    """
     fault, scores = None, []
-    for share in shares:  # not longer than a scheduler's grace: a far judge may take far more
-        while not (run.asked_to_stop or share.scores.done()):
-            concurrent.futures.wait([share.scores], timeout=0.2)
+    for future in (future for share in shares for future in share.scores):
+        while not (run.asked_to_stop or future.done()):  # not longer than a scheduler's grace: a judge may take more
+            concurrent.futures.wait([future], timeout=0.2)
     run.stop_if_asked()
     try:
-        scores = [share.scores.result() for share in shares]
-        if all(found.lost.all() for found in scores):
-            raise rewards.RewardError("every prompt's group of a step was lost; the messages above say why")
+        scores = [scoring.joined([future.result() for future in share.scores]) for share in shares]
     except rewards.RewardError as error:
         fault = error
+    run.fail_together(fault, rewards.RewardError)
+    scores = [scoring.Scores(found.names, *map(ranks.joined, found[1:])) for found in scores]
+    if all(found.lost.all() for found in scores):
+        fault = rewards.RewardError("every prompt's group of a step was lost; the messages above say why")
     run.fail_together(fault, rewards.RewardError)
     return scores
 
@@ -218,11 +236,11 @@ def warn_of_hacking(run: Run, watched: Collection[str]) -> set[str]:
     return found
 
 
-def update_policy(run: Run, parts: Sequence[Trajectories], advantage_PG: Tensor, trained: Sequence[int]) -> dict:
-    """One optimizer update on the clipped objective (F Eq. 3, Q Eq. 6), the mean over rows and trained transitions."""
-    s, advantage_B, stats = run.s, advantage_PG.flatten().to(run.model.device), []
-    for part, own_B, weight_B in shared_out(parts, advantage_B, 1 / len(trained)):
-        for step in (part.path[n] for n in trained):
+def update_policy(run: Run, parts: Sequence[Trajectories], advantage_B: Tensor, weight_B: Tensor) -> dict:
+    """One optimizer update on the clipped objective (F Eq. 3, Q Eq. 6), a weighted mean over rows and transitions."""
+    s, stats = run.s, []
+    for part, own_B, own_weight_B in shared_out(run, parts, advantage_B, weight_B):
+        for step in part.path:
             v, mean_ref = part.velocity(step.x, step.t), None  # v_theta(x_t, t, c)
             mean = sde.transition_mean(step, v, s.noise_level, s.kernel)  # F Eq. 5-6
             if s.beta > 0:  # KL to the frozen base (Flow-GRPO's regulariser)
@@ -232,8 +250,8 @@ def update_policy(run: Run, parts: Sequence[Trajectories], advantage_PG: Tensor,
             loss_B, found = grpo.policy_loss(
                 step, mean, own_B, s.clip, s.advantage_clip, s.log_prob, s.guard, mean_ref, s.beta
             )  # Q Eq. 6
-            (loss_B * weight_B).sum().backward()
-            stats.append(shares_of(found, weight_B))
+            (loss_B * own_weight_B).sum().backward()
+            stats.append(shares_of(found, own_weight_B))
     return {**ratio_stats(summed(stats)), "grad_norm": run.update()}
 
 
@@ -258,38 +276,35 @@ def warn_of_ratio(run: Run, found: Mapping[str, float]) -> None:
         print(f"{at}: a forward with gradients differs from one without; compare --clip with it", file=sys.stderr)
 
 
-def update_forward(run: Run, parts: Sequence[Trajectories], advantage_PG: Tensor, trained: Sequence[int]) -> dict:
-    """One optimizer update on the forward-process loss (Q Eq. 7-9), the mean over rows and trained times."""
-    s, times, stats = run.s, run.model.time_grid(run.s.num_steps), []
-    r_B = nft.optimality(advantage_PG.flatten(), s.advantage_clip).to(run.model.device)  # Q 2.2
-    for part, own_B, weight_B in shared_out(parts, r_B, 1 / len(trained)):
-        ts = [float(times[n]) for n in trained]
-        eps = [sde.standard_normal(part.x0.shape, part.noise).to(part.x0) for _ in ts]  # of each time and row its own
-        noisy = [sde.interpolate(part.x0, e, t) for e, t in zip(eps, ts)]  # x_t of Q Eq. 1, as in pretraining
-        with torch.no_grad(), run.old_policy():
-            olds = [part.velocity(x, t) for x, t in zip(noisy, ts)]
-        for t, e, x, v_old in zip(ts, eps, noisy, olds):
-            v = part.velocity(x, t)
-            loss_B = nft.nft_loss(v, v_old, e - part.x0, own_B, s.interpolation, reduce="mean")  # Q Eq. 7-8
-            found = {"loss": loss_B, "moved": sde.flat_reduce((v - v_old).square(), "mean")}
+def update_forward(run: Run, parts: Sequence[Trajectories], advantage_B: Tensor, weight_B: Tensor) -> dict:
+    """One optimizer update on the forward-process loss (Q Eq. 7-9), a weighted mean over rows and trained times."""
+    s, stats = run.s, []
+    r_B = nft.optimality(advantage_B, s.advantage_clip)  # Q 2.2
+    for part, own_B, own_weight_B in shared_out(run, parts, r_B, weight_B):
+        for at in part.path:
+            v = part.velocity(at.x, at.t)
+            loss_B = nft.nft_loss(v, at.v_old, at.v_target, own_B, s.interpolation, reduce="mean")  # Q Eq. 7-8
+            found = {"loss": loss_B, "moved": sde.flat_reduce((v - at.v_old).square(), "mean")}
             if s.beta > 0:
                 with run.model.adapter(None):
-                    v_base = part.velocity(x, t)
+                    v_base = part.velocity(at.x, at.t)
                 found["distance"] = nft.velocity_penalty(v, v_base, reduce="mean")  # Q Eq. 9
                 loss_B = loss_B + s.beta * found["distance"]
-            (loss_B * weight_B).sum().backward()
-            stats.append(shares_of(found, weight_B))
+            (loss_B * own_weight_B).sum().backward()
+            stats.append(shares_of(found, own_weight_B))
     return {**summed(stats), "grad_norm": run.update()}
 
 
 def shared_out(
-    parts: Sequence[Trajectories], values_B: Tensor, share: float
+    run: Run, parts: Sequence[Trajectories], values_B: Tensor, weight_B: Tensor
 ) -> Iterator[tuple[Trajectories, Tensor, Tensor]]:
-    """Each part with its rows' values and weights, (B,): `share` of a mean over all rows; 0 for rows without weight."""
-    own = values_B.split([int(part.counts.sum()) for part in parts])
-    for part, some in zip(parts, own, strict=True):
-        counts = part.counts.to(some.device)
-        yield part, some.new_zeros(len(counts)).masked_scatter(counts, some), counts * share / len(values_B)
+    """Each part with its rows' values and their weight at each of its transitions, (B,); 0 for repeats (`in_step`)."""
+    first = 0
+    for part in parts:
+        some = slice(first, first := first + int(part.counts.sum()))
+        own = (torch.zeros(len(part.counts)).masked_scatter(part.counts, x[some]) for x in (values_B, weight_B))
+        value, weight = (x.to(run.model.device) for x in own)
+        yield part, value, weight / len(part.path)
 
 
 def shares_of(found_B: Mapping[str, Tensor], weight_B: Tensor) -> dict[str, float]:

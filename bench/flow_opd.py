@@ -53,11 +53,11 @@ def collateral(prompts_per_step: str = "3") -> None:
         prompts = load.load_prompts(s, "train", s.train_prompts, (task,))
         rollout.prepare(run, prompts)
         rows = rollout.rows_of(run, prompts, 0)
-        drawn, images = rollout.roll_out(run.model, rows, s)
+        drawn, images = rollout.roll_out(run.model, rows, s, range(*window_of(s)))
         found = scorers.ask(images, rollout.prompts_of(rows), s.group_size)
         advantages[task] = panel.advantages(found, s.group_size, s.combine, s.advantage_std).flatten()  # A_1, (B,)
         log_prob_B = 0.0  # of a whole trajectory
-        for old in drawn.path[: window_of(s)[1]]:
+        for old in drawn.path:
             mean = sde.transition_mean(old, drawn.velocity(old.x, old.t), s.noise_level)
             log_prob_B = log_prob_B + sde.log_prob(old.x_next, mean, old.std, "sum")
         own = [p for p in run.model.transformer.parameters() if p.requires_grad]

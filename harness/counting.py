@@ -78,8 +78,8 @@ class CountingRun:
         self.s, self.model, self.folder = s, model, folder
         self.rank, self.world = ranks.rank_and_world()
 
-    def generator(self, *what: int | str) -> torch.Generator:
-        return torch.Generator().manual_seed(seed_for(self.s.seed, self.s.stage, self.s.task, self.step, *what))
+    def generator(self, *what: int | str, step: int = 0) -> torch.Generator:
+        return torch.Generator().manual_seed(seed_for(self.s.seed, self.s.stage, self.s.task, step, *what))
 
     def steps(self, shown: str) -> Iterator[int]:
         self.model.moment = "step"
@@ -95,7 +95,7 @@ class CountingRun:
     def log(self, *what) -> None:
         pass
 
-    stop_if_asked = fail_together = log
+    stop_if_asked = fail_together = follow = log
 
 
 class CountingLoad:

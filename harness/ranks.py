@@ -22,6 +22,7 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -163,6 +164,16 @@ def average_numbers(values: dict[str, float]) -> dict[str, float]:
     total, count = given.nan_to_num(0.0), (~given.isnan()).double()
     average([total, count])
     return dict(zip(values, (total / count).tolist(), strict=True))
+
+
+def joined(values: np.ndarray) -> np.ndarray:
+    """Every rank's array, rank by rank along the last axis. All ranks call this, with arrays of one shape."""
+    if not dist.is_initialized():
+        return values
+    mine = torch.tensor(values, dtype=torch.float64)
+    parts = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, mine)
+    return torch.cat(parts, -1).numpy().astype(values.dtype)
 
 
 def most(number: int) -> int:

@@ -183,34 +183,50 @@ class HybridField:
         return self.model.guide(self.model.velocity(x, t, self.uncond), self.v_cond, self.cfg)
 
 
+class Noised(NamedTuple):
+    """Finished latents with noise again, at one time, and what Q Eq. 7-8 need there."""
+
+    t: float
+    x: Tensor  # (B, C, H, W) x_t of Q Eq. 1
+    v_target: Tensor  # v* = eps - x_0
+    v_old: Tensor  # of the policy that drew x_0
+
+
 class Trajectories(NamedTuple):
     """One micro-batch of finished trajectories, and what an objective needs to train on them."""
 
-    path: list[sde.Transition]  # T transitions; empty if only the end is asked for
+    path: list[sde.Transition] | list[Noised]  # at the trained steps: grpo's transitions, nft's states
     x0: Tensor  # (B, C, H, W) the finished latents
     velocity: Velocity  # the field of the objective, v(x, t)
-    noise: list[torch.Generator]  # the rows' generators, where the rollout left them
     counts: Tensor  # (B,) bool, on the CPU: `Row.counts`
 
 
 @torch.no_grad()
-def roll_out(model: FlowModel, rows: Sequence[Row], s: Settings) -> tuple[Trajectories, Tensor]:
+def roll_out(
+    model: FlowModel, rows: Sequence[Row], s: Settings, trained: Sequence[int] = ()
+) -> tuple[Trajectories, Tensor]:
     """Sample one micro-batch from the current policy (F Eq. 5-6): its trajectories, and the images (B, 3, H, W).
 
-    Only GRPO trains on the path. With Q 4.1's hybrid it is what `grpo.hybrid_transition` makes of the guided one.
+    trained: the steps that will be learnt from. With Q 4.1's hybrid, grpo's path is what `grpo.hybrid_transition` makes
+    of the guided one. nft's noise and v_old are taken here, from the policy that draws: it may be another one later.
     """
-    drawn, trained = settings.student_cfg(s), settings.trained_cfg(s)
+    drawn, learnt = settings.student_cfg(s), settings.trained_cfg(s)
     cond, uncond = conditions(model, prompts_of(rows), drawn)
-    hybrid = HybridField(model, cond, uncond, drawn) if drawn != trained else None
+    hybrid = HybridField(model, cond, uncond, drawn) if drawn != learnt else None
     x, noise = pure_noise(model, rows)
     level, window, kernel = noise_of(s)
-    policy, path = hybrid or field(model, cond, uncond, drawn), []
-    for step in sde.rollout(policy, x, model.time_grid(s.num_steps), level, kernel, window, noise):
+    policy, objective = hybrid or field(model, cond, uncond, drawn), field(model, cond, uncond, learnt)
+    path, times = [], model.time_grid(s.num_steps)
+    for step in sde.rollout(policy, x, times, level, kernel, window, noise):
         x = step.x_next
-        if s.stage == "grpo":
+        if s.stage == "grpo" and step.index in trained:
             path.append(grpo.hybrid_transition(step, hybrid.v_cond, level, kernel) if hybrid else step)
+    for t in [float(times[n]) for n in trained] if s.stage == "nft" else ():
+        eps = sde.standard_normal(x.shape, noise).to(x)  # of each time and row its own
+        at = sde.interpolate(x, eps, t)  # as in pretraining
+        path.append(Noised(t, at, eps - x, objective(at, t)))
     counts = torch.tensor([row.counts for row in rows])
-    return Trajectories(path, x, field(model, cond, uncond, trained), noise, counts), model.decode(x)
+    return Trajectories(path, x, objective, counts), model.decode(x)
 
 
 @torch.no_grad()

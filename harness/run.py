@@ -57,9 +57,10 @@ class Run:
         self.step = 0 if settings.stage == "merge" else checkpoints.resume(self.folder, self.weights)
         self.record = Record(self.folder, settings, self.step) if self.rank == 0 else None
 
-    def generator(self, *what: int | str) -> torch.Generator:
-        """A fresh generator for one purpose at the present step, the same on every rank unless `what` names it."""
-        seed = seed_for(self.s.seed, self.s.stage, self.s.task, self.step, *what)
+    def generator(self, *what: int | str, step: int | None = None) -> torch.Generator:
+        """A fresh generator for one purpose at a step, the present one if none is named; the same on every rank."""
+        step = self.step if step is None else step
+        seed = seed_for(self.s.seed, self.s.stage, self.s.task, step, *what)
         return torch.Generator().manual_seed(seed)
 
     # -------------------------------------------------------------------------------------------- training steps
@@ -85,6 +86,10 @@ class Run:
     def update(self) -> float:
         """One optimizer update from the gradients that backward has left -> the gradient's norm."""
         return self.weights.update(self.step)
+
+    def follow(self) -> None:
+        """The end of a step's updates: DiffusionNFT's old policy follows the student."""
+        self.weights.follow(self.step)
 
     def log(self, metrics: dict[str, float], histograms: Mapping[str, np.ndarray] | None = None) -> dict[str, float]:
         """Record this step's metrics -> their means over ranks. The histograms are those of rank 0.

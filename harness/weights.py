@@ -43,7 +43,7 @@ class Weights:
         self.optimizers = optimizers(model, s) if s.stage in TRAINED else []
 
     def update(self, step: int) -> float:
-        """Average the gradients over ranks, clip them, step the optimizers and the averages -> the gradient's norm.
+        """Average the gradients over ranks, clip them, step the optimizers and the average -> the gradient's norm.
 
         A gradient that is not finite is a FloatingPointError, before it reaches the weights.
         """
@@ -63,14 +63,26 @@ class Weights:
                 group["lr"] = s.lr * rise * float(fall)
             optimizer.step()
             optimizer.zero_grad()
-        now = [own(p.detach()) for p in parameters]
-        if (step + 1) % s.ema_every == 0:
-            # With ema_decay alone the average would remember the start for long; (1+s)/(10+s) lets it follow at first.
-            decay = min(s.ema_decay, (1 + step) / (10 + step))
-            torch._foreach_lerp_([own(a) for a in self.average.values()], now, 1 - decay)
-        if self.old:
-            nft.ema_update([own(o) for o in self.old.values()], now, nft.old_policy_decay(step))
+        done = self.updates()
+        if done % s.ema_every == 0:
+            # With ema_decay alone the average would remember the start for long; n/(9+n) lets it follow at first.
+            decay = min(s.ema_decay, done / (9 + done))
+            torch._foreach_lerp_([own(a) for a in self.average.values()], self.now(), 1 - decay)
         return norm
+
+    def updates(self) -> int:
+        """How many optimizer updates there have been, those before a resume included: AdamW counts them."""
+        adamw = self.optimizers[0]
+        return int(adamw.state[adamw.param_groups[0]["params"][0]]["step"])
+
+    def now(self) -> list[Tensor]:
+        """This rank's part of the trained tensors."""
+        return [own(p.detach()) for p in self.parameters.values()]
+
+    def follow(self, step: int) -> None:
+        """Let DiffusionNFT's old policy follow the student, once a step (Q Eq. 7)."""
+        if self.old:
+            nft.ema_update([own(o) for o in self.old.values()], self.now(), nft.old_policy_decay(step))
 
     @contextmanager
     def holding(self, values: Mapping[str, Tensor]) -> Iterator[None]:

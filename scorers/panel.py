@@ -3,7 +3,7 @@
     one reward, or a weighted sum                    R = sum_k w_k R_k, then Q Eq. 4     F 6.1, App. A
     several rewards, each normalised in its group    A = sum_k w_k (R_k - mean) / std    Q Eq. 13
     other weights for another category of prompts    w_k(category)                       Q 4.2
-    pictures that wait for a far judge               the next batch is drawn meanwhile   Q 4.1
+    pictures that wait for a far judge               others are drawn meanwhile          Q 4.1
 
 A `Panel` holds the scorers of a run. Its answer is a `Scores`, which the functions below weigh. A scorer that is only
 *watched* has weight 0: it is asked and logged, and `is_hacked` compares it with what is trained on.
@@ -12,8 +12,8 @@ A score that cannot be had is never a 0. It ends the run, after a checkpoint, wi
 `--on-reward-failure drop`, its whole prompt group is left out of the update, because a group that lost some of its
 samples has another mean, and advantages are about that mean.
 
-Q 4.1 is silent on this: a rollout that overlaps with the scoring of the batch before it is drawn from the policy before
-that batch's update, so its first ratio is not 1. The ratio is taken to the policy that drew it (Q Eq. 6 asks for no
+Groups are scored while the same step draws others, so the policy is the same and the first ratio is 1. With `--overlap`
+the next step is drawn ahead, too, by an older policy. The ratio is taken to the policy that drew (Q Eq. 6 asks for no
 more), and `ratio_std` shows the distance.
 """
 
@@ -217,7 +217,7 @@ def is_hacked(trained: Sequence[float], watched: Sequence[float], window: int = 
 
 # -------------------------------------------------------------------------------------------------- in the background
 class Later:
-    """Scoring in the background, one batch at a time and in order; the caller draws the next batch meanwhile.
+    """Scoring in the background, one batch at a time and in order; the caller draws others meanwhile.
 
     Its thread is a daemon, which an executor's is not: a run that ends, or is told to stop, does not wait for a far
     judge.

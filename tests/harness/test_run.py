@@ -87,6 +87,7 @@ def train(run):
         for p in run.weights.parameters.values():
             p.grad += 0.1 * p.detach()
         run.log({"loss": 0.5 + step, "grad_norm": run.update()})
+        run.follow()
 
 
 def flat(tensors):
@@ -99,31 +100,35 @@ def checkpoints(run):
 
 
 # ------------------------------------------------------------------------------------- one optimizer update
-@pytest.mark.parametrize("decay, warmup, every", [(False, 2, 1), (True, 2, 1), (False, 0, 2)])
-def test_an_update_by_hand(toy, monkeypatch, decay, warmup, every):
+@pytest.mark.parametrize("decay, warmup, every, updates", [(False, 2, 1, 1), (True, 2, 1, 1), (False, 0, 2, 2)])
+def test_an_update_by_hand(toy, monkeypatch, decay, warmup, every, updates):
     # AdamW in numpy float64: m, v with betas (0.9, 0.99), bias correction, decoupled weight decay 0.5, clipped at 1.
-    # lr(s) = 0.1 * min(1, (s+1)/warmup) [* (1/2 + cos(pi s/3)/2)]; with the cosine x 1, 3/4, 1/4.
-    # EMA: decay(s) = min(0.2, (1+s)/(10+s)) = 1/10, 2/11, 0.2, at every `every`-th step. The old policy: its own.
+    # lr(s) = 0.1 * min(1, (s+1)/warmup) [* (1/2 + cos(pi s/3)/2)] of step s, of which each has `updates`.
+    # EMA after n updates: decay = min(0.2, n/(9+n)) = 1/10, 2/11, 0.2, at every `every`-th *update*.
+    # The old policy: its own decay, once after the last update of a step; between them it does not move.
     run = toy(**NFT, decay=decay, warmup=warmup, weight_decay=0.5, ema_decay=0.2, ema_every=every)
-    schedule = [0, 0.5, 0.25]
+    schedule = [0.6, 0.5, 0.25]
     monkeypatch.setattr(weights.nft, "old_policy_decay", lambda step: schedule[step])
     w, m, v = flat(run.weights.parameters), 0.0, 0.0
     mean, old = w, w
     assert (flat(run.weights.average) == w).all() and (flat(run.weights.old) == w).all()
-    for step, lr in enumerate([0.05 if warmup else 0.1, 0.1 * (0.75 if decay else 1), 0.1 * (0.25 if decay else 1)]):
-        run.step = step
-        set_gradients(run, step)
-        g = flat(GRADS[step])
+    for n in (1, 2, 3):
+        run.step = step = (n - 1) // updates
+        lr = 0.1 * (min(1, (step + 1) / warmup) if warmup else 1) * ([1, 0.75, 0.25][step] if decay else 1)
+        set_gradients(run, n - 1)
+        g = flat(GRADS[n - 1])
         length = math.sqrt((g**2).sum())
         assert run.update() == pytest.approx(length, rel=1e-5), "the norm returned is the one before clipping"
         g = g / max(1.0, length)
         m, v = 0.9 * m + 0.1 * g, 0.99 * v + 0.01 * g**2
         w = w * (1 - lr * 0.5)
-        w = w - lr * (m / (1 - 0.9 ** (step + 1))) / (np.sqrt(v / (1 - 0.99 ** (step + 1))) + 1e-8)
-        if (step + 1) % every == 0:
-            follow = [1 / 10, 2 / 11, 0.2][step]
+        w = w - lr * (m / (1 - 0.9**n)) / (np.sqrt(v / (1 - 0.99**n)) + 1e-8)
+        if n % every == 0:
+            follow = [1 / 10, 2 / 11, 0.2][n - 1]
             mean = follow * mean + (1 - follow) * w
-        old = schedule[step] * old + (1 - schedule[step]) * w
+        if n % updates == 0:
+            run.follow()
+            old = schedule[step] * old + (1 - schedule[step]) * w
         for found, expected in ((run.weights.parameters, w), (run.weights.average, mean), (run.weights.old, old)):
             assert flat(found) == pytest.approx(expected, abs=2e-6)
         assert all(p.grad is None for p in run.weights.parameters.values()), "nothing is left for the next step"

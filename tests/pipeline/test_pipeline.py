@@ -181,7 +181,9 @@ def test_dropping_loses_the_group_of_the_prompt_that_cannot_be_scored_and_nothin
     victim = drawn[0].args[1][2].prompt.text  # of the second group of three
     far.plan = lambda number, body: says("no", 400) if body["prompts"][0]["text"] == victim else None
     half = go("half", "--on-reward-failure", "drop", *flags)
-    all_of_it, what_is_left = (call.args[2] for call in taught)
+    all_of_it, what_is_left = (call.args[2].reshape(-1, 2) for call in taught)
+    for call, weight in zip(taught, ([1 / 6] * 6, [1 / 4, 1 / 4, 0, 0, 1 / 4, 1 / 4]), strict=True):
+        assert call.args[3].tolist() == pytest.approx(weight)
     assert all_of_it.shape == (3, 2) and (all_of_it != 0).all()
     assert torch.equal(what_is_left[[0, 2]], all_of_it[[0, 2]]), "advantages are about one's own group"
     assert (what_is_left[1] == 0).all()
@@ -199,11 +201,12 @@ def test_every_score_goes_to_its_own_picture_whatever_the_order_of_the_answers(g
     folder = go("run", *flags, *NOT_WARM, *asks(tmp_path, shuffled))
     assert len(taught) == 4 * 3
     for call in taught:
-        run, parts, advantages, _ = call.args
+        run, parts, advantage_B, _ = call.args
         images = torch.cat([run.model.decode(part.x0) for part in parts])
-        scores = torch.from_numpy(brightness_of(images)).reshape(advantages.shape)
+        scores = torch.from_numpy(brightness_of(images)).reshape(-1, 2)
         assert scores.unique().numel() == scores.numel(), "a picture is known by its score"
-        assert torch.allclose(advantages.double(), scores - scores.mean(1, keepdim=True), rtol=0, atol=1e-6)
+        expected = (scores - scores.mean(1, keepdim=True)).flatten()
+        assert torch.allclose(advantage_B.double(), expected, rtol=0, atol=1e-6)
     in_order = brightness_of(torch.cat([call.result[1] for call in drawn]))
     assert sorted(shuffled.answered) == pytest.approx(sorted(in_order), abs=1e-9)
     assert shuffled.answered != pytest.approx(list(in_order), abs=1e-9), "the answers came in another order"
@@ -219,27 +222,29 @@ def test_what_is_learnt_depends_on_whether_a_scorer_is_waited_for_and_not_on_how
     assert not same(stored(go("waited-for", *flags, "--no-overlap")), stored(quick))
 
 
-def test_the_next_batch_is_drawn_while_this_one_is_scored(go, tmp_path, far, monkeypatch):
+@pytest.mark.parametrize("more", [["--micro-batch", "3"], ["--micro-batch", "0", "--overlap"]])
+def test_others_are_drawn_while_a_group_is_scored(go, tmp_path, far, monkeypatch, more):
+    """Q 4.1: the rest of the same step, of which the first three rows hold one whole group of two; or the next step."""
     begun, waits, real = threading.Semaphore(0), [], rollout.roll_out
 
     def roll_out(*args):
         begun.release()
         return real(*args)
 
-    def plan(number, body):  # no answer about a batch before the one after it is being drawn
+    def plan(number, body):  # no answer about a group before the micro-batch after it is being drawn
         if not waits:
             waits.append(begun.acquire(timeout=5) and begun.acquire(timeout=5))
 
     monkeypatch.setattr(rollout, "roll_out", roll_out)
     far.plan = plan
-    flags = [*TEXT, "--overlap", "--steps", "2", "--save-every", "9"]
+    flags = [*TEXT, *more, "--updates", "1", "--steps", "2", "--save-every", "9"]
     go("run", *flags, *asks(tmp_path, far, concurrency=1, deadline=20.0))
     assert waits == [True]
 
 
 def test_the_first_ratio_is_one_unless_the_batch_was_drawn_by_the_policy_before(go, spy):
     rows = spy(rollout, "rows_of")
-    flags = [*TEXT, "--rewards", "quality=1", "--steps", "5", "--save-every", "2", *NOT_WARM]
+    flags = [*TEXT, "--rewards", "quality=1", "--steps", "5", "--save-every", "2", "--micro-batch", "3", *NOT_WARM]
     at_once = [line["ratio_std"] for line in metrics(go("at-once", *flags))]
     assert at_once == [0.0] * 5, "drawn, scored and learnt from, one after the other"
     ahead = [line["ratio_std"] for line in metrics(go("ahead", *flags, "--overlap"))]

@@ -3,7 +3,9 @@ update, what each strategy of guidance asks of the model, and DiffusionNFT by ha
 """
 
 import math
-from itertools import combinations
+import os
+import signal
+from itertools import combinations, count
 
 import pytest
 import torch
@@ -16,7 +18,8 @@ from harness import rollout
 from harness.run import Run
 from models import flow
 from models.tiny import load_tiny
-from tests.helpers.runs import TASKS, close, flat, metrics, stored, weights, with_adapter
+from rewards import RewardError
+from tests.helpers.runs import TASKS, close, flat, metrics, same, stored, weights, with_adapter
 from tiny import drawings as tiny
 
 GRPO = ["--stage", "grpo", "--task", "text", "--rewards", "quality=1"]
@@ -111,6 +114,33 @@ def test_each_teacher_trains_on_the_prompts_of_its_task(go, spy, tmp_path):
     assert [[row.prompt.task for row in call.result] for call in rows] == [[task] * 6 for task in TASKS]
 
 
+@pytest.mark.parametrize("stage", ["grpo", "nft"])
+@pytest.mark.parametrize("micro_batch", ["0", "3"])
+def test_a_lost_group_pulls_nothing_and_no_mean_counts_it(go, monkeypatch, updates, capsys, world, stage, micro_batch):
+    """The groups' gradients, KL to the base included, are g1 + g2 + g3 over 3. Each is lost once: the others' mean is
+    half their sum, and the three runs together have 3 times the whole gradient."""
+    lost, real, drawn = [], tiny.SCORERS["quality"], []
+
+    def score(images, prompts):
+        drawn.extend(p.text for p in prompts)
+        if any(p.text in lost for p in prompts):
+            raise RewardError("no score")
+        return real(images, prompts)
+
+    monkeypatch.setitem(tiny.SCORERS, "quality", score)
+    flags = [*GRPO, "--stage", stage, "--beta", "0.5", "--advantage-std", "none", "--on-reward-failure", "drop"]
+    flags += ["--micro-batch", micro_batch, "--init", str(world.teachers["text"])]
+    lines = [metrics(go("whole", *flags))[0]]
+    for text in dict.fromkeys(drawn[:6]):
+        lost[:] = [text]
+        lines.append(metrics(go(f"without-{len(updates)}", *flags))[0])
+    whole, *others = (flat(update.grads) for update in updates)
+    assert len(others) == 3 and close(sum(others) / 3, whole, 1e-4 * whole.abs().max())
+    assert all((other - whole).norm() > 1e-2 * whole.norm() for other in others)
+    key = "kl" if stage == "grpo" else "distance"
+    assert sum(line[key] for line in lines[1:]) / 3 == pytest.approx(lines[0][key], rel=1e-4) and lines[0][key] > 0
+
+
 # ------------------------------------------------------------------ which guidance, and where (Q 4.1)
 @pytest.fixture
 def asked(forwards, monkeypatch):
@@ -141,11 +171,10 @@ def test_each_strategy_asks_the_empty_prompt_where_it_should_and_nowhere_else(go
     shapes = [(len(call.empty), int(call.empty.sum())) for call in drawn]
     # Under the hybrid in two forwards of eight rows: the objective's have eight, and its first ratio must be 1.
     per_step = {"both": [(16, 8)], "rollout": [(8, 0), (8, 8)], "neither": [(8, 0)]}[guidance]
-    assert shapes == per_step * 3 and not any(call.grad for call in drawn)
-    whose = [(call.who, call.grad) for call in trained]
-    student, base, old = ("student", True), (None, False), ("student", False)
-    assert whose == ([old] * 2 + [student, base] * 2 if stage == "nft" else [student, base] * 2)
     expected = (16, 8) if guidance == "both" else (8, 0)
+    v_old = [expected] * 2 if stage == "nft" else []  # of the policy that draws, at the trained times
+    assert shapes == per_step * 3 + v_old and not any(call.grad for call in drawn)
+    assert [(call.who, call.grad) for call in trained] == [("student", True), (None, False)] * 2
     assert all((len(call.empty), int(call.empty.sum())) == expected for call in trained)
     for call in trained:
         if call.grad:
@@ -274,6 +303,51 @@ def test_the_old_policy_draws_and_follows_by_its_schedule(go2, monkeypatch):
         old = {name: decay * old[name] + (1 - decay) * students[step + 1][name] for name in old}
     assert all(close(state[f"old.{name}"], old[name], 1e-6) for name in old) and len(old) > 10
     assert metrics(folder)[2]["moved"] > 0 == metrics(folder)[0]["moved"]
+
+
+@pytest.mark.parametrize("updates_a_step", [1, 2])
+@pytest.mark.parametrize("overlap", ["--no-overlap", "--overlap"])
+def test_v_old_is_of_the_policy_that_drew_the_picture(go2, spy, monkeypatch, overlap, updates_a_step):
+    """Drawn ahead or not, at the first and the second update of a step: asked again of the weights that drew."""
+    monkeypatch.setattr(nft, "old_policy_decay", lambda step: 0.3)
+    held, drawing = [], rollout.roll_out
+
+    def roll_out(model, *args):
+        held.append({name: p.detach().clone() for name, p in model.trainable().items()})
+        return drawing(model, *args)
+
+    monkeypatch.setattr(rollout, "roll_out", roll_out)
+    learnt, flags = spy(train, "update_forward"), [*NFT, "--steps", "4", "--save-every", "9", "--micro-batch", "3"]
+    go2("run", *flags, overlap, "--updates", str(updates_a_step), "--warmup", "0", "--lr", "0.01")
+    parts = [(call.args[0].model, part) for call in learnt for part in call.args[1]]
+    assert len(parts) == len(held) == 4 * {1: 3, 2: 4}[updates_a_step]
+    for (model, part), numbers in zip(parts, held, strict=True):
+        for name, p in model.trainable().items():
+            p.data.copy_(numbers[name])
+        for at in part.path:
+            with torch.no_grad():
+                assert torch.equal(part.velocity(at.x, at.t), at.v_old)
+    moved = [any(not torch.equal(a[name], b[name]) for name in a) for a, b in zip(held, held[1:])]
+    assert sum(moved) == (2 if overlap == "--overlap" else 3), "it moves between steps and not within one"
+
+
+@pytest.mark.parametrize("stage", ["grpo", "nft"])
+def test_a_run_that_is_stopped_while_it_draws_saves_the_student_and_not_the_policy_that_draws(go2, monkeypatch, stage):
+    flags = [*NFT, "--stage", stage, "--steps", "3", "--save-every", "9", "--micro-batch", "3", "--lr", "0.01"]
+    monkeypatch.setattr(nft, "old_policy_decay", lambda step: 0.3)
+    whole, real, calls = go2("whole", *flags), rollout.roll_out, count(1)
+
+    def roll_out(model, *args):
+        if next(calls) == 8:  # in the third step
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(model, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rollout, "roll_out", roll_out)
+        cut = go2("cut", *flags)
+    assert stored(cut)["step"] == 2
+    go2("cut", *flags)
+    assert same(stored(cut), stored(whole))
 
 
 def test_micro_batches_of_nft_change_neither_noise_nor_gradient(go2, updates):

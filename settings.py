@@ -72,7 +72,6 @@ class Settings:
                                           LORA)
     timeout: float = _option(30.0, "minutes that a rank waits for the others, a first download included, before it "
                              "gives up", low=0.1)
-    threads: int = _option(0, "CPU threads per process; 0: all cores, shared among the processes", low=0)
     wandb: bool = _option(False, "log to Weights & Biases too (extra: pip install -e '.[wandb]')", TRAINED)
 
     model: str = _option("stabilityai/stable-diffusion-3.5-medium", "base checkpoint: a Hub id, a folder or a run; "

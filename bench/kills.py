@@ -139,7 +139,7 @@ def cases(base: Path) -> Mapping[str, Case]:
     import train
 
     small = "--preset tiny --stage nft --task text --prompts-per-step 1 --group-size 2 --num-steps 2 --train-prompts 4"
-    flags = f"{small} --eval-prompts 0 --threads 1 --device cpu --rank 2 --alpha 2 --save-every 1 --keep 2".split()
+    flags = f"{small} --eval-prompts 0 --device cpu --rank 2 --alpha 2 --save-every 1 --keep 2".split()
 
     def steps(count: int) -> Callable[[Path], None]:
         def work(folder: Path) -> None:
@@ -173,6 +173,7 @@ def main() -> int:
 
     from models.tiny import new_tiny
 
+    os.environ["OMP_NUM_THREADS"] = "1"  # the runs leave this as it is:
     torch.set_num_threads(1)
     total = [0, 0]
     with tempfile.TemporaryDirectory() as folder:

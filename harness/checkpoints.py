@@ -52,7 +52,7 @@ def prepare(folder: Path, s: Settings) -> None:
 
 def recorded(s: Settings) -> dict:
     """The settings that a run's config.json holds: what the stage reads, and not how it was started."""
-    return {k: v for k, v in read_by(s).items() if k not in ("resume", "dry_run", "config", "threads")}
+    return {k: v for k, v in read_by(s).items() if k not in ("resume", "dry_run", "config")}
 
 
 def check(folder: Path, s: Settings) -> None:

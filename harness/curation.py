@@ -29,7 +29,7 @@ from settings import Settings
 
 REASONS = ("kept", "always good", "always bad", "not scored")
 # Settings and options of a scorer's entry that change no score; `FREE` has those that any run may change.
-NO_MATTER = ("threshold", "train_prompts", "prompts", "rewards", "threads", "out", "config")
+NO_MATTER = ("threshold", "train_prompts", "prompts", "rewards", "out", "config")
 WAY_TO_A_SCORER = ("device", "endpoints", "key_env", *Limits._fields)
 
 

@@ -78,8 +78,8 @@ def pick_device(s: Settings) -> torch.device:
 def start(s: Settings) -> torch.device:
     """Choose device and threads, and join the process group that torchrun describes, if any."""
     device = pick_device(s)
-    if s.threads or "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(s.threads or max(1, cores() // local_world()))
+    if "OMP_NUM_THREADS" not in os.environ:  # of which torch reads what is there
+        torch.set_num_threads(max(1, cores() // local_world()))
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what is float32 inside a network

@@ -6,6 +6,7 @@ is imported at the top.
 """
 
 import json
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -23,11 +24,12 @@ from tests.helpers.runs import (
     with_adapter,
 )
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread gives the same bits on every machine; torch is not here yet
+
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     """A random base (`base`), a random adapter a task (`teachers`), and the flags that choose them (`flags`)."""
-    import torch
 
     from models import tiny
 
@@ -37,7 +39,6 @@ def world(tmp_path_factory):
     teachers = {task: root / f"teacher-{task}" for task in TASKS}
     for number, folder in enumerate(teachers.values()):
         save_random_adapter(root / "base", folder, seed=number)
-    torch.set_num_threads(1)
     return SimpleNamespace(root=root, base=root / "base", teachers=teachers, flags=flags_of(root, teachers, SMALL))
 
 
@@ -61,12 +62,10 @@ def sd35(tmp_path_factory):
 
     `lora` is a fourth one, in PEFT's layout again, for what takes adapters only.
     """
-    import torch
     from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
     from tests.helpers.sd3 import build_sd35, random_lora
 
-    torch.set_num_threads(1)
     root = tmp_path_factory.mktemp("sd35")
     base = build_sd35(root / "base", num_layers=2)
     teachers = {task: root / f"teacher-{task}" for task in TASKS}
@@ -88,12 +87,10 @@ def qwen(tmp_path_factory):
 
     `prompts` are its files: t2i.txt, and edits.jsonl, which edits the three pictures of 64 x 64 pixels beside it.
     """
-    import torch
     from diffusers import QwenImageTransformer2DModel
 
     from tests.helpers.qwen_hub import build_qwen
 
-    torch.set_num_threads(1)
     root = tmp_path_factory.mktemp("qwen")
     base = build_qwen(root / "base", "plus")
     teachers = {task: root / f"teacher-{task}" for task in ("t2i", "edit")}
@@ -269,7 +266,6 @@ def world2(tmp_path_factory):
     teachers = {task: root / f"teacher-{task}" for task in QWEN_TASKS}
     for number, folder in enumerate(teachers.values()):
         save_random_adapter(root / "base", folder, seed=number)
-    torch.set_num_threads(1)
     return SimpleNamespace(root=root, base=root / "base", teachers=teachers, flags=flags_of(root, teachers, SMALL2))
 
 

@@ -52,7 +52,7 @@ def test_the_flops_of_a_qwen_forward_are_those_of_its_products_sources_included(
 
 def test_a_step_on_both_of_qs_tasks_is_timed_on_random_weights(capsys):
     flags = "--preset qwen-rl --resolution 64 --source-resolution 48 --text-length 10 --num-steps 3"
-    flags += " --prompts-per-step 2 --group-size 3 --micro-batch 3 --threads 1 --rank 4 --device cpu"
+    flags += " --prompts-per-step 2 --group-size 3 --micro-batch 3 --rank 4 --device cpu"
     found = bench.step(*flags.split(), "--precision", "float32", config=SMALL_QWEN, rounds=1)
     text = 10 + bench.PICTURE_TOKENS
     a_row = (bench.forward_flops(SMALL_QWEN, 64, 10) + bench.forward_flops(SMALL_QWEN, 64, text, 48)) / 2
@@ -65,7 +65,7 @@ def test_a_step_on_both_of_qs_tasks_is_timed_on_random_weights(capsys):
 def test_a_step_of_real_shapes_is_timed_on_random_weights(capsys, more):
     flags = "--anchor quality --resolution 64 --text-length 10 --num-steps 3 --window 0:2 --prompts-per-step 3"
     flags += " --group-size 2"
-    flags = [*flags.split(), *"--micro-batch 3 --threads 1 --device cpu --precision float32".split(), *more]
+    flags = [*flags.split(), *"--micro-batch 3 --device cpu --precision float32".split(), *more]
     found = bench.step(*flags, config=SMALL, rounds=1)
     a_row = bench.forward_flops(SMALL, 64, 77 + 10)
     # 12 rows (6 trajectories with guidance), three steps of which two train: the student's, the teachers' 4 rows of 6

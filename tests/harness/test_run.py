@@ -62,7 +62,7 @@ class Pair:
 def toy_in(folder, **changes):
     """A run of the two tensors."""
     plain = {
-        "preset": "tiny", "name": "toy", "out": str(folder), "parameters": "full", "steps": 3, "threads": 1,
+        "preset": "tiny", "name": "toy", "out": str(folder), "parameters": "full", "steps": 3,
         "save_every": 1, "lr": 0.1, "decay": False,
     }  # fmt: skip
     return Run(cli.resolve({**plain, **changes}), Pair())

@@ -117,7 +117,7 @@ OPD = ["opd", *QUIET, "--steps", "3"]
 GRPO = ["grpo", *QUIET, *"--steps 3 --task text --advantage-std group --lr 1e-3 --rewards jpeg=1".split()]
 FULL = [*OPD, "--parameters", "full", "--lr", "1e-3"]
 REWARD = "--stage reward --objective pairwise --steps 2 --micro-batch 2 --rank 4 --holdout 0.3".split()
-REWARD += "--precision float32 --threads 1 --device cpu --save-every 2".split()
+REWARD += "--precision float32 --device cpu --save-every 2".split()
 CURATE = ["curate", *"--tasks text --threshold 0.0045 --prompts-per-step 2 --rewards jpeg=1".split()]
 
 

@@ -143,7 +143,7 @@ def test_eval_py_refuses_in_one_line(world, tmp_path, capsys):
 
 def test_each_shipped_teacher_is_the_best_at_its_own_task(tmp_path, no_pictures):
     """The checkpoints in assets/ are what the README says: a mediocre base, and specialists that beat it at home."""
-    shipped = {"preset": "tiny", "name": "shipped", "mar": 0.0, "out": str(tmp_path), "eval_prompts": 36, "threads": 1}
+    shipped = {"preset": "tiny", "name": "shipped", "mar": 0.0, "out": str(tmp_path), "eval_prompts": 36}
     rows, _ = evaluation.compare(cli.resolve({**shipped, "device": "cpu"}))
     scores = {name: row["scores"] for name, row in rows.items()}
     for task in tiny.TASKS:

@@ -25,7 +25,6 @@ OBJECTIVES = ("pointwise", "pairwise")
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """240 prompts instead of 3000, and a judge of half the width."""
-    torch.set_num_threads(1)
     monkeypatch.setattr(report, "plot_metrics", lambda folder: [])  # half a second a run, and test_report.py's matter
     monkeypatch.setattr(tiny_judge, "PROMPTS", 240)
     whole = tiny_judge.TinyJudge
@@ -33,7 +32,7 @@ def small(monkeypatch):
 
 
 def go(folder, *flags, preset="tiny", code=0):
-    out = ["--out", str(folder.parent), "--name", folder.name, "--threads", "1", "--device", "cpu"]
+    out = ["--out", str(folder.parent), "--name", folder.name, "--device", "cpu"]
     assert train.main(["--preset", preset, "--stage", "reward", *out, *map(str, flags)]) == code
     return folder
 

@@ -79,8 +79,11 @@ def pretrain(s: Settings, load=load) -> Run:
             captions = ["" if rng.random() < 0.1 else caption for caption in captions]  # v(x, t, "") is for guidance
             x0 = run.model.latents(images)
             tokens = torch.tensor([run.model.tokenize(caption) for caption in captions])
-            cond = run.model.encode_tokens(tokens, before)  # with gradient: the embeddings train, too
-            loss += flow_matching(run, x0, training_times(run, len(x0), noise), cond, noise, s.batch_size)
+
+            def encode(i: slice, tokens=tokens, before=before) -> flow.Cond:  # with gradient: the embeddings train, too
+                return run.model.encode_tokens(tokens[i], before and before[i])
+
+            loss += flow_matching(run, x0, training_times(run, len(x0), noise), encode, noise, s.batch_size)
         run.log({"loss": loss, "grad_norm": run.update(), "seconds": time.time() - began})
     return run
 
@@ -90,13 +93,18 @@ def training_times(run: Run, count: int, noise: torch.Generator) -> Tensor:
     return torch.sigmoid(torch.randn(count, generator=noise) + run.model.train_shift)
 
 
-def flow_matching(run: Run, x0: Tensor, t: Tensor, cond: flow.Cond, noise: torch.Generator, rows: int) -> float:
-    """Backward of one flow-matching batch in micro-batches (F Eq. 1, Q Eq. 2) -> its part of the mean over `rows`."""
+def flow_matching(
+    run: Run, x0: Tensor, t: Tensor, cond: Callable[[slice], flow.Cond], noise: torch.Generator, rows: int
+) -> float:
+    """Backward of one flow-matching batch in micro-batches (F Eq. 1, Q Eq. 2) -> its part of the mean over `rows`.
+
+    cond: rows of the batch -> what the model is told about them, with a graph of their own if it has a gradient.
+    """
     eps, total = sde.standard_normal(x0.shape, noise), 0.0
     for part in batches(range(len(x0)), run.s.micro_batch):
         i = slice(part[0], part[-1] + 1)
         clean, e, at = (value[i].to(run.model.device) for value in (x0, eps, t))
-        v = run.model.velocity(sde.interpolate(clean, e, at), at, cond.rows(i))  # v_theta(x_t, t, c), Q Eq. 1
+        v = run.model.velocity(sde.interpolate(clean, e, at), at, cond(i))  # v_theta(x_t, t, c), Q Eq. 1
         loss = sde.flow_matching_loss(v, clean, e).sum() / rows  # F Eq. 1, Q Eq. 2
         loss.backward()
         total += loss.item()
@@ -346,7 +354,7 @@ def sft(s: Settings, load=load) -> Run:
             if len(own):
                 cond, _ = rollout.conditions(run.model, [some[i] for i in own], 1.0)
                 times = training_times(run, len(own), noise)
-                loss += flow_matching(run, drawn[task][own], times, cond, noise, s.batch_size)
+                loss += flow_matching(run, drawn[task][own], times, cond.rows, noise, s.batch_size)
         run.log({"loss": loss, "grad_norm": run.update(), "seconds": time.time() - began})
     return run
 

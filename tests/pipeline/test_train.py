@@ -118,10 +118,11 @@ def test_training_stays_off_the_network_and_says_nothing_but_progress(go, monkey
 
 
 # --------------------------------------------------------------------------------------------------------- cold starts
-def test_micro_batches_of_flow_matching_change_neither_noise_nor_gradient(go, spy, updates):
+@pytest.mark.parametrize("stage", ["sft", "pretrain"])
+def test_micro_batches_of_flow_matching_change_neither_noise_nor_gradient(go, spy, updates, small_pretraining, stage):
     calls, found = spy(train, "flow_matching"), []
     for size in (0, 2, 3):
-        go(f"of{size}", "--stage", "sft", "--micro-batch", str(size), "--batch-size", "7")
+        go(f"of{size}", "--stage", stage, "--micro-batch", str(size), "--batch-size", "7")
         times = torch.cat([call.args[2] for call in calls])
         found.append((times, sum(call.result for call in calls), flat(updates[-1].grads)))
         calls.clear()
@@ -148,7 +149,8 @@ def test_sft_learns_the_pictures_of_each_tasks_own_teacher(go, spy, world):
         (task,) = {t for t, d in zip(TASKS, calls, strict=True) if any(torch.equal(x0[0], one) for one in d.result)}
         latents = calls[TASKS.index(task)].result
         assert rows == 3 and x0.shape[1:] == (3, 24, 24)
-        for row, tokens in zip(x0, cond.tokens, strict=True):  # the latents themselves, each with its own prompt
+        told = cond(slice(None)).tokens
+        for row, tokens in zip(x0, told, strict=True):  # the latents themselves, each with its own prompt
             (place,) = [i for i, one in enumerate(latents) if torch.equal(row, one)]
             assert torch.equal(tokens, conds[task].tokens[place])
 

@@ -1,7 +1,9 @@
-"""What a generated prompt says of its content: GenEval's checklists and sentences, its mix of tags, and the split."""
+"""What a prompt says of its content: GenEval's checklists and sentences, its mix of tags, and the split."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
+
+from rewards import MAX_PER_CLASS
 
 NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four"}
 # GenEval's own training mix. `single_object` is never trained on, so its test score is out of distribution.
@@ -56,3 +58,28 @@ def plural(name: str) -> str:
     """ERRATUM: GenEval makes every plural with s, or es after an s, and so writes "four knifes" and "two sheeps". Kept,
     because models are tested on those sentences."""
     return name + ("es" if name.endswith("s") else "s")
+
+
+def impossible(metadata: Mapping) -> str:
+    """Why no picture can pass a checklist under `rewards.geneval_verdict`, in words; "" if one can. F §6.1 (GenEval).
+
+    Every include of a class looks at the same best objects of it, at most `MAX_PER_CLASS`.
+    """
+    entries, exclude = metadata.get("include", ()), metadata.get("exclude", ())
+    for i, entry in enumerate(entries):
+        name, count = entry["class"], entry["count"]
+        colors = {e["color"] for e in entries if e["class"] == name and "color" in e}
+        if count > MAX_PER_CLASS:
+            return f"include[{i}]: {count} of {name!r}, of which at most {MAX_PER_CLASS} are counted"
+        if len(colors) > 1:
+            return f"include[{i}]: the same {name!r} in {' and '.join(sorted(colors))}"
+        if any(e["class"] == name and e["count"] <= count for e in exclude):
+            return f"include[{i}]: {count} of {name!r}, and an exclude forbids so many"
+        relation, passed = entry.get("position", [""])[0], [i]
+        while entries[passed[-1]].get("position", [None])[0] == relation:  # a chain such as left of, left of, ...
+            passed.append(entries[passed[-1]]["position"][1])
+            if entries[passed[-1]]["class"] == name:
+                return f"include[{i}]: {name!r} {relation} itself"
+            if passed[-1] in passed[:-1]:
+                break
+    return ""

@@ -5,18 +5,24 @@ A prompt's `image` is a path, or the picture itself as a data URI, `data:image/p
 
 import base64
 import io
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from data.common import first_line
 from data.files import DataError, Prompt
 from rewards import RewardError
 
 PNG_URI = "data:image/png;base64,"
+FORMATS = ("PNG", "JPEG", "WEBP")
+MOST_PIXELS = 1 << 26  # of a source, 8192 x 8192: they need 200 MB
 CACHED_PICTURES = 64  # decoded sources that are kept: 200 MB of 1024 x 1024 pixels
 
 
@@ -58,43 +64,76 @@ def source_image(prompt: Prompt) -> np.ndarray | None:
 
     The last `CACHED_PICTURES` are kept and shared, so nobody may write to them. DataError as `check_source`.
     """
-    return _look(prompt, _decoded)
+    return _look(prompt, _cached)
 
 
 def check_source(prompt: Prompt) -> None:
-    """DataError, `path:line: ...`, for an edit whose picture is missing or cannot be read. No pixel is decoded."""
-    _look(prompt, _verified)
+    """DataError, `path:line: ...`, for an edit whose picture is missing or cannot be read, to its last byte."""
+    _look(prompt, verify)
 
 
-def _look(prompt: Prompt, look):
+def _look(prompt: Prompt, look: Callable):
     """`look` at the prompt's picture, if it has one. What is wrong with it is wrong with the prompt's line."""
     where = prompt.metadata.get("image")
     if where is None:
         return None
     try:
         return look(where)
-    # Pillow refuses a picture with as many types of exceptions as it has formats.
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as fault:
-        shown = "the image in the line" if where.startswith("data:") else f"image {where}"
-        reason = getattr(fault, "strerror", None) or "no picture that can be read"
-        raise DataError(f"{prompt.source}: {shown}: {reason}; give a PNG or JPEG file, or {PNG_URI}...") from None
+    except DataError as fault:
+        raise DataError(f"{prompt.source}: {fault}") from None
 
 
-def _opened(where: str) -> Image.Image:
-    if not where.startswith("data:"):
-        return Image.open(where)
-    head, _, body = where.partition(",")
+# ------------------------------------------------------------------------------------------------- reading pictures
+@contextmanager
+def opened(where: str | Path) -> Iterator[Image.Image]:
+    """A picture from a file or a data URI, its header read and its size known. DataError for whatever is wrong.
+
+    Only `FORMATS` are tried: others start programs (PostScript) or hold what is no picture of eight bits.
+    """
+    try:
+        source = Path(where) if isinstance(where, Path) or not where.startswith("data:") else _embedded(where)
+        if isinstance(source, Path) and os.path.exists(source) and not os.path.isfile(source):
+            raise ValueError("no regular file")  # a pipe would be waited for
+        with Image.open(source, formats=FORMATS) as picture:
+            if picture.width * picture.height > MOST_PIXELS:
+                raise ValueError(f"{picture.width} x {picture.height} pixels are more than {MOST_PIXELS}")
+            yield picture
+    except Exception as fault:  # Pillow refuses a picture with as many types of exceptions as it has formats
+        cause = getattr(fault, "strerror", None) or first_line(fault)
+        shown = "the image in the line" if str(where).startswith("data:") else where
+        raise DataError(
+            f"{shown}: no picture that can be read ({cause[:200]}); give a PNG, JPEG or WEBP file"
+        ) from None
+
+
+def _embedded(uri: str) -> io.BytesIO:
+    head, _, body = uri.partition(",")
     if not head.endswith(";base64"):
         raise ValueError("a data URI that is not base64")
-    return Image.open(io.BytesIO(base64.b64decode(body, validate=True)))
+    return io.BytesIO(base64.b64decode(body, validate=True))
 
 
-def _verified(where: str) -> None:
-    with _opened(where) as picture:
-        picture.verify()
+def verify(where: str | Path) -> None:
+    """DataError unless a picture is whole: a file that was cut in half has a sound header."""
+    with opened(where) as picture:
+        picture.draft(None, (1, 1))  # all bytes of a JPEG are read, and few of its pixels are computed
+        picture.load()
 
 
-@lru_cache(CACHED_PICTURES)
-def _decoded(where: str) -> np.ndarray:
-    with _opened(where) as picture:  # a camera's rotation is in EXIF, not in the pixels
-        return np.array(ImageOps.exif_transpose(picture).convert("RGB"))
+def decode(where: str | Path) -> np.ndarray:
+    """A picture, upright, as (H, W, 3) uint8: transparent pixels over white, 16 bits of grey as the nearest of eight.
+
+    DataError as `opened`.
+    """
+    with opened(where) as picture:
+        picture = ImageOps.exif_transpose(picture)  # a camera's rotation is in EXIF, not in the pixels
+        if picture.mode.startswith("I"):
+            grey = np.rint(np.asarray(picture, np.float64) / 257).clip(0, 255).astype(np.uint8)
+            return grey[..., None].repeat(3, -1)
+        if picture.has_transparency_data:
+            picture = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+        return np.array(picture.convert("RGB"))
+
+
+_cached = lru_cache(CACHED_PICTURES)(decode)

@@ -6,17 +6,15 @@
 Image paths are relative to the folder of their file.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image
 from torch import Tensor
 
 from data.batches import seed_for
-from data.common import first_line
-from data.files import DataError
+from data.common import DataError, first_line, read_objects
+from data.pictures import verify
 from rewards import HIGHEST_RATING as HIGHEST
 from rewards import LOWEST_RATING as LOWEST
 
@@ -45,46 +43,34 @@ class Pair(NamedTuple):
 def read(file: str | Path, objective: str) -> list[Sample] | list[Pair]:
     """The lines of a JSONL file that an objective ("pointwise" or "pairwise") learns from, in order.
 
-    Blank lines are skipped. DataError, `file:line: what is wrong`, for a line of another form and for an image that is
-    missing or is none. Only the images' headers are read now.
+    DataError, `file:line: what is wrong`, for a line of another form and for an image that is missing, cut or none.
     """
     file = Path(file)
-    try:
-        lines = file.read_bytes().split(b"\n")
-    except OSError as fault:
-        raise DataError(f"{file}:0: cannot be read ({fault.strerror}); check the path") from None
-    found = [_parse(f"{file}:{n}", line, file.parent, objective) for n, line in enumerate(lines, 1) if line.strip()]
+    found = [_parse(where, entry, file.parent, objective) for where, entry in read_objects(file)]
     if not found:
         raise DataError(f"{file}:0: the file holds no line; write one JSON object a line")
     return found
 
 
-def _parse(where: str, line: bytes, folder: Path, objective: str) -> Sample | Pair:
+def _parse(where: str, entry: object, folder: Path, objective: str) -> Sample | Pair:
     """One line. Whatever is wrong with it, DataError says where, why and what is needed."""
     pointwise = objective == "pointwise"
     try:
-        entry = json.loads(line)
         names, prompt = [entry[n] for n in (("image",) if pointwise else ("image_w", "image_l"))], entry["prompt"]
         if not all(isinstance(text, str) and text for text in (*names, prompt)):
             raise ValueError("an image or the prompt is no text")
         if pointwise and not (type(entry["score"]) in (int, float) and LOWEST <= entry["score"] <= HIGHEST):
             raise ValueError(f"the score is no number from {LOWEST} to {HIGHEST}")
-        files = [folder / name for name in names]
-        for file in files:
-            Image.open(file).close()
-    except Exception as fault:  # of JSON, UTF-8, a missing field, the file system or one of Pillow's many
+    except (ValueError, TypeError, KeyError) as fault:
         needed = f"--objective {objective} needs lines like {FORMS[objective]}"
         raise DataError(f"{where}: {first_line(fault)}; {needed}") from None
+    files = [folder / name for name in names]
+    for file in files:
+        try:
+            verify(file)
+        except DataError as fault:
+            raise DataError(f"{where}: {fault}") from None
     return Sample(*files, prompt, float(entry["score"])) if pointwise else Pair(*files, prompt)
-
-
-def read_picture(file: Path) -> Image.Image:
-    """The whole picture as eight-bit RGB. DataError if the file breaks off after its header."""
-    try:
-        with Image.open(file) as opened:
-            return opened.convert("RGB")
-    except Exception as fault:
-        raise DataError(f"{file}: no readable image ({first_line(fault)}); mend it or remove its line") from fault
 
 
 def split(items: Sequence, share: float) -> tuple[list, list]:

@@ -22,7 +22,6 @@ options of a kind are the arguments of its factory.
 import importlib
 import importlib.util
 import inspect
-import json
 import math
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -32,7 +31,7 @@ from typing import NamedTuple
 
 import torch
 
-from data.common import first_line
+from data.common import first_line, read_json
 from rewards import RewardError, Scorer
 
 # Kind -> the module and name of its factory, which is imported when the kind is asked for: it may need an extra.
@@ -112,7 +111,7 @@ def _short(text: str) -> tuple[dict, dict, Sequence[str]]:
 
 def _file(file: Path) -> tuple[dict, dict, Sequence[str]]:
     """(scorers, weights, watch) of a rewards file; ValueError if it has not its shape."""
-    content = json.loads(file.read_text())
+    content = read_json(file)
     if isinstance(content, dict) and {"weights"} <= set(content) <= {"scorers", "weights", "watch"}:
         scorers, weights, watch = content.get("scorers", {}), content["weights"], content.get("watch", [])
         if isinstance(scorers, dict) and isinstance(weights, dict) and isinstance(watch, list):

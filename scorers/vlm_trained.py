@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from peft import LoraConfig
+from PIL import Image
 from torch import Tensor, nn
 
 from data.common import first_line, write_atomic
 from data.files import Prompt
-from data.pictures import to_picture
-from data.preferences import Pair, Sample, read_picture
+from data.pictures import decode, to_picture
+from data.preferences import Pair, Sample
 from models import hub, lora, qwen_vl
 from models.hub import ModelError
 from reward_model import HIGHEST, LOWEST, expected_score, pair_accuracy, pearson, ranked
@@ -54,7 +55,7 @@ class VLMJudge:
         """The network's input for B pictures, files or tensors (3, H, W) in [0, 1]: each is shown, then asked about."""
         questions = []
         for image, prompt in zip(images, prompts, strict=True):
-            picture = to_picture(image) if isinstance(image, Tensor) else read_picture(image)
+            picture = to_picture(image) if isinstance(image, Tensor) else Image.fromarray(decode(image))
             questions.append(qwen_vl.chat(SYSTEM, [picture, self.question.replace("{prompt}", prompt)]))
         return self.vlm.inputs(questions)
 

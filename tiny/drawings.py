@@ -204,7 +204,8 @@ def score_verdict(images: Tensor, prompts: Sequence[Prompt]) -> list[float]:
 
 def score_ocr(images: Tensor, prompts: Sequence[Prompt]) -> list[float]:
     """The OCR rule (1 - edit distance / length) over `read_text`; in [0, 1]. ValueError for a prompt without a word."""
-    return [rewards.ocr_reward(text, p.text) for text, p in zip(read_text(images), prompts, strict=True)]
+    read = zip(read_text(images), prompts, strict=True)
+    return [rewards.ocr_reward(text, p.text, p.metadata.get("target", "")) for text, p in read]
 
 
 def score_quality(images: Tensor, prompts: Sequence[Prompt]) -> list[float]:

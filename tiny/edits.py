@@ -265,8 +265,8 @@ def demands(prompt: Prompt, found: Sequence[dict], word: str) -> tuple[list[floa
     met = [float(rewards.geneval_verdict(seen, {"include": [entry]})) for entry in entries]
     core = [value for i, value in enumerate(met) if i in asked]
     core += [float(not rewards.geneval_verdict(seen, {"include": [entry]})) for entry in meta.get("exclude", ())]
-    if '"' in prompt.text:
-        core.append(rewards.ocr_reward(word, prompt.text))
+    if "target" in meta or '"' in prompt.text:
+        core.append(rewards.ocr_reward(word, prompt.text, meta.get("target", "")))
     if not core:
         raise rewards.RewardError(f"{prompt.source}: no demand to score an edit by; give it an include list")
     return core, [value for i, value in enumerate(met) if i not in asked]

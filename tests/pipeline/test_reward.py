@@ -144,7 +144,7 @@ def test_a_holdout_without_prompts_and_a_picture_that_breaks_off_end_in_one_line
     base = build_vlm(tmp_path / "base")
     flags = ["--data", tmp_path / "marks.jsonl", "--model", base, "--precision", "float32"]
     go(tmp_path / "run", *flags, preset="flow-opd", code=2)
-    assert the_error(capsys).startswith(f"error: {broken}: ")
+    assert the_error(capsys).startswith(f"error: {tmp_path}/marks.jsonl:1: {broken}: ")
 
 
 # ---------------------------------------------------------------------------------------------- a tiny judge's run

@@ -15,10 +15,9 @@ group as a row; everything that belongs to one transition is flat, (B,).
 
 Clip ranges belong to a reduction: 1e-4 goes with log-probs averaged over the D latent dimensions ("mean"); the
 true ratio ("sum") moves D times as far.
-DEVIATION: F Eq. 3 has log p of the final image, which no flow model can evaluate cheaply. As in Q Eq. 6 it becomes
+DEVIATION (F Eq. 3): it has log p of the final image, which no flow model can evaluate cheaply. As in Q Eq. 6 it becomes
 the sum over the trajectory's Gaussian transitions: same expected gradient, computable.
-Q is silent on where the noise of its ratio comes from, since it rolls out with an ODE. The caller trains the
-transitions of a stochastic window (`sde.rollout`) or takes the forward-process loss of `nft.py`.
+ERRATUM (Q Eq. 6): it sums t = 0..T-1 of pi(x_{t-1}|x_t), and t = 0 would lead to x_{-1}.
 """
 
 from collections.abc import Mapping, Sequence
@@ -49,7 +48,7 @@ def group_advantages(rewards_PG: Tensor, std: str = "group") -> Tensor:
     - "none": 1 (Dr. GRPO): (1 - 1/G) times the gradient of the expected reward itself, in the reward's units.
 
     A group whose rewards are equal (up to `RELATIVE_NOISE`) teaches nothing and gets exactly 0.
-    DEVIATION: released code divides by std + 1e-4. Without the constant, a*R + b gives the same advantages as
+    DEVIATION (Flow-GRPO's code): it divides by std + 1e-4. Without the constant, a*R + b gives the same advantages as
     R for every a > 0, also for rewards that live on a scale of 1e-3.
     Raises ValueError for a NaN or infinite reward, a shape that is not (P, G) and an unknown `std`.
     """
@@ -105,7 +104,7 @@ def clipped_objective(ratio: Tensor, advantage: Tensor, eps: float | None) -> Te
     exactly if the policy has already moved past the clip in the direction that the advantage asks for. The min
     is pessimistic: a sample that moved the wrong way is never clipped, so it can come back. eps=None: rho A.
 
-    ERRATUM: released code multiplies a (B, 1) reward by a (B,) ratio. Broadcasting makes that (B, B), every
+    ERRATUM (F's code): it multiplies a (B, 1) reward by a (B,) ratio. Broadcasting makes that (B, B), every
     sample then gets the batch's mean credit, and no error says so. Here unequal shapes raise ValueError.
     """
     same_shape(ratio=ratio, advantage=advantage)
@@ -140,7 +139,7 @@ def policy_loss(
     - advantage: (B,), clamped to +-advantage_clip (5 in Flow-GRPO): one lucky image must not outweigh its group.
     - guard: GRPO-Guard (arXiv 2510.22319, cited in Q §6): `guard_ratio`, and the term is divided by dt, so that every t
       pulls alike. Literally by dt, as its code does: the term as a whole grows by about std / dt, and the KL does not.
-    - mean_ref: the reference's mean, with beta. DEVIATION: Flow-GRPO's code divides by 2 sigma^2 where F Eq. 8 has
+    - mean_ref: the reference's mean, with beta. DEVIATION (Flow-GRPO's code): it divides by 2 sigma^2 where F Eq. 8 has
       2 sigma^2 dt, and by D. That is dt KL / D, i.e. the mean over D of w(t) dt ||v - v_ref||^2, and its beta (0.04;
       0.01 for PickScore) belongs to it. A true KL would count 1 / dt times as much, 3.7 to 25 times on SD3.5's grid.
 
@@ -227,7 +226,7 @@ def hybrid_transition(step: Transition, v: Tensor, level: float, kernel: str = "
 
     because v_guided = (1-w) v_uncond + w v_cond and the mean is affine in the velocity: the exact policy gradient
     of what was drawn, in the conditional branch, but for 1/w (an optimizer such as Adam takes it away).
-    DEVIATION: Q leaves the unconditional branch out of the objective and is silent on whose action is judged.
+    SILENT (Q 4.1): the objective has no unconditional branch, and Q does not say whose action it judges.
     Norm-rescaled guidance is not affine in v_cond; there 1/w is approximate. Raises ValueError if shapes differ.
     """
     same_shape(v=v, v_guided=step.v)
@@ -252,7 +251,7 @@ def timestep_subset(
     - "random": `count` different ones from `generator`, drawn one by one with P(n) proportional to
       num_steps - n, which prefers high noise.
 
-    DEVIATION: Q gives neither the subset nor its weights; the linear law is our choice.
+    SILENT (Q 4.2): neither the subset nor its weights are given; the linear law is our choice.
     Raises ValueError for a count outside 1..num_steps and an unknown mode.
     """
     if mode not in SUBSET_MODES:
@@ -273,7 +272,7 @@ def mix_schedule(step: int, ratio: Mapping[str, int]) -> str:
     in 4, composition again in 5. It depends on `step` alone, so a resumed run continues the cycle. Raises
     ValueError unless every share is an int > 0 and step >= 0.
 
-    ERRATUM: F §6.1 calls 3:1:1 a ratio of weighted *rewards* on one image; F App. A and the released code
+    ERRATUM (F 6.1, App. A): 6.1 calls 3:1:1 a ratio of weighted *rewards* on one image; F App. A and the released code
     take turns by *epochs*, one reward at a time. This is the second; the first is `multi_reward_advantages`.
     """
     if step < 0 or not ratio or not all(isinstance(share, int) and share > 0 for share in ratio.values()):

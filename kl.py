@@ -15,7 +15,7 @@ SD3.5's ten steps it runs from 0.0016 at t=1 to 1.1 at t=0.28, so F's distillati
 low-noise end. Q rolls out an ODE, where the KL of two deterministic steps is infinite; it bounds a transport
 distance, and the weight is 1 at all times.
 
-ERRATUM: Q Eq. 15 says "forward KL" and prints KL(p_theta || p_theta*), student first: that is the reverse one,
+ERRATUM (Q Eq. 15): it says "forward KL" and prints KL(p_theta || p_theta*), student first: that is the reverse one,
 as in F Eq. 2. For Gaussians that share a covariance the two are equal; over whole trajectories they are not.
 
 Notation as in sde.py: means and velocities (B, ...), times and sigma floats or (B,), results (B,).
@@ -72,6 +72,7 @@ def w2_bound(velocity_gap_sq: Tensor, lipschitz: Tensor, ts: Tensor | Sequence[f
 
     Why it holds: run both ODEs from one noise; d/dt ||x - y|| <= ||v - v*||(x) + L_t ||x - y||, and Grönwall
     and Cauchy-Schwarz on an interval of length at most 1 give the bound. A constant gap with L=0 attains it.
+    ERRATUM (Q Eq. 17): it needs a finite int L_t dt, which data on single points does not have.
     Raises ValueError if shapes differ, a value is negative or ts is not monotone.
     """
     gap_sq, lipschitz = full_precision(velocity_gap_sq), full_precision(lipschitz)

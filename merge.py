@@ -16,7 +16,7 @@ Four answers, all of which return one adapter whose update is B A at scale 1:
     ties    TIES: trim each delta, elect a sign per entry, average those that agree; then the SVD to a rank
     factor  average A and B apart, as the released code does; not a merge of the deltas, kept for comparison
 
-ERRATUM (released code): mean(B) mean(A) is not mean(B A). It drags in the cross terms B_j A_k, j != k, which
+ERRATUM (F's code): mean(B) mean(A) is not mean(B A). It drags in the cross terms B_j A_k, j != k, which
 belong to no teacher, and shrinks the true ones by 1/K. On random factors its relative distance from the mean
 delta is sqrt(1 - 1/K): 71 % for two teachers, 82 % for three.
 
@@ -101,8 +101,8 @@ def _merge_layer(a, b, weights, method, rank, density, module) -> tuple[Tensor, 
     if method == "factor":
         if len({len(a_k) for a_k in a}) > 1:
             raise ValueError(f"'factor' cannot average unequal ranks: {module} has {[len(a_k) for a_k in a]}")
-        # ERRATUM (released code): sum_k w_k A_k and sum_k w_k B_k multiply to sum_jk w_j w_k B_j A_k, cross
-        # terms and all. The true merge is the sum over j = k with weight w_k instead of w_k^2.
+        # As released: sum_k w_k A_k and sum_k w_k B_k multiply to sum_jk w_j w_k B_j A_k, cross terms and all.
+        # The true merge is the sum over j = k with weight w_k instead of w_k^2.
         return sum(w * a_k for w, a_k in zip(weights, a)), sum(w * b_k for w, b_k in zip(weights, b))
 
     # [w_1 B_1 .. w_K B_K] [A_1; ..; A_K] = sum_k w_k B_k A_k: block multiplication *is* the weighted sum.
@@ -155,7 +155,7 @@ def _ties(deltas: Sequence[Tensor], weights: Sequence[float], density: float) ->
     2. Elect, per entry, the sign of the weighted sum.
     3. Average, per entry, only the teachers that agree with it: sum_agree w_k d_k / sum_agree |w_k|.
 
-    DEVIATION: the paper trims over the whole model at once; here each module keeps its own share, so that a
+    DEVIATION (TIES): the paper trims over the whole model at once; here each module keeps its own share, so that a
     module with small updates is not silenced and memory stays at one layer.
     """
     shares = [w * _trim(d, density) for w, d in zip(weights, deltas)]

@@ -22,7 +22,7 @@ included: this is one reading of Q's 40-step ODE rollout, which leaves no noise 
 Notation: t = 1 is noise; v, v_old, v_ref are the student's, the sampling policy's and the frozen reference's
 velocities at (x_t, t, c), all (B, ...); per-sample values are (B,).
 
-`nft_loss` is Q Eq. 8 itself. DEVIATION (public DiffusionNFT code): it compares predictions of x_0 instead of v and
+`nft_loss` is Q Eq. 8 itself. DEVIATION (DiffusionNFT's code): it compares predictions of x_0 instead of v and
 divides each squared error by its own detached mean absolute error; Q's equation has neither.
 """
 
@@ -73,7 +73,7 @@ def nft_loss(v: Tensor, v_old: Tensor, v_target: Tensor, r: Tensor, beta: float,
 def velocity_penalty(v: Tensor, v_ref: Tensor, reduce: str = "sum") -> Tensor:
     """Q Eq. 9, per sample: ||v - v_ref||^2, (B,), float32 at least, gradient to v only. "mean" divides by D.
 
-    ERRATUM: Q calls this a KL penalty. The forward process has no sampling noise, so there is no Gaussian
+    ERRATUM (Q Eq. 9): Q calls this a KL penalty. The forward process has no sampling noise, so there is no Gaussian
     transition to take a KL of; it is a squared distance of velocities. One SDE step's KL is the same distance
     times the weight w(t) of F Eq. 9 (`kl.kl_weight`), i.e. Q weighs every time alike.
     """

@@ -20,11 +20,11 @@ The seven estimators, in three lines:
 docs/PAPERS.md has the argument, the errata of F Eq. 1, 10-12 and Q Eq. 14, 19, and what the papers leave open.
 
 Notation: B samples, T steps, D numbers a sample; v, x (B, ...), times and sigma floats or (B,), losses (B,).
-Every loss is one transition's term. The caller takes one mean over samples and steps (ERRATUM, F Eq. 11: the
-sum over t = 0..T has T+1 terms and no mean, where Eq. 12 is a mean, so lambda would depend on T).
+Every loss is one transition's term. The caller takes one mean over samples and steps. ERRATUM (F Eq. 11): the
+sum over t = 0..T has T+1 terms and no mean, where Eq. 12 is a mean, so lambda would depend on T.
 
-One unit: what is added, every estimator and MAR, is the equation's sum over the D numbers divided by D, under
-every setting (with the weight w(t): nats per dimension). So lambda means one thing at every resolution.
+DEVIATION (F Eq. 9-12): what is added, every estimator and MAR, is the equation's sum over the D numbers divided
+by D, under every setting (with the weight w(t): nats per dimension). So lambda means one thing at every resolution.
 """
 
 import math
@@ -83,7 +83,7 @@ def target_velocity(
 def velocity_matching(v_student: Tensor, v_teacher: Tensor, reduce: str = "sum") -> Tensor:
     """Q Eq. 14: the summand ||v_student - v_teacher||^2, (B,), gradient to the student only.
 
-    DEVIATION: Q Eq. 18 is an expectation over p_t^theta, which moves with theta; like Q's own training, this
+    DEVIATION (Q Eq. 18): it is an expectation over p_t^theta, which moves with theta; like Q's own training, this
     is the gradient at fixed states. Raises ValueError if shapes differ or `reduce` is unknown.
     """
     same_shape(v_student=v_student, v_teacher=v_teacher)
@@ -96,7 +96,7 @@ def time_weight(name: str, t: Time, dt: Time, sigma: Time) -> Time:
     kl       w(t), F Eq. 9: the true KL of the two policies, in nats
     kl_dt    w(t) dt: the released code, which divides by 2 sigma^2 where F Eq. 8 has 2 sigma^2 dt
     uniform  1, Q Eq. 14
-    dt       dt, Q Eq. 18: the integral over time. ERRATUM: Q Eq. 19 loses it
+    dt       dt, Q Eq. 18: the integral over time. ERRATUM (Q Eq. 19): it loses dt
     ode      dt^2/2: the squared distance of two ODE steps, halved (DiffusionOPD; in neither paper)
     The first two need sigma > 0. Raises ValueError for sigma = 0 there and for an unknown name.
     """
@@ -135,7 +135,7 @@ def mar_penalty(
     """F Eq. 12's bracket, manifold anchor regularization: w(t) ||v_student - v_anchor||^2, (B,).
 
     The anchor is a frozen aesthetic teacher; the term is taken on every sample, whatever its task, and counts
-    lambda times (0.02, F App. A's beta). ERRATUM: the anchor is v_base in F's text, v_aesthetic in the formula.
+    lambda times (0.02, F App. A's beta). ERRATUM (F Eq. 12): v_base in the text, v_aesthetic in the formula.
     Gradient to the student only. `weight` is the estimator's. Raises as `weighted_gap`.
     """
     return weighted_gap(v_student, v_anchor, t, dt, sigma, reduce, weight)
@@ -204,7 +204,7 @@ def sampled_reward(at: Visit) -> Tensor:
 # Each takes a visit and the student's velocity v with its gradient, and returns a loss, (B,), to be minimised, and
 # `grpo.ratio_terms` if it has a ratio. [.] is detached; KL_t, and log-probs outside of rho, are per dimension. All but
 # `velocity` and `analytic` need sigma > 0. The gradient reaches v only. Raises: ValueError for unequal shapes.
-# ERRATUM (released code): a (B, 1) reward times a (B,) ratio is (B, B), so that every sample is credited with the mean
+# ERRATUM (F's code): a (B, 1) reward times a (B,) ratio is (B, B), so that every sample is credited with the mean
 # of the batch.
 def literal(at: Visit, v: Tensor) -> Estimate:
     """-clip(rho [-KL_t]): F Eq. 10-11 as printed.

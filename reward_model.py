@@ -10,8 +10,8 @@ of its answer are its opinion. Both losses are about the same R, so that the two
 from and in nothing else, as Q Fig. 2 asks. A share of the prompts is never trained on; agreement is measured there.
 `train.py --stage reward` is the loop.
 
-DEVIATION: Q fine-tunes with chain-of-thought reasoning and publishes neither its texts nor their loss. Here the score
-token is the first one of the answer, so that one forward pass is one score.
+DEVIATION (Q 3.1): Q fine-tunes with chain-of-thought reasoning, of which it publishes no texts and no loss. Here the
+score token is the first one of the answer, so that one forward pass is one score.
 """
 
 import math
@@ -34,7 +34,7 @@ def expected_score(logits_BV: Tensor, token_ids: Sequence[int]) -> Tensor:
     dR/dz_s = p_s (s - R). Raises ValueError unless the indices are five different ones.
     `rewards.expected_score` is the same rule for the log-probs that a server returns.
 
-    DEVIATION: as printed, p is the model's whole distribution, and an answer that is no number counts as a mark of 0.
+    DEVIATION (Q Eq. 12): printed, p is the model's whole distribution, and an answer that is no number is a mark of 0.
     Here p is normalised over the five tokens: a model that hesitates how to begin its answer has not judged anything.
     """
     if len(set(token_ids)) != HIGHEST or len(token_ids) != HIGHEST:
@@ -46,9 +46,9 @@ def expected_score(logits_BV: Tensor, token_ids: Sequence[int]) -> Tensor:
 def pointwise_loss(scores_B: Tensor, targets_B: Tensor) -> Tensor:
     """mean of (R - y)^2, Q Eq. 11: scores and marks (B,) -> a scalar. Raises ValueError for other shapes.
 
-    DEVIATION: Eq. 11 sums over the data. The mean has the same minimum, and a learning rate that does not depend on
-    the size of the batch; Eq. 10 is treated alike.
-    ERRATUM: Eq. 11 lets y be any real number, but the R of Eq. 12 lies in [1, 5]: a mark beyond would pull all
+    DEVIATION (Q Eq. 10-11): they sum over the data. The mean has the same minimum, and a learning rate that does not
+    depend on the size of the batch.
+    ERRATUM (Q Eq. 11): it lets y be any real number, but the R of Eq. 12 lies in [1, 5]: a mark beyond would pull all
     probability to one token for ever. `data.preferences.read` refuses such marks.
     """
     _one_each(scores_B, targets_B)

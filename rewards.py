@@ -114,8 +114,8 @@ def ocr_reward(read_text: str, prompt: str, target: str = "", released: bool = F
     length. `read_text` holds all the lines that the engine read, joined. The target is `ocr_target` of the prompt,
     unless it is given. Raises ValueError if there is none.
 
-    DEVIATION: the released rule drops white space and capitals (`released`). Here full-width letters, composed accents,
-    curly apostrophes and characters of no width are one with what a reader takes them for, too.
+    DEVIATION (Flow-GRPO's code): it drops white space and capitals (`released`). Here full-width letters, composed
+    accents, curly apostrophes and characters of no width are one with what a reader takes them for, too.
 
     Known weakness, as released: text around the target costs nothing.
     """
@@ -198,7 +198,7 @@ def geneval_reward(detections: Sequence[dict], metadata: Mapping) -> float:
         position   1 if every pair holds the relation      0 unless both includes found exactly their count
     Raises ValueError if the metadata has no include.
 
-    DEVIATION: the released training code gives a wrong relation 0.5 and lets the count's part go below 0
+    DEVIATION (Flow-GRPO's code): its training reward gives a wrong relation 0.5 and lets the count's part go below 0
     (five dogs for one: -3). Here a wrong relation is 0, since half a reward for a coin's toss teaches little,
     and a part stops at 0, so that one flood of objects cannot outweigh all the rest of the checklist.
     """
@@ -310,7 +310,7 @@ def parse_judge(reply: str) -> dict[str, float]:
     F App. A, Fig. 6: <QualityScore>X</QualityScore> and so on, after a <Thought>. Of several the last ones count.
     RewardError with the reply in it if a tag is missing, no number or off the scale: a 0 would hide a broken judge.
 
-    ERRATUM: F App. A names Qwen3-30B-A3B-Instruct as this judge, a model that reads text only; the released
+    ERRATUM (F App. A): it names Qwen3-30B-A3B-Instruct as this judge, a model that reads text only; the released
     script serves Qwen3-VL-30B-A3B-Instruct.
     """
     tags, said = {name: f"{name.title()}Score" for name in ("quality", "instruction", "overall")}, answer(reply)
@@ -335,7 +335,7 @@ def capped_alignment(scores: Mapping[str, float]) -> float:
     Levels that the prompt says nothing about are left out. Raises ValueError if none is left, for an unknown level
     and for a rating off the scale.
 
-    DEVIATION: Q says that images which fail the highest-priority criteria are capped at low scores, and neither what
+    SILENT (Q 3.2): images which fail the highest-priority criteria are capped at low scores, but Q says neither what
     failing is, nor the cap, nor what lower levels do. Here every level caps the total at its own rating plus its rank,
     so that the first one is a hard limit, the last one nearly none, and no threshold makes the reward jump.
     """
@@ -349,7 +349,7 @@ def capped_editing(core: Sequence[float], extra: Sequence[float], coherence: flo
     `capped_alignment`. `extra` may be empty: not all instructions have more than a core. Raises ValueError if
     `core` is empty or the coherence is not in [1, 5].
 
-    DEVIATION: Q names the three things that are assessed and not how they become one score; the rule is the one of
+    SILENT (Q 3.3): Q names the three things that are assessed and not how they become one score; the rule is the one of
     the alignment reward, because an edit that misses its core has failed, whatever else it kept.
     """
     shares = {"core": core} | ({"extra": extra} if extra else {})
@@ -429,8 +429,8 @@ def composite(scores_KB: np.ndarray, weights_KB: np.ndarray) -> np.ndarray:
     3:1:1 and 0.6:0.2:0.2 differ by a factor that group normalisation removes. This mixes *before* normalisation, so a
     reward with a wide range dominates; Q Eq. 13 mixes after it. Raises ValueError for unequal shapes.
 
-    ERRATUM: F contradicts itself on both of its mixes. GRPO-Mix 3:1:1 is a ratio of rewards in §6.1 but of
-    epochs, each with one reward, in App. A; the DeQA teacher blends DeQA and PickScore 4:6 in §6.1 but 1:1
+    ERRATUM (F 6.1, App. A): F contradicts itself on both of its mixes. GRPO-Mix 3:1:1 is a ratio of rewards in §6.1
+    but of epochs, each with one reward, in App. A; the DeQA teacher blends DeQA and PickScore 4:6 in §6.1 but 1:1
     in App. A. Ratios of rewards are weights here; a ratio of epochs is a matter of which prompts are drawn.
     """
     scores_KB, weights_KB = np.asarray(scores_KB, np.float64), np.asarray(weights_KB, np.float64)
@@ -444,7 +444,7 @@ def table2_average(geneval: float, ocr: float, deqa: float, pickscore: float) ->
 
     The paper says only "four 0-1 normalized metrics"; these divisors reproduce every row but two.
 
-    ERRATUM: the rows SFT+GRPO-Mix and Merge+GRPO-Mix are printed 0.7166, which is the base model's value;
+    ERRATUM (F Table 2): the rows SFT+GRPO-Mix and Merge+GRPO-Mix are printed 0.7166, which is the base model's value;
     their columns average to 0.8515 and 0.8443, so F's lead over them is 0.03 and 0.06, not 0.17 and 0.19.
     """
     return statistics.fmean((geneval, ocr, deqa / HIGHEST_RATING, pickscore / PICKSCORE_SCALE))

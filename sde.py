@@ -22,7 +22,7 @@ Notation. x, v, eps, mean: (B, ...) with any trailing shape, D numbers a sample.
 dt and sigma are floats or (B,) tensors. Arithmetic is float32 or better: bfloat16 in, float32 out; float64
 stays. Functions raise ValueError if the shapes of two tensors differ (`same_shape`, at the end of the file).
 
-ERRATUM: F Eq. 1 regresses x_1 - x_0 with data at t=1; F Eq. 5 holds only with data at t=0 (Q's convention,
+ERRATUM (F Eq. 1): it regresses x_1 - x_0 with data at t=1; F Eq. 5 holds only with data at t=0 (Q's convention,
 and that of SD3). The whole project puts data at t=0; read F Eq. 1 with x_0 and x_1 exchanged.
 """
 
@@ -49,8 +49,8 @@ def interpolate(x0: Tensor, eps: Tensor, t: Time) -> Tensor:
 def flow_matching_loss(v: Tensor, x0: Tensor, eps: Tensor, reduce: str = "mean") -> Tensor:
     """F Eq. 1, Q Eq. 2: ||v - (eps - x_0)||^2 per sample, (B,), with v at `interpolate(x0, eps, t)`.
 
-    Gradients flow. DEVIATION: both papers write the squared norm ("sum"); the default divides it by D, as all
-    implementations do, so that a learning rate survives a change of resolution.
+    Gradients flow. DEVIATION (F Eq. 1, Q Eq. 2): both write the squared norm ("sum"). The default divides it by D,
+    as all implementations do, so that a learning rate survives a change of resolution.
     """
     same_shape(v=v, x0=x0, eps=eps)
     target = full_precision(eps) - full_precision(x0)  # d x_t / dt, (B, ...)
@@ -74,7 +74,7 @@ def noise_scale(t: Time, t_next: Time, level: float) -> Time:
     """F §5.1.1 (from Flow-GRPO): sigma_t = a sqrt(t/(1-t)), a = `level` >= 0; a float, or (B,).
 
     At t=1 that is infinite, so there (and only there) 1-t is taken at the next grid time. This makes the first
-    step's std, sigma sqrt(dt), equal to a. The papers are silent; it is the released code's choice.
+    step's std, sigma sqrt(dt), equal to a. SILENT (F Eq. 5): the choice is the released code's.
     """
     t, t_next = full_precision(t), full_precision(t_next)
     one_minus_t = 1 - t + (t == 1) * (t - t_next)  # 1-t, and 1-t_next if t=1
@@ -162,7 +162,7 @@ def _act(mean: Tensor, std: Time, generator: Noise) -> Tensor:
 def log_prob(x_next: Tensor, mean: Tensor, std: Time, reduce: str = "mean") -> Tensor:
     """F Eq. 6: log N(x_next; mean, std^2 I) per sample, (B,). Gradients flow through `mean`.
 
-    "sum" is the true log-density; "mean" divides it by D. DEVIATION: the released code has the mean only, and
+    "sum" is the true log-density; "mean" divides it by D. DEVIATION (F's code): it has the mean only, and
     its clip range (1e-4) belongs to it: exp of a mean is the D-th root of F Eq. 11's ratio. Hence the choice.
     Raises ValueError for std <= 0 and an unknown `reduce`.
     """

@@ -226,6 +226,7 @@ VELOCITY = {"weight": "uniform", "states": "ode"}  # what --estimator velocity s
 # teachers, each for the prompts of its data set, and the DeQA teacher, which belongs to no task, as the anchor.
 # The released code differs: G 16, lambda 0.04, epochs OCR 1 : GenEval 3 in turn instead of all tasks in every step, two
 # updates a rollout, rewards clamped at 5, and an OCR teacher of its own, CostaliyA/SD3.5M-FlowGRPO-OCR-3240.
+# DEVIATION (F's code): all ten transitions are noisy there and nine are trained. Here the last one is an ODE step.
 #
 # A reward model's falling rate averages its weights well enough: what it exports are the trained ones (ema_decay=0).
 REWARD = dict(decay=True, weight_decay=0.01, ema_every=1, ema_decay=0.0)
@@ -263,8 +264,9 @@ PRESETS: dict[str, dict[str, dict]] = {
         "opd": dict(steps=100, lr=3e-3, decay=True, prompts_per_step=24, group_size=4, train_steps="all"),
         "reward": TINY_REWARD,
     },
-    # Q names its methods and hardly a number: those here are Flow-GRPO's and DiffusionNFT's, scaled to a model of 20
-    # billion parameters. DEVIATION: Qwen-Image-2.0 is not public; the published model that edits and draws is the base.
+    # SILENT (Q 4): the methods are named, and hardly a number. Those here are Flow-GRPO's and DiffusionNFT's, scaled to
+    # a model of 20 billion parameters.
+    # DEVIATION (Q 5): Qwen-Image-2.0 is not public; the published model that edits and draws is the base.
     "qwen-rl": {
         "": dict(
             model="Qwen/Qwen-Image-Edit-2509", tasks="t2i,edit", anchor="", mar=0.0, cfg=4.0, cfg_rescale=True,

@@ -146,7 +146,6 @@ def train_teacher(s: Settings, load=load) -> tuple[Run, Panel]:
     Q 4.1's hybrid (--guidance rollout) draws with classifier-free guidance, so that the rewards see what the model can
     do, and leaves it out of the objective. `both` and `neither` are Q's two other strategies.
     """
-    # DEVIATION: F 6.1 trains the quality teacher on the prompts of all tasks; here it sees its own, as a specialist.
     prompts = load.load_prompts(s, "train", s.train_prompts, task_list(s) if s.task == "mix" else (s.task,))
     panel = load.panel_of(s)
     panel.check(p for some in prompts.values() for p in some)

@@ -55,8 +55,8 @@ def phrase(entry: Mapping) -> str:
 
 
 def plural(name: str) -> str:
-    """ERRATUM: GenEval makes every plural with s, or es after an s, and so writes "four knifes" and "two sheeps". Kept,
-    because models are tested on those sentences."""
+    """ERRATUM (GenEval): it makes every plural with s, or es after an s, and so writes "four knifes" and "two sheeps".
+    Kept, because models are tested on those sentences."""
     return name + ("es" if name.endswith("s") else "s")
 
 

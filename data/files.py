@@ -185,7 +185,7 @@ def task_of(text: str, metadata: Mapping) -> str:
     An include list without a tag describes a prompt but does not grade it, and does not decide. "t2i" is never the
     answer: it is F's three together, and only the caller knows whether they have one expert or three.
 
-    DEVIATION: F leaves R(c) undefined; with one data set a task it amounts to where a prompt came from. A
+    SILENT (F Eq. 7): R(c) is not defined; with one data set a task it amounts to where a prompt came from. A
     rule on the prompt itself also serves prompts from elsewhere, and agrees on every line of the GenEval and
     OCR test files.
     """

@@ -18,8 +18,9 @@ looks. The tag `single_object` is only ever tested.
 Test prompts never come twice. Train prompts do if a kind is used up: GenEval's rules know only 240 prompts that
 count, 175 of them for training, and at the training mix they are all seen after `TRAIN` lines. Then they begin again.
 
-DEVIATION: what is held out is a choice by hash, not GenEval's published file, whose prompts follow the same rules. Many
-of them, most of all those that count, are among ours for training. A score on that file then flatters the model.
+DEVIATION (GenEval): what is held out is a choice by hash, not GenEval's published file, whose prompts follow the same
+rules. Many of them, most of all those that count, are among ours for training. A score on that file then flatters the
+model.
 """
 
 import argparse
@@ -59,7 +60,7 @@ TEMPLATES = (
 TEXT_MIX = {1: 1, 2: 5, 3: 9, 4: 5}  # prompts by number of quoted words, about as in the OCR set of F §6.1
 QUALITY_MIX = {"short": 1, "listed": 2, "led": 2}
 PORTRAIT_MIX = {"plain": 1, "placed": 2}
-# Q 4.2's categories, each with the list that it is drawn from. DEVIATION: Q names categories and gives no mix of them;
+# Q 4.2's categories, each with the list that it is drawn from. SILENT (Q 4.2): their mix is not given;
 # this one is ours, and so is the choice of the four.
 CATEGORIES = {"composition": "composition", "typography": "text", "portrait": "portrait", "general": "quality"}
 T2I_MIX = {"composition": 3, "typography": 2, "portrait": 2, "general": 3}

@@ -2,7 +2,7 @@
 
 The policy draws G samples of every candidate prompt, and the run's rewards score them. The prompt's *range* is the
 largest score less the smallest. If it is zero, so are the group's advantages (Q Eq. 4): a prompt that is always solved,
-or never, costs G samples and teaches nothing. Only prompts whose range is above a threshold are kept. Q 4.2 is silent:
+or never, costs G samples and teaches nothing. Only prompts whose range is above a threshold are kept. SILENT (Q 4.2):
 the threshold, the number of samples and the reward's scale are not given, and a range grows with G. So thresholds can
 be compared for one G and one set of rewards only.
 

@@ -17,6 +17,8 @@ from settings import TRAINED, Settings
 def optimizers(model: FlowModel, s: Settings) -> list[torch.optim.Optimizer]:
     """AdamW, as in F. When the tiny base is pretrained, Muon trains the matrices of its blocks.
 
+    DEVIATION (F's code): AdamW's second beta is 0.999 there, and here 0.99, for runs of some hundred steps.
+
     Pretraining is the longest stage on a CPU. Muon (from torch.optim, its updates scaled to AdamW's size, so that one
     learning rate serves both) reached AdamW's loss in about half the steps there, in one run of each.
     """

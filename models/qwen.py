@@ -156,9 +156,9 @@ class QwenModel(QwenFlow, Published):
     def latents(self, image: Tensor) -> Tensor:
         """A source picture (3, H, W) in [0, 1] -> normalised latents (1, C, h, w) of its middle.
 
-        DEVIATION: the stock pipelines read a source at about a megapixel and in its own shape. Here it is the middle
-        square, `source_side` pixels a side: the tokens of a source cost as much as those of the picture that is made,
-        and all rows of a batch have the same shape. For a square of 1024 pixels both are the same.
+        DEVIATION (diffusers): the stock pipelines read a source at about a megapixel and in its own shape. Here it is
+        the middle square, `source_side` pixels a side: the tokens of a source cost as much as those of the picture that
+        is made, and all rows of a batch have the same shape. For a square of 1024 pixels both are the same.
         """
         pixels = torch.from_numpy(np.array(square(image, self.source_side))).permute(2, 0, 1) / 127.5 - 1
         mean, std = self._scale()
@@ -198,7 +198,7 @@ def text_tokens(vlm: qwen_vl.VLM, name: str, prompt: str, image: Tensor | None, 
     pictures = [] if image is None else [square(image, side)]
     # TRAP: the stock pipelines of diffusers 0.42 leave out mm_token_type_ids, though transformers 5 needs them
     # (diffusers issue 14194).
-    # ERRATUM: hence the stock pipeline's edits differ a little from ours and from what the model was trained on.
+    # ERRATUM (diffusers): hence the stock pipeline's edits differ a little from ours, which are as in training.
     inputs = vlm.inputs([qwen_vl.Question(template.replace("{}", before + "{}"), [prompt], pictures)])
     # `model` alone: the head would add the logits of 152,000 words to every token.
     hidden = vlm.network.model(**inputs, use_cache=False).last_hidden_state

@@ -6,8 +6,8 @@ overlooks small shifts of identity. An `Engine`, dlib's or your own, finds faces
 there is nothing to keep: the scorer raises an error that names the prompt, or, told no_face="skip", gives that sample
 `NEUTRAL`. If only the result shows none, the person was lost: 0.
 
-DEVIATION: Q says neither which face model it uses, nor how its output becomes a reward, nor what happens without a
-face; all three are this project's choices.
+SILENT (Q 3.3): which face model is used, how its output becomes a reward, and what happens without a face. All three
+are this project's choices.
 """
 
 from collections.abc import Callable, Sequence

@@ -45,7 +45,7 @@ def geneval(
     thresholds belong to that size, and to float32. RewardError for a prompt that names a class or colour that the
     detector does not know: it would score 0 for ever.
 
-    DEVIATION: GenEval runs mmdetection's Mask2Former (Swin-S, COCO); this is the same network as transformers
+    DEVIATION (GenEval): it runs mmdetection's Mask2Former (Swin-S, COCO); this is the same network as transformers
     publishes it, with other weights, so that scores near a threshold can differ.
     """
     find = _detector(detector, device, dtype, short_side)

@@ -18,7 +18,7 @@ token carries more than the number that it spells: its probabilities give an exp
 all get "4". Reasoning before the answer (Q §3 trains its reward models so) is skipped: of a model that thinks by itself
 the token after it counts; other models reason in the checklists.
 
-DEVIATION (F Fig. 6, Q §3): the wording of every rubric is this project's own, and follows the papers in what is asked,
+DEVIATION (F Fig. 6, Q 3): the wording of every rubric is this project's own, and follows the papers in what is asked,
 in which order and on which scale. Q prints none of its prompts. A reward model that was trained on one fixed prompt
 scores best with that one: `rubric._replace(user=...)`.
 """

@@ -19,7 +19,7 @@ KINDS = ()  # it has no scorers of its own
 # What each task is paid by without --rewards: {task: {category: weights}}; no two tasks have a category in common,
 # so that none replaces another's. F's three (6.1) are Flow-GRPO's. F's DeQA teacher, the anchor, is taken as published
 # and not trained here: DeQA's checkpoint needs code of its own, which a far scorer may run.
-# DEVIATION (Q 4.2): Q weighs categories and gives no numbers; these are ours, its emphases are Q's.
+# SILENT (Q 4.2): Q weighs categories and gives no numbers. These are ours, with Q's emphases.
 REWARDS = {
     "composition": {"composition": {"geneval": 1.0}}, "text": {"text": {"ocr": 1.0}},
     "quality": {"quality": {"pickscore": 1.0}},

@@ -236,7 +236,7 @@ TASK_SCORER = {"composition": score_geneval, "text": score_ocr, "quality": score
 KINDS = (*SCORERS, "task")  # what --rewards may name in this world
 # Without --rewards: {task: {category: weights}}. F blends quality with a preference 4:6, because quality alone is
 # hacked: the tiny teacher learns to paint everything black, as F Fig. 2's teachers lose what they are not paid for.
-# ERRATUM: App. A gives 1:1 and other rewards.
+# ERRATUM (F 6.1, App. A): App. A gives 1:1 and other rewards.
 REWARDS = {
     "composition": {"composition": {"task": 1.0}}, "text": {"text": {"task": 1.0}},
     "quality": {"quality": {"quality": 0.4, "preference": 0.6}},

@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -131,13 +132,19 @@ def test_every_row_of_the_map_names_a_function_and_its_proof():
     assert len(rows) >= 25 and all(NAME.search(row) for row in rows)
 
 
-MARK = re.compile(r"\b(?:ERRATUM|DEVIATION)\b[^:\n]{0,60}:\s+(?:\#\s*)?(?:\S+\s+(?:\#\s*)?){4,}\S+")
+KINDS = {"ERRATUM": "Errata", "DEVIATION": "Departures", "SILENT": "Silent"}  # a mark, and its section in PAPERS.md
+MARK = re.compile(r"\b(ERRATUM|DEVIATION|SILENT)\b(?: \(([^)]+)\):)?")  # KIND (PLACE): what is so
+ROW = re.compile(r"^- \*\*(.+?)\*\* \((`[^)]+`)\): ", re.M)  # - **PLACE** (`file.py`, ...): what is so
 
 
-def test_every_marked_departure_is_followed_by_a_sentence():
-    for path, text in SOURCES.items():
-        for mark in re.finditer(r"\b(?:ERRATUM|DEVIATION)\b", text):
-            assert MARK.match(text, mark.start()), f"{path}: {text[mark.start() : mark.start() + 60]!r}"
+def test_every_mark_in_the_code_has_its_row_in_papers_md_and_every_row_its_mark():
+    page, rows = (ROOT / "docs/PAPERS.md").read_text(), Counter()
+    for kind, title in KINDS.items():
+        section = page.split(f"\n## {title}\n")[1].split("\n## ")[0]
+        found = [(place, file) for place, files in ROW.findall(section) for file in re.findall("`(.+?)`", files)]
+        rows.update((kind, *row) for row in found)
+    marks = Counter((*mark, path) for path, text in SOURCES.items() for mark in MARK.findall(text))
+    assert marks - rows == rows - marks == Counter() and len(rows) > 50, "a mark without a row; a row without a mark"
 
 
 def commands(page):

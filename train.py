@@ -73,42 +73,34 @@ def pretrain(s: Settings, load=load) -> Run:
     """The base model: flow matching (F Eq. 1, Q Eq. 2) on drawings whose captions are sometimes wrong."""
     run = load.new_base_run(s)
     for _ in run.steps("loss"):
-        began, rng = time.time(), random.Random(run.generator("world", run.rank).initial_seed())
-        noise, loss = run.generator("noise", run.rank), 0.0
-        for images, captions, before in load.world_of(s).training_batch(rng, s.batch_size, task_list(s)):
+        began, rng, loss, first = time.time(), random.Random(run.generator("world").initial_seed()), 0.0, 0
+        rows = s.batch_size * run.world  # of all ranks, which take turns
+        for images, captions, before in load.world_of(s).training_batch(rng, rows, task_list(s)):
             captions = ["" if rng.random() < 0.1 else caption for caption in captions]  # v(x, t, "") is for guidance
-            x0 = run.model.latents(images)
-            tokens = torch.tensor([run.model.tokenize(caption) for caption in captions])
-
-            def encode(i: slice, tokens=tokens, before=before) -> flow.Cond:  # with gradient: the embeddings train, too
-                return run.model.encode_tokens(tokens[i], before and before[i])
-
-            loss += flow_matching(run, x0, training_times(run, len(x0), noise), encode, noise, s.batch_size)
+            mine = [i for i in range(len(images)) if (first + i) % run.world == run.rank]
+            for some in batches(mine, s.micro_batch):
+                tokens = torch.tensor([run.model.tokenize(captions[i]) for i in some])
+                cond = run.model.encode_tokens(tokens, before and [before[i] for i in some])  # embeddings train, too
+                noise = [run.generator("row", first + i) for i in some]
+                loss += flow_matching(run, run.model.latents(images[some]), cond, noise, torch.ones(len(some)))
+            first += len(images)
         run.log({"loss": loss, "grad_norm": run.update(), "seconds": time.time() - began})
     return run
 
 
-def training_times(run: Run, count: int, noise: torch.Generator) -> Tensor:
-    """t of flow matching, (B,): logit-normal as in SD3, moved by the model's schedule (`FlowModel.train_shift`)."""
-    return torch.sigmoid(torch.randn(count, generator=noise) + run.model.train_shift)
+def flow_matching(run: Run, x0: Tensor, cond: flow.Cond, noise: Sequence[torch.Generator], counts: Tensor) -> float:
+    """Backward of a micro-batch of flow matching (F Eq. 1, Q Eq. 2) -> its part of the mean over --batch-size rows.
 
-
-def flow_matching(
-    run: Run, x0: Tensor, t: Tensor, cond: Callable[[slice], flow.Cond], noise: torch.Generator, rows: int
-) -> float:
-    """Backward of one flow-matching batch in micro-batches (F Eq. 1, Q Eq. 2) -> its part of the mean over `rows`.
-
-    cond: rows of the batch -> what the model is told about them, with a graph of their own if it has a gradient.
+    noise: each row's own generator, which gives its t and its eps; counts: (B,), 0 for a row without weight.
     """
-    eps, total = sde.standard_normal(x0.shape, noise), 0.0
-    for part in batches(range(len(x0)), run.s.micro_batch):
-        i = slice(part[0], part[-1] + 1)
-        clean, e, at = (value[i].to(run.model.device) for value in (x0, eps, t))
-        v = run.model.velocity(sde.interpolate(clean, e, at), at, cond(i))  # v_theta(x_t, t, c), Q Eq. 1
-        loss = sde.flow_matching_loss(v, clean, e).sum() / rows  # F Eq. 1, Q Eq. 2
-        loss.backward()
-        total += loss.item()
-    return total
+    device = run.model.device
+    normal = torch.stack([torch.randn((), generator=g) for g in noise])
+    t = torch.sigmoid(normal + run.model.train_shift).to(device)  # as in SD3, moved by the model's schedule
+    x0, eps = x0.to(device), sde.standard_normal(x0.shape, noise).to(device)
+    v = run.model.velocity(sde.interpolate(x0, eps, t), t, cond)  # v_theta(x_t, t, c), Q Eq. 1
+    loss = (sde.flow_matching_loss(v, x0, eps) * counts.to(device)).sum() / run.s.batch_size  # F Eq. 1, Q Eq. 2
+    loss.backward()
+    return loss.item()
 
 
 # ----------------------------------------------------------------------------------------------------------- curate
@@ -227,11 +219,17 @@ def collect(run: Run, shares: Sequence[Share]) -> list[scoring.Scores]:
     except rewards.RewardError as error:
         fault = error
     run.fail_together(fault, rewards.RewardError)
-    scores = [scoring.Scores(found.names, *map(ranks.joined, found[1:])) for found in scores]
+    scores = [all_ranks(found) for found in scores]
     if all(found.lost.all() for found in scores):
         fault = rewards.RewardError("every prompt's group of a step was lost; the messages above say why")
     run.fail_together(fault, rewards.RewardError)
     return scores
+
+
+def all_ranks(mine: scoring.Scores) -> scoring.Scores:
+    """The answers about the rows of all ranks, rank by rank."""
+    values, weights, lost = (torch.cat(ranks.gathered(torch.tensor(part).double()), -1).numpy() for part in mine[1:])
+    return scoring.Scores(mine.names, values, weights, lost.astype(bool))
 
 
 def warn_of_hacking(run: Run, watched: Collection[str]) -> set[str]:
@@ -337,23 +335,25 @@ def sft(s: Settings, load=load) -> Run:
     count = -(-s.sft_images // len(prompts))
     chosen = {task: [some[i % len(some)] for i in range(count)] for task, some in prompts.items()}
     rollout.prepare(run, {}, [p for some in chosen.values() for p in some])
-    drawn = {}
+    pool = []
     for task, some in chosen.items():
         run.model.keep([experts[task]])
         with run.model.adapter(experts[task]):
             seed = seed_for(s.seed, "sft", task)  # latents: no VAE is needed
-            drawn[task] = rollout.draw(run.model, some, s.eval_steps, s.micro_batch, seed, settings.teacher_cfg(s))
+            drawn = rollout.draw(run.model, some, s.eval_steps, s.micro_batch, seed, settings.teacher_cfg(s))
+        pool += [Row(prompt, 0, x0=x0) for prompt, x0 in zip(some, drawn, strict=True)]
     run.model.keep([])
-    for _ in run.steps("loss"):
-        run.stop_if_asked()
-        began, noise, loss = time.time(), run.generator("noise", run.rank), 0.0
-        places = torch.randint(count * len(chosen), (s.batch_size,), generator=noise).sort().values
-        for number, (task, some) in enumerate(chosen.items()):  # edits and others do not fit into one batch
-            own = places[places // count == number] % count
-            if len(own):
-                cond, _ = rollout.conditions(run.model, [some[i] for i in own], 1.0)
-                times = training_times(run, len(own), noise)
-                loss += flow_matching(run, drawn[task][own], times, cond.rows, noise, s.batch_size)
+    for step in run.steps("loss"):
+        began, loss = time.time(), 0.0
+        places = torch.randint(len(pool), (s.batch_size * run.world,), generator=run.generator("batch")).tolist()
+        seeds = (seed_for("row", s.seed, s.stage, step, i) for i in range(len(places)))
+        rows = [pool[place]._replace(seed=seed) for place, seed in zip(places, seeds)]  # of all ranks
+        mine = sorted(rows, key=lambda row: rollout.is_edit(row.prompt))[run.rank :: run.world]
+        for some in in_step(micro_batches(mine, s.micro_batch)):
+            run.stop_if_asked()
+            cond, _ = rollout.conditions(run.model, prompts_of(some), 1.0)
+            x0, counts = torch.stack([row.x0 for row in some]), torch.tensor([row.counts for row in some])
+            loss += flow_matching(run, x0, cond, [row.generator() for row in some], counts)
         run.log({"loss": loss, "grad_norm": run.update(), "seconds": time.time() - began})
     return run
 

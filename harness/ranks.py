@@ -22,7 +22,6 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -166,14 +165,15 @@ def average_numbers(values: dict[str, float]) -> dict[str, float]:
     return dict(zip(values, (total / count).tolist(), strict=True))
 
 
-def joined(values: np.ndarray) -> np.ndarray:
-    """Every rank's array, rank by rank along the last axis. All ranks call this, with arrays of one shape."""
-    if not dist.is_initialized():
-        return values
-    mine = torch.tensor(values, dtype=torch.float64)
-    parts = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, mine)
-    return torch.cat(parts, -1).numpy().astype(values.dtype)
+def gathered(mine: Tensor) -> list[Tensor]:
+    """Every rank's tensor, rank by rank. All ranks call this, with tensors of one shape.
+
+    Without a process group all are taken to be alike: there is one rank, or --dry-run counts for one of several.
+    """
+    parts = [torch.empty_like(mine) if dist.is_initialized() else mine for _ in range(rank_and_world()[1])]
+    if dist.is_initialized():
+        dist.all_gather(parts, mine)
+    return parts
 
 
 def most(number: int) -> int:

@@ -11,7 +11,6 @@ from itertools import groupby, zip_longest
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 import grpo
@@ -36,6 +35,7 @@ class Row(NamedTuple):
     prompt: Prompt
     seed: int
     counts: bool = True  # False: a repeat without weight, see `in_step`
+    x0: Tensor | None = None  # sft: latents that its teacher has drawn
 
     def generator(self) -> torch.Generator:
         """A fresh generator on the CPU: the same noise on any device, rank and micro-batch."""
@@ -47,7 +47,7 @@ def own_prompts(run: Run, prompts: Mapping[str, list[Prompt]], step: int) -> lis
 
     n ranks with P prompts each have the nP prompts of one rank with nP. Those are shared evenly among the tasks, and
     the tasks take turns; so each of the step's updates, a stretch of this order, has all tasks. The ranks take turns
-    within an update, task by task.
+    within an update, task by task, edits last.
     """
     s, count = run.s, run.s.prompts_per_step * run.world
     if s.task == "mix" and s.mix == "turns":  # GRPO-mix (F App. A): the task whose turn it is
@@ -61,7 +61,7 @@ def own_prompts(run: Run, prompts: Mapping[str, list[Prompt]], step: int) -> lis
     in_turn = [found for turn in zip_longest(*drawn) for found in turn if found]
     order, mine = {task: i for i, task in enumerate(prompts)}, []
     for share in batches(in_turn, count // (s.updates if s.stage in settings.RL else 1)):
-        mine += sorted(share, key=lambda found: order[found[1]])[run.rank :: run.world]
+        mine += sorted(share, key=lambda found: (is_edit(found[0]), order[found[1]]))[run.rank :: run.world]
     return mine
 
 
@@ -77,13 +77,18 @@ def rows_of(run: Run, prompts: Mapping[str, list[Prompt]], step: int) -> list[Ro
 
 def batches(items: Sequence, size: int) -> list[Sequence]:
     """`items` in parts of `size`, the last one shorter; size 0: all in one part."""
-    size = size or len(items)
+    size = size or len(items) or 1
     return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+def is_edit(prompt: Prompt) -> bool:
+    """Does it begin from a source picture, whatever its task is called?"""
+    return "image" in prompt.metadata
 
 
 def micro_batches(rows: Sequence[Row], size: int) -> list[Sequence[Row]]:
     """Rows in parts of at most `size` (0: no limit), in order; no part has both edits and others."""
-    kinds = (list(some) for _, some in groupby(rows, lambda row: "image" in row.prompt.metadata))
+    kinds = (list(some) for _, some in groupby(rows, lambda row: is_edit(row.prompt)))
     return [part for some in kinds for part in batches(some, size)]
 
 
@@ -234,20 +239,18 @@ def draw(model: FlowModel, prompts: Sequence[Prompt], steps: int, size: int, see
     """ODE samples (B, C, H, W) of the expert that is selected, latents on the CPU, the same on every rank.
 
     steps: of sampling; size: of a micro-batch (0: 96); cfg: the guidance scale. Noise depends on `seed` and the row
-    alone. Rank r draws rows r, r + world, ...; the last round is filled up with the first rows again, because under
-    FSDP every rank must run as many forwards as the others. All prompts have source pictures, or none has.
+    alone. The ranks take turns, edits last; the last turn is filled up with the last row again, because under FSDP
+    every rank must run as many forwards as the others.
     """
     rank, world = ranks.rank_and_world()
-    rows = [(k * world + rank) % len(prompts) for k in range(-(-len(prompts) // world))]
+    order = sorted(range(len(prompts)), key=lambda i: is_edit(prompts[i]))
+    turns = order + order[-1:] * (-len(order) % world)
+    mine = [Row(prompts[i], seed_for("draw", seed, i)) for i in turns[rank::world]]
     times, drawn = model.time_grid(steps), []
-    for part in batches(rows, size or 96):
-        noise = [torch.Generator().manual_seed(seed_for("draw", seed, i)) for i in part]
-        x = sde.standard_normal((len(part), *model.latent_shape), noise).to(model.device)
-        cond, uncond = conditions(model, [prompts[i] for i in part], cfg)
-        drawn.append(sde.sample(field(model, cond, uncond, cfg), x, times).cpu())
-    mine = torch.cat(drawn)
-    if not dist.is_initialized():
-        return mine
-    parts = [torch.empty_like(mine) for _ in range(world)]
-    dist.all_gather(parts, mine)
-    return torch.stack(parts, 1).flatten(0, 1)[: len(prompts)]  # row k * world + r is rank r's k-th
+    for part in in_step(micro_batches(mine, size or 96)):
+        x, _ = pure_noise(model, part)
+        cond, uncond = conditions(model, prompts_of(part), cfg)
+        counts = torch.tensor([row.counts for row in part])
+        drawn.append(sde.sample(field(model, cond, uncond, cfg), x, times).cpu()[counts])
+    all_of_them = torch.stack(ranks.gathered(torch.cat(drawn)), 1).flatten(0, 1)  # as in `turns`
+    return all_of_them[torch.tensor(order).argsort()]

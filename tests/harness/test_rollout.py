@@ -15,6 +15,7 @@ from data import written
 from data.batches import seed_for
 from data.pictures import source_image, sources
 from harness import cli, load, rollout
+from models import flow
 from models import load as models
 from models.tiny import load_tiny
 from tests.helpers.runs import TASKS, flat, metrics, the_one_line, tiny_settings
@@ -209,22 +210,26 @@ def test_the_noise_of_a_picture_depends_on_the_seed_and_its_row_alone(model, pro
 
 
 @pytest.mark.parametrize("count, size", [(5, 2), (2, 3)])
-def test_ranks_share_the_rows_and_every_one_gets_what_one_alone_draws(model, prompts, monkeypatch, count, size):
-    some = prompts["text"][:count]
+@pytest.mark.parametrize("edits", [0, 2])
+def test_ranks_share_the_rows_and_every_one_gets_what_one_alone_draws(world2, monkeypatch, count, size, edits):
+    """Edits stand before a drawing, so that their order is not that of the turns."""
+    model, (drawn, changed) = load_tiny(world2.base), edits_and_others(5)
+    some = [*changed[: edits // 2], *drawn[: count - edits], *changed[edits // 2 : edits]]
     alone = rollout.draw(model, some, 2, 0, 3, 1.0)
-    shares, rounds = [], -(-count // size)
+    shares, forwards, real = [], [], flow.FlowModel._forward
+    monkeypatch.setattr(flow.FlowModel, "_forward", lambda *args: forwards.append(1) or real(*args))
+
+    def gathered(mine):  # the ranks one after the other; only the last has heard of all
+        shares.append(mine)
+        return shares if len(shares) == size else [mine] * size
+
+    monkeypatch.setattr(rollout.ranks, "gathered", gathered)
+    monkeypatch.setattr(rollout.ranks, "most", lambda number: 2 if edits else 1)
     for rank in range(size):
         monkeypatch.setattr(rollout.ranks, "rank_and_world", lambda rank=rank: (rank, size))
-        shares.append(rollout.draw(model, some, 2, 0, 3, 1.0))
-    assert [len(share) for share in shares] == [rounds] * size, "under FSDP all must run as many forwards"
-
-    def all_gather(parts, mine):
-        assert torch.equal(mine, shares[size - 1])
-        for part, share in zip(parts, shares, strict=True):
-            part.copy_(share)
-
-    monkeypatch.setattr(rollout, "dist", SimpleNamespace(is_initialized=lambda: True, all_gather=all_gather))
-    torch.testing.assert_close(rollout.draw(model, some, 2, 0, 3, 1.0), alone, rtol=0, atol=1e-5)
+        found = rollout.draw(model, some, 2, 0, 3, 1.0)
+    assert len({len(share) for share in shares}) == 1 and len(forwards) == 2 * size * (2 if edits else 1)
+    torch.testing.assert_close(found, alone, rtol=0, atol=1e-5)
 
 
 # -------------------------------------------------------------------------------- edits beside prompts without a source

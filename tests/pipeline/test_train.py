@@ -119,40 +119,44 @@ def test_training_stays_off_the_network_and_says_nothing_but_progress(go, monkey
 
 # --------------------------------------------------------------------------------------------------------- cold starts
 @pytest.mark.parametrize("stage", ["sft", "pretrain"])
-def test_micro_batches_of_flow_matching_change_neither_noise_nor_gradient(go, spy, updates, small_pretraining, stage):
+def test_micro_batches_of_flow_matching_change_neither_noise_nor_gradient(go2, spy, updates, small_pretraining, stage):
     calls, found = spy(train, "flow_matching"), []
     for size in (0, 2, 3):
-        go(f"of{size}", "--stage", stage, "--micro-batch", str(size), "--batch-size", "7")
-        times = torch.cat([call.args[2] for call in calls])
-        found.append((times, sum(call.result for call in calls), flat(updates[-1].grads)))
+        go2(f"of{size}", "--stage", stage, "--micro-batch", str(size), "--batch-size", "7")
+        seeds = sorted(g.initial_seed() for call in calls for g in call.args[3])
+        found.append((seeds, sum(call.result for call in calls), flat(updates[-1].grads)))
         calls.clear()
-    times, loss, gradient = found[0]
-    assert len(times) == 7 and gradient.norm() > 0
-    for other_times, other_loss, other in found[1:]:
-        assert torch.equal(other_times, times), "the same times"
+    seeds, loss, gradient = found[0]
+    assert len(set(seeds)) == 7 and gradient.norm() > 0
+    for other_seeds, other_loss, other in found[1:]:
+        assert other_seeds == seeds, "each row has its noise"
         assert close(other, gradient, 1e-6) and other_loss == pytest.approx(loss, rel=1e-5)
 
 
-def test_sft_learns_the_pictures_of_each_tasks_own_teacher(go, spy, world):
+def test_sft_learns_the_pictures_of_each_tasks_own_teacher(go, spy, updates, world):
+    """And its gradient is F Eq. 1's by autograd, with t and eps of each row drawn here from the row's seed."""
     drawn, sampled = spy(rollout, "draw"), spy(train, "flow_matching")
-    go("run", "--stage", "sft")
-    calls, conds = list(drawn), {}
+    folder = go("run", "--stage", "sft", "--init", str(world.teachers["text"]))
+    calls, conds, student = list(drawn), {}, with_adapter(world, world.teachers["text"])
     for call, task in zip(calls, TASKS, strict=True):
         prompts, *how, cfg = call.args[1:]
         assert len(prompts) == 2 and {p.task for p in prompts} == {task}
         teacher = with_adapter(world, world.teachers[task])
         assert cfg == 1.0 and close(call.result, rollout.draw(teacher, prompts, *how, cfg))
         conds[task] = teacher.encode([p.text for p in prompts])
-    assert sum(len(call.args[1]) for call in sampled) == 3, "the batch, task by task"
-    for call in sampled:
-        _, x0, _, cond, _, rows = call.args
-        (task,) = {t for t, d in zip(TASKS, calls, strict=True) if any(torch.equal(x0[0], one) for one in d.result)}
-        latents = calls[TASKS.index(task)].result
-        assert rows == 3 and x0.shape[1:] == (3, 24, 24)
-        told = cond(slice(None)).tokens
-        for row, tokens in zip(x0, told, strict=True):  # the latents themselves, each with its own prompt
-            (place,) = [i for i, one in enumerate(latents) if torch.equal(row, one)]
-            assert torch.equal(tokens, conds[task].tokens[place])
+    ((_, x0, cond, noise, _),) = [call.args for call in sampled]
+    assert x0.shape == (3, 3, 24, 24)
+    latents, tokens = torch.cat([call.result for call in calls]), torch.cat([conds[task].tokens for task in TASKS])
+    for row, own in zip(x0, cond.tokens, strict=True):  # the latents themselves, each with its own prompt
+        (place,) = [i for i, one in enumerate(latents) if torch.equal(row, one)]
+        assert torch.equal(own, tokens[place])
+    fresh = [torch.Generator().manual_seed(g.initial_seed()) for g in noise]
+    t = torch.stack([torch.sigmoid(torch.randn((), generator=g) + student.train_shift) for g in fresh])
+    eps = torch.stack([torch.randn(3, 24, 24, generator=g) for g in fresh])
+    at = t[:, None, None, None]
+    loss = ((student.velocity((1 - at) * x0 + at * eps, t, cond) - (eps - x0)) ** 2).mean()
+    assert close(flat(torch.autograd.grad(loss, list(student.trainable().values()))), flat(updates[0].grads), 1e-5)
+    assert metrics(folder)[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
 
 
 def test_merging_gives_the_mean_of_the_teachers_updates_as_they_are_on_disk_now(go, world, tmp_path):

@@ -25,7 +25,7 @@ import concurrent.futures
 import random
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
 from itertools import islice
@@ -61,6 +61,7 @@ from harness import curation, load, plan, ranks, report, rollout
 from harness.ranks import USER_ERRORS
 from harness.rollout import Row, Trajectories, batches, in_step, micro_batches, prompts_of
 from harness.run import Run, Stopped, read_metrics
+from harness.stats import ratio_stats, shares_of, summed, warn_of_hacking, warn_of_ratio
 from models import flow, hub, lora
 from models.experts import STUDENT
 from scorers import panel as scoring
@@ -232,15 +233,6 @@ def all_ranks(mine: scoring.Scores) -> scoring.Scores:
     return scoring.Scores(mine.names, values, weights, lost.astype(bool))
 
 
-def warn_of_hacking(run: Run, watched: Collection[str]) -> set[str]:
-    """Print a line for each watched scorer that falls while the trained reward rises (F Fig. 2, Q 4.2) -> which."""
-    names = watched if run.rank == 0 else ()
-    found = {name for name in names if scoring.is_hacked(run.history("reward"), run.history(f"reward/{name}"))}
-    for name in sorted(found):
-        print(f"warning: step {run.step}: the reward rises while {name} falls", file=sys.stderr)
-    return found
-
-
 def update_policy(run: Run, parts: Sequence[Trajectories], advantage_B: Tensor, weight_B: Tensor) -> dict:
     """One optimizer update on the clipped objective (F Eq. 3, Q Eq. 6), a weighted mean over rows and transitions."""
     s, stats = run.s, []
@@ -258,27 +250,6 @@ def update_policy(run: Run, parts: Sequence[Trajectories], advantage_B: Tensor, 
             (loss_B * own_weight_B).sum().backward()
             stats.append(shares_of(found, own_weight_B))
     return {**ratio_stats(summed(stats)), "grad_norm": run.update()}
-
-
-def ratio_stats(found: Mapping[str, float]) -> dict[str, float]:
-    """Shares of E[rho - 1] and E[(rho - 1)^2], `off` and `off_sq` -> `ratio_mean` and `ratio_std` over all ranks.
-
-    Both are exact at 1: where no ratio differs from 1, they are 1.0 and 0.0.
-    """
-    found = ranks.average_numbers(dict(found))
-    off, off_sq = found.pop("off"), found.pop("off_sq")
-    return {"ratio_mean": 1 + off, "ratio_std": max(off_sq - off * off, 0.0) ** 0.5, **found}
-
-
-def warn_of_ratio(run: Run, found: Mapping[str, float]) -> None:
-    """Print a line if the first ratio is not 1 where the policy that learns has just drawn (F Eq. 11, Q Eq. 6).
-
-    Then its forward with gradients has other bits than the one without: attention kernels may differ on an accelerator.
-    """
-    mean, std = found["ratio_mean"], found["ratio_std"]
-    if run.rank == 0 and (mean, std) != (1.0, 0.0):
-        at = f"warning: step {run.step + 1}: the first policy ratio is {mean:.9g}, spread {std:.3g}, and not exactly 1"
-        print(f"{at}: a forward with gradients differs from one without; compare --clip with it", file=sys.stderr)
 
 
 def update_forward(run: Run, parts: Sequence[Trajectories], advantage_B: Tensor, weight_B: Tensor) -> dict:
@@ -310,20 +281,6 @@ def shared_out(
         own = (torch.zeros(len(part.counts)).masked_scatter(part.counts, x[some]) for x in (values_B, weight_B))
         value, weight = (x.to(run.model.device) for x in own)
         yield part, value, weight / len(part.path)
-
-
-def shares_of(found_B: Mapping[str, Tensor], weight_B: Tensor) -> dict[str, float]:
-    """Values of rows, (B,), as their share of the step's mean."""
-    return {key: (value.detach() * weight_B).sum().item() for key, value in found_B.items()}
-
-
-def summed(stats: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Key by key, the sum of a step's shares."""
-    found: dict[str, float] = {}
-    for row in stats:
-        for key, value in row.items():
-            found[key] = found.get(key, 0.0) + value
-    return found
 
 
 # -------------------------------------------------------------------------------------------- cold start: sft, merge

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from data.common import write_atomic
-from harness.ranks import rank_and_world, reason, wait
+from harness.ranks import lost_others, rank_and_world, reason, wait
 from harness.weights import Weights
 from models.hub import ModelError, last_checkpoint
 from settings import Settings, SettingsError, read_by
@@ -117,6 +117,8 @@ def resume(folder: Path, weights: Weights) -> int:
         with warnings.catch_warnings(action="ignore", category=UserWarning):
             dcp.load(weights.state()[0], storage_reader=reader)
     except (Exception, CheckpointException) as fault:  # DCP's own is no Exception
+        if lost_others(fault):
+            raise
         raise ModelError(
             f"{last / 'training'}: cannot resume from it ({reason(fault)}); remove {last} to continue from an "
             "earlier checkpoint, or start anew with --no-resume"

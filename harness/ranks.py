@@ -30,7 +30,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from data.common import first_line
+from data.common import first_line, write_atomic
 from data.files import DataError
 from harness.threads import cores
 from models.hub import ModelError
@@ -112,7 +112,7 @@ def leave(main: Callable[[], int]) -> None:
         if world == 1:
             raise
         get_error_handler().record_exception(fault)
-        if isinstance(fault, dist.DistError | RuntimeError) and re.search("(?i)peer|connection|timed out", str(fault)):
+        if lost_others(fault):
             print(f"rank {rank}: lost the other ranks ({reason(fault)}); their message says why", file=sys.stderr)
         else:
             traceback.print_exc()
@@ -130,10 +130,22 @@ def leave(main: Callable[[], int]) -> None:
     sys.exit(code)
 
 
-def reason(fault: BaseException) -> str:
-    """The first line of the innermost cause. torch.distributed.checkpoint wraps what went wrong on each rank."""
+def cause(fault: BaseException) -> BaseException:
+    """The innermost cause. torch.distributed.checkpoint wraps what went wrong on each rank."""
     inner = next(iter(getattr(fault, "failures", {}).values()), (fault,))
-    return first_line(inner[0] if isinstance(inner, tuple) else inner)
+    return inner[0] if isinstance(inner, tuple) else inner
+
+
+def reason(fault: BaseException) -> str:
+    """The first line of the innermost cause."""
+    return first_line(cause(fault))
+
+
+def lost_others(fault: BaseException) -> bool:
+    """Did a collective give up because another rank has failed or hangs?"""
+    fault = cause(fault)
+    known = re.search("(?i)peer|connection|timed out", str(fault))
+    return isinstance(fault, dist.DistError | RuntimeError) and known is not None
 
 
 # ---------------------------------------------------------------------------------------------------- collectives
@@ -193,6 +205,28 @@ def wait() -> None:
     """Wait until every rank has called this."""
     if dist.is_initialized():
         dist.barrier()
+
+
+def check_shared(folder: Path) -> None:
+    """SettingsError, on every rank, unless all nodes see the folder that rank 0 has made. All ranks call this."""
+    world = rank_and_world()[1]
+    if not dist.is_initialized() or world == local_world():
+        return
+    token, file = torch.tensor(int.from_bytes(os.urandom(7))), folder / ".shared"
+    dist.broadcast(token, 0)
+    if dist.get_rank() == 0:
+        write_atomic(file, f"{token}\n")
+    wait()
+    seen = local_rank() > 0
+    for _ in range(30):  # seconds: a network's file system shows a new file late
+        if seen := seen or (file.is_file() and file.read_text() == f"{token}\n"):
+            break
+        time.sleep(1)
+    lost = any_rank(not seen)
+    if dist.get_rank() == 0:
+        file.unlink()
+    if lost:
+        raise SettingsError(f"{folder} is not one folder for all nodes: give an --out that they share")
 
 
 def sharding(parallel: str, precision: str, device: torch.device) -> Callable[[nn.Module], object] | None:

@@ -30,7 +30,7 @@ from data.batches import seed_for
 from data.common import write_atomic
 from harness import checkpoints
 from harness.card import model_card
-from harness.ranks import any_rank, average_numbers, rank_and_world, wait
+from harness.ranks import any_rank, average_numbers, check_shared, rank_and_world, wait
 from harness.weights import Weights
 from models.flow import FlowModel
 from models.lora import LoraConfig, save_adapter
@@ -52,6 +52,7 @@ class Run:
         self.asked_to_stop = False
         if self.rank == 0:
             checkpoints.prepare(self.folder, settings)
+        check_shared(self.folder)
         wait()
         # A merge has no state to go on from, and its teachers may have changed on disk.
         self.step = 0 if settings.stage == "merge" else checkpoints.resume(self.folder, self.weights)

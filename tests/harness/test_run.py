@@ -10,21 +10,26 @@ import re
 import shutil
 import signal
 import sys
+import traceback
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
+from unittest import mock
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
+import torch.distributed.checkpoint as dcp
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 
 from bench import kills
 from data.common import write_atomic
 from harness import cli, weights
 from harness import run as runtime
+from harness.ranks import lost_others
 from harness.run import Run
 from models import hub
 from models.experts import STUDENT
@@ -332,6 +337,18 @@ def test_a_damaged_checkpoint_is_one_line_that_names_it_and_says_what_to_do(toy,
     shutil.rmtree(run.checkpoint)
     assert toy(**NFT).step == 2, "and the advice works"
     assert toy(**NFT, resume=False).step == 0
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_time_out_while_resuming_is_no_fault_of_the_checkpoint(toy, monkeypatch, wrapped):
+    train(toy(steps=1))
+    fault = late = RuntimeError("Timed out waiting 60000ms for recv operation to complete")
+    if wrapped:
+        fault = CheckpointException("on rank 1", {1: (late, traceback.extract_stack())})
+    monkeypatch.setattr(dcp, "load", mock.Mock(side_effect=fault))
+    with pytest.raises(type(fault)) as e:
+        toy(steps=2)
+    assert lost_others(e.value)
 
 
 def test_a_name_belongs_to_one_set_of_settings(toy):

@@ -253,7 +253,8 @@ def test_two_ranks_learn_both_of_qs_tasks_as_one_rank_does(world2, qwen, pair, n
     alone(qwen_job(world2, qwen, pair, name, 1))
     one, two = pair / f"{name}-1", pair / f"{name}-2"
     inner = [WHOLE] if name == "real-full" else []
-    assert furthest(tensors(one, *inner), tensors(two, *inner)) < 1e-5
+    # Two of Adam's steps of 1e-3: where a gradient is as small as its rounding, a weight is a little of a step apart.
+    assert furthest(tensors(one, *inner), tensors(two, *inner)) < 5e-5
     assert alike(two, one, "grad_norm", *{"tiny-nft": ("loss", "moved", "distance", "reward")}.get(name, ()))
 
 
@@ -264,9 +265,10 @@ def test_the_cold_starts_run_on_two_ranks_and_one_of_them_scores(pair):
     assert set(scores) == {"t2i jpeg", "edit jpeg"} and len(lines(run, "loss")) == 2
 
 
-# ------------------------------------------------------------------------------------------- half precision, sharded
-SHARDED = """
-import os, sys
+# ------------------------------------------------------------- two nodes: half precision, sharded; one run folder
+NODES = """
+import os, sys, types
+from pathlib import Path
 sys.path.insert(0, {root!r})
 import torch
 from safetensors.torch import save_file
@@ -275,7 +277,16 @@ from models import load
 from tests.helpers.checks import five_velocities
 
 torch.distributed.init_process_group("gloo")
-os.environ["LOCAL_WORLD_SIZE"] = "1"  # hsdp: two nodes of one rank each
+os.environ |= {{"LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0"}}  # two nodes of one rank each
+ranks.time = types.SimpleNamespace(sleep=lambda seconds: None)
+for folder in ("both", "node-{{}}".format(ranks.rank_and_world()[0]), "both"):
+    folder = Path(sys.argv[1]).with_name(folder)
+    folder.mkdir(exist_ok=True)
+    try:
+        ranks.check_shared(folder)
+        print(f"shared: {{folder.name}}")
+    except ranks.SettingsError as fault:
+        print(f"refused: {{fault}}")
 found = {{}}
 for where in sys.argv[2:]:
     for parallel in ("ddp", "fsdp", "hsdp"):
@@ -289,19 +300,33 @@ torch.distributed.destroy_process_group()
 """
 
 
-def test_a_full_student_has_the_base_models_velocity_however_it_is_sharded_and_in_half_precision(sd35, qwen, tmp_path):
+@pytest.fixture(scope="module")
+def nodes(sd35, qwen, tmp_path_factory):
+    """What two nodes of one rank each find out; the folder that has it."""
+    root = tmp_path_factory.mktemp("nodes")
+    (root / "nodes.py").write_text(NODES.format(root=str(ROOT)))
+    code, output, _ = torchrun(root / "nodes.py", root / "found.safetensors", sd35.base, qwen.base)
+    assert code == 0, output[-4000:]
+    (root / "output.txt").write_text(output)
+    return root
+
+
+def test_a_run_folder_that_is_not_one_for_all_nodes_is_refused_on_every_rank(nodes):
+    output = (nodes / "output.txt").read_text()
+    assert output.count("shared: both") == 4 and not [*(nodes / "both").iterdir()], "and nothing is left in it"
+    assert output.count(f"refused: {nodes}/node-") == 2
+
+
+def test_a_full_student_has_the_base_models_velocity_however_it_is_sharded_and_in_half_precision(sd35, qwen, nodes):
     """At five times that bfloat16 would round: SD3's 900.9 to 900, and velocities 20 to 115 % apart."""
     from safetensors.torch import load_file
 
     from models import load
     from tests.helpers.checks import five_velocities, relative
 
-    (tmp_path / "sharded.py").write_text(SHARDED.format(root=str(ROOT)))
     where = [str(sd35.base), str(qwen.base)]
-    code, output, _ = torchrun(tmp_path / "sharded.py", tmp_path / "found.safetensors", *where)
-    assert code == 0, output[-4000:]
     whole = {folder: load.load(folder, resolution=64) for folder in where}
-    for name, found in load_file(tmp_path / "found.safetensors").items():
+    for name, found in load_file(nodes / "found.safetensors").items():
         folder, _, precision = name.split()
         expected = five_velocities(whole[folder], folder == str(qwen.base) and precision == "bfloat16")
         print(f"{name}: {relative(found, expected):.1e}")

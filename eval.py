@@ -28,7 +28,7 @@ import torch
 from data.batches import seed_for
 from data.files import Prompt
 from data.pictures import sources
-from harness import load, plan, ranks, report, rollout
+from harness import load, ownership, plan, ranks, report, rollout
 from models import flow
 from scorers import panel as scoring
 
@@ -75,9 +75,10 @@ def compare(s: Settings) -> tuple[dict[str, dict], Path]:
     """Base, every teacher and every --compare student on the test prompts -> (rows on rank 0, the report's path)."""
     if not s.eval_prompts:
         raise settings.SettingsError("--eval-prompts 0: nothing would be compared; ask for at least one a task")
+    lock = load.claim(s)
     device, first = ranks.start(s), ranks.rank_and_world()[0] == 0
     load.locate_all(s)
-    folder = Path(s.out) / s.name
+    folder = ownership.of(s)
     prompts = load.load_prompts(s, "test", s.eval_prompts, settings.test_tasks(s))
     model = load.base_model(s, device)
     experts = load.load_teachers(model, s)
@@ -85,6 +86,8 @@ def compare(s: Settings) -> tuple[dict[str, dict], Path]:
     for name, where in s.compare.items():
         names[name] = f"compare:{name}"
         model.add_expert(names[name], where)
+    if first:
+        ownership.prepare(s)
     rows, panel = {}, named_panel(s, device) if first else None
     for name, expert in names.items():
         if first:
@@ -101,6 +104,7 @@ def compare(s: Settings) -> tuple[dict[str, dict], Path]:
         own = [scores[task] for task, scores in teachers.items() if task in scores]
         notes = [f"Mean of the teachers' own-task scores: {sum(own) / len(own):.3f}."] if own else []
         report.write_report(folder, f"Evaluation: {s.name}", rows, notes)
+    del lock
     return rows, folder / "report.md"
 
 
@@ -111,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if s.dry_run:
             return plan.show(s, {})
         rows, where = compare(s)
-    except ranks.USER_ERRORS as fault:
+    except (*ranks.USER_ERRORS, OSError) as fault:
         return ranks.fail(fault)
     except KeyboardInterrupt:
         print("interrupted: nothing is kept; repeat the command", file=sys.stderr)

@@ -57,7 +57,7 @@ import sde
 from data.batches import prompt_batch, seed_for
 from data.pictures import sources
 from data.preferences import Pair, Sample
-from harness import curation, load, plan, ranks, report, rollout
+from harness import curation, load, ownership, plan, ranks, report, rollout
 from harness.ranks import USER_ERRORS
 from harness.rollout import Row, Trajectories, batches, in_step, micro_batches, prompts_of
 from harness.run import Run, Stopped, read_metrics
@@ -115,7 +115,7 @@ def curate(s: Settings, load=load) -> Path:
     panel = load.panel_of(s)  # before the model: a scorer that is not installed is found out at once
     panel.check(p for some in prompts.values() for p in some)
     run = load.student_run(s)
-    known = curation.Ranges(run.folder / "ranges", run.rank, curation.fingerprint(s))
+    known = curation.Ranges(run.folder / "ranges", run.rank, curation.fingerprint(s, run.inputs))
     unknown = {curation.key(p): p for some in prompts.values() for p in some if not known.has(p)}  # each of them once
     mine = list(unknown.values())[run.rank :: run.world]
     ranks.wait()  # nobody writes before everybody has read
@@ -128,6 +128,7 @@ def curate(s: Settings, load=load) -> Path:
     ranks.wait()
     if run.rank == 0:
         print(curation.write(run.folder, prompts, known.all(), s.threshold))
+        ownership.forget(run.folder)
     ranks.wait()
     return run.folder
 
@@ -318,7 +319,7 @@ def sft(s: Settings, load=load) -> Run:
 def merge_teachers(s: Settings) -> Run:
     """Cold start by merging (F 5.1): the mean of the teachers' updates as one adapter. No training."""
     device = ranks.start(s)
-    load.locate_all(s)
+    inputs = load.inputs_of(s)
     model = load.base_model(s, device)
     states, scales = [], []
     for where in s.teachers.values():
@@ -332,7 +333,7 @@ def merge_teachers(s: Settings) -> Run:
     rank = next(value.shape[0] for key, value in merged.items() if "lora_A" in key)
     config = lora.lora_config(rank, rank)  # merge_lora's update is B @ A at scale 1, hence alpha = rank
     model.add_adapter(STUDENT, config, merged)
-    run = Run(s, model, config)
+    run = Run(s, model, config, inputs)
     run.save()
     return run
 
@@ -510,13 +511,21 @@ STAGES = {
 }  # fmt: skip
 
 
+def perform(s: Settings) -> Path:
+    """One stage -> what it has made. Nobody else has the run's folder while it lasts."""
+    lock = load.claim(s)
+    made = STAGES[s.stage](s)
+    del lock
+    return made
+
+
 def everything(s: Settings, chosen: dict) -> Path:
     """--stage all, in the order of `settings.parts_of`, and the table. The tiny worlds have no published base: there,
     pretraining comes first. F has published teachers, and merges them into a cold start; Q trains its own."""
 
     def part(stage: str, **more) -> Path:
         name = "-".join([s.name, stage, *([more["task"]] if "task" in more else [])])
-        return STAGES[stage](cli.for_stage(chosen, stage, name=name, **more))
+        return perform(cli.for_stage(chosen, stage, name=name, **more))
 
     base, teachers, cold, init = s.model, s.teachers, {}, ""
     for stage in settings.parts_of(s):
@@ -546,9 +555,9 @@ def run_stage(s: Settings, chosen: dict) -> None:
         everything(s, chosen)
     elif s.stage in ("grpo", "nft") and not s.task:
         for task in task_list(s):
-            STAGES[s.stage](cli.for_stage(chosen, s.stage, task=task, name=f"{s.name}-{task}"))
+            perform(cli.for_stage(chosen, s.stage, task=task, name=f"{s.name}-{task}"))
     else:
-        STAGES[s.stage](s)
+        perform(s)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -562,10 +571,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise settings.SettingsError("--wandb needs an extra: pip install -e '.[wandb]'")
         run_stage(s, chosen)
         return 0
-    except USER_ERRORS as fault:
+    except (*USER_ERRORS, OSError) as fault:
         return ranks.fail(fault)
     except Stopped as stop:
-        code, message = 0, str(stop)
+        code, message = stop.code, str(stop)
     except KeyboardInterrupt:
         code, message = 130, "interrupted: repeat the command to continue from the last checkpoint"
     # Out here the exception is gone, and with it the run's progress bar: the message gets a line of its own.

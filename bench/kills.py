@@ -1,14 +1,17 @@
-"""Does a run survive kill -9 at any moment? It is killed before every write of a short run, and continued each time.
+"""Does a run survive kill -9 or a full disk at any moment? It meets them before every write, and goes on each time.
 
     python -m bench.kills               # every write: some minutes
     python -m bench.kills --every 20    # a sample of them
 
 A write is whatever changes a file of the run: opening it for writing, renaming, removing, making or removing a folder.
-Python announces each of them to an audit hook, and there a real SIGKILL ends the process. A kill is survived if the
-same command, repeated, ends with the checkpoints and metrics of a run that nobody disturbed, bit for bit.
+Python announces each of them to an audit hook, and there a real SIGKILL ends the process, or this and every later
+attempt to write more fails as on a full disk. A kill is survived if the same command, repeated, ends with the
+checkpoints and metrics of a run that nobody disturbed, bit for bit. A full disk is survived if, besides, the program
+ended with code 2 and left no half-written checkpoint.
 """
 
 import argparse
+import errno
 import hashlib
 import json
 import os
@@ -24,18 +27,22 @@ from typing import NamedTuple
 import safetensors.torch
 
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir"}  # audit events; "open" counts if it is for writing
+KILL, FULL = -signal.SIGKILL, 2  # what may happen before a write, and the exit code that it ends with
 
 
 class Case(NamedTuple):
-    """begin(folder) makes the state to start from, work(folder) is what is killed, again(folder) is the repetition."""
+    """begin(folder) makes the state to start from, work(folder) is what is killed, again(folder) is the repetition.
 
-    begin: Callable[[Path], None]
-    work: Callable[[Path], None]
-    again: Callable[[Path], None]
+    Each returns its exit code.
+    """
+
+    begin: Callable[[Path], int]
+    work: Callable[[Path], int]
+    again: Callable[[Path], int]
 
 
-def forked(work: Callable[[Path], None], folder: Path, kill_at: int = 0) -> tuple[int, int]:
-    """Run `work` in a fork, killed before its write number `kill_at` (0: never) -> (exit code, number of writes)."""
+def forked(work: Callable[[Path], int], folder: Path, at: int = 0, fault: int = KILL) -> tuple[int, int]:
+    """Run `work` in a fork, with `fault` before its write number `at` (0: never) -> (exit code, number of writes)."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
@@ -45,15 +52,17 @@ def forked(work: Callable[[Path], None], folder: Path, kill_at: int = 0) -> tupl
             nonlocal count
             if is_write(event, arguments, folder):
                 count += 1
-                if count == kill_at:
+                if count == at and fault == KILL:
                     os.kill(os.getpid(), signal.SIGKILL)
+                if 0 < at <= count and fault == FULL and event in ("open", "os.mkdir"):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
         code = 1
         try:
             announce_safetensors()
+            os.fsync = lambda file: None  # a process that is killed loses nothing of what the system has: save the time
             sys.addaudithook(hook)
-            work(folder)
-            code = 0
+            code = work(folder)
         except BaseException:
             traceback.print_exc()
         os.write(writer, str(count).encode())
@@ -103,8 +112,8 @@ def outcome(folder: Path) -> dict[str, str]:
     return found
 
 
-def survived(case: Case, every: int = 1) -> tuple[int, int, int]:
-    """Kill `case.work` before each write (or each `every`-th) -> (writes, kills tried, kills survived)."""
+def survived(case: Case, every: int = 1, fault: int = KILL) -> tuple[int, int, int]:
+    """Meet `fault` before each write (or each `every`-th) of `case.work` -> (writes, faults tried, faults survived)."""
     with tempfile.TemporaryDirectory() as top:
         start, run = Path(top).resolve() / "start", Path(top).resolve() / "run"
 
@@ -119,55 +128,61 @@ def survived(case: Case, every: int = 1) -> tuple[int, int, int]:
         code, writes = forked(case.work, run)
         assert code == 0 and forked(case.again, run)[0] == 0
         expected, tried, good = outcome(run), 0, 0
-        for kill_at in range(1, writes + 1, every):
+        for at in range(1, writes + 1, every):
             begin()
-            if forked(case.work, run, kill_at)[0] != -signal.SIGKILL:
-                continue
+            before = {*run.rglob(".step-*")}
+            if (code := forked(case.work, run, at, fault)[0]) == 0 or (fault == KILL and code != KILL):
+                continue  # nothing was to be written after that
             tried += 1
+            half = [] if fault == KILL else [str(p) for p in {*run.rglob(".step-*")} - before]
             found = outcome(run) if forked(case.again, run)[0] == 0 else {}
-            good += found == expected
-            if found != expected:
+            good += code == fault and not half and found == expected
+            if code != fault or half or found != expected:
                 unlike = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
-                print(f"killed before write {kill_at}: other {unlike}", file=sys.stderr)
+                print(f"fault {fault} before write {at}: code {code}, {half}, other {unlike}", file=sys.stderr)
         return writes, tried, good
 
 
 # ------------------------------------------------------------------------------------------- a run of train.py
 def cases(base: Path) -> Mapping[str, Case]:
-    """Three short runs of DiffusionNFT in the tiny world: its state has an old policy and moments too."""
+    """Four short runs of DiffusionNFT in the tiny world: its state has an old policy and moments too."""
     import harness.run
     import train
 
     small = "--preset tiny --stage nft --task text --prompts-per-step 1 --group-size 2 --num-steps 2 --train-prompts 4"
     flags = f"{small} --eval-prompts 0 --device cpu --rank 2 --alpha 2 --save-every 1 --keep 2".split()
 
-    def steps(count: int) -> Callable[[Path], None]:
-        def work(folder: Path) -> None:
-            argv = [*flags, "--model", str(base), "--out", str(folder), "--name", "run", "--steps", str(count)]
-            assert train.main(argv) == 0
+    def steps(count: int, *more: str) -> Callable[[Path], int]:
+        def work(folder: Path) -> int:
+            argv = [*flags, "--model", str(base), "--out", str(folder), "--name", "run", "--steps", str(count), *more]
+            return train.main(argv)
 
         return work
 
-    def left_by_a_kill(folder: Path) -> None:
-        steps(2)(folder)
+    def left_by_a_kill(folder: Path) -> int:
+        code = steps(2)(folder)
         done = folder / "run/checkpoints/step-000002"
         shutil.copytree(done, done.with_name(".step-000003"))
         shutil.copytree(done, done.with_name(".step-000002-old"))
+        return code
 
-    def stopped_at_once(folder: Path) -> None:
+    def stopped_at_once(folder: Path) -> int:
         harness.run.any_rank = lambda flag: True  # as if SIGTERM came before the first step: it saves over a checkpoint
-        steps(3)(folder)
+        return steps(3)(folder)
 
     return {
-        "a new run of three steps": Case(lambda folder: None, steps(3), steps(3)),
+        "a new run of three steps": Case(lambda folder: 0, steps(3), steps(3)),
         "a run that is continued, with what a kill has left": Case(left_by_a_kill, steps(4), steps(4)),
         "a run that is stopped as soon as it is continued": Case(steps(2), stopped_at_once, steps(3)),
+        "a run that replaces another": Case(
+            steps(3), steps(2, "--lr", "0.01", "--no-resume"), steps(2, "--lr", "0.01", "--no-resume")
+        ),
     }
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--every", type=int, default=1, help="kill before each N-th write only")
+    parser.add_argument("--every", type=int, default=1, help="before each N-th write only")
     every = parser.parse_args().every
     import torch
 
@@ -180,9 +195,10 @@ def main() -> int:
         model = new_tiny(0, width=32, layers=1)
         model.save_full(Path(folder), model.transformer.state_dict())
         for name, case in cases(Path(folder)).items():
-            writes, tried, good = survived(case, every)
-            total = [total[0] + tried, total[1] + good]
-            print(f"{name}: {writes} writes, {tried} kills, {good} survived", flush=True)
+            for fault, what in ((KILL, "kills"), (FULL, "full disks")):
+                writes, tried, good = survived(case, every, fault)
+                total = [total[0] + tried, total[1] + good]
+                print(f"{name}: {writes} writes, {tried} {what}, {good} survived", flush=True)
     print(f"tried {total[0]}, survived {total[1]}")
     return 0 if total[0] == total[1] else 1
 

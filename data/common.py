@@ -1,5 +1,6 @@
 """What every folder may import: files that are written whole, and text and JSON that users bring."""
 
+import contextlib
 import json
 import math
 import os
@@ -12,10 +13,29 @@ class DataError(ValueError):
 
 
 def write_atomic(file: Path, text: str) -> None:
-    """Write a text file such that a reader, or a kill at any moment, leaves the old file or the new one."""
+    """Write a text file such that a reader, a kill or a full disk at any moment leaves the old file or the new one.
+
+    It is on the disk when this returns. OSError as the system gives it.
+    """
     hidden = file.with_name("." + file.name)
-    hidden.write_text(text)
-    hidden.replace(file)
+    try:
+        hidden.write_text(text)
+        sync(hidden)
+        hidden.replace(file)
+    except OSError:
+        with contextlib.suppress(OSError):
+            hidden.unlink(missing_ok=True)
+        raise
+    sync(file.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the list of names of a folder, is on the disk."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 def first_line(fault: BaseException) -> str:

@@ -72,7 +72,7 @@ def read_prompts(path: str | Path, task: str, split: str = "train") -> list[Prom
     """
     check_known("task", task, TASKS)
     check_known("split", split, SPLITS)
-    file = _prompt_file(Path(path), split)
+    file = prompt_file(Path(path), split)
     if file.suffix.lower() == ".txt":
         lines = [(f"{file}:{n}", line.strip()) for n, line in enumerate(read_text(file).split("\n"), 1)]
         found = [(source, line, {}) for source, line in lines if line]
@@ -103,7 +103,7 @@ def _names(split: str) -> tuple[str, str]:
     return f"{split}_metadata.jsonl", f"{split}.txt"
 
 
-def _prompt_file(path: Path, split: str) -> Path:
+def prompt_file(path: Path, split: str) -> Path:
     """The one file to read: `path` itself, or what a folder holds for the split."""
     if os.path.isdir(path):  # False, too, for a name that no system has
         file = next((path / name for name in _names(split) if (path / name).is_file()), None)

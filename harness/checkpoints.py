@@ -1,72 +1,40 @@
-"""How does a run survive a kill at any moment? A folder that belongs to one set of settings, and whole checkpoints.
+"""How does a run survive a kill at any moment? A checkpoint is whole or absent, and it is checked before it is used.
 
-A checkpoint is written under a hidden name and renamed when it is complete. `step-NNNNNN/` holds
+A checkpoint is written under a hidden name and renamed when it is complete and on the disk. `step-NNNNNN/` holds
 
     the student's exported (averaged) weights, ready for the Hub, with a model card
     training/      weights, averages and moments, as torch.distributed.checkpoint writes them: every rank its own part
     training.json  the step, and how many updates each tensor has had
+    SHA256SUMS     a checksum of every file but the card, as `sha256sum -c` reads it
 
 This is the whole state: all randomness of a step comes from generators that are seeded by the step (`Run.generator`).
 A continued run ends with the same bits on a CPU, and may go on with another number of ranks.
 """
 
+import contextlib
+import hashlib
 import json
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
 
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from data.common import write_atomic
-from harness.ranks import lost_others, rank_and_world, reason, wait
+from data.common import sync, write_atomic
+from harness.ownership import CARD, SUMS, discard, listed
+from harness.ranks import any_rank, lost_others, own, rank_and_world, reason, wait
 from harness.weights import Weights
-from models.hub import ModelError, last_checkpoint
-from settings import Settings, SettingsError, read_by
+from models.hub import ModelError, checkpoints_in, last_checkpoint
 
-# Settings that may change when a run is continued: they move no number of a step, or only who computes it. (With
-# --overlap, `steps` and `save_every` decide before which steps nothing is drawn ahead.)
-FREE = (
-    "steps", "save_every", "keep", "eval_prompts", "eval_steps", "device", "parallel", "micro_batch",
-    "prompts_per_step", "gradient_checkpointing", "timeout", "wandb",
-)  # fmt: skip
-
-
-def prepare(folder: Path, s: Settings) -> None:
-    """Make a run's folder or accept the one that is there, and clear away what a kill has left in it; see `check`."""
-    if not s.resume:
-        shutil.rmtree(folder, ignore_errors=True)
-    check(folder, s)
-    for stale in sorted((folder / "checkpoints").glob(".*")):
-        whole = stale.with_name(stale.name[1:].removesuffix("-old"))
-        if stale.name.endswith("-old") and not whole.exists():  # killed between the two renames of `save`
-            stale.rename(whole)
-        else:
-            shutil.rmtree(stale)
-    (folder / "samples").mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / "config.json", json.dumps(recorded(s), indent=1) + "\n")
-
-
-def recorded(s: Settings) -> dict:
-    """The settings that a run's config.json holds: what the stage reads, and not how it was started."""
-    return {k: v for k, v in read_by(s).items() if k not in ("resume", "dry_run", "config")}
-
-
-def check(folder: Path, s: Settings) -> None:
-    """SettingsError if the folder holds a checkpoint that was made with other settings."""
-    file = folder / "config.json"
-    if not file.exists() or not last_checkpoint(folder):
-        return
-    old = json.loads(file.read_text())
-    for k, value in recorded(s).items():
-        if k not in FREE and k in old and old[k] != value:
-            raise SettingsError(
-                f"{folder} was made with --{k.replace('_', '-')} {old[k]}, not {value}: "
-                "give another --name, or --no-resume to start it anew"
-            )
+STATE = "training.json"
+WRITING = (OSError, SafetensorError, CheckpointException)  # what a disk that is full or gone raises
 
 
 def save(
@@ -74,54 +42,137 @@ def save(
 ) -> None:
     """Write the checkpoint `target`, and remove all but the `keep` newest. It is complete or absent. All ranks call it.
 
-    export(folder) adds what others can use.
+    export(folder) adds what others can use. FloatingPointError if a number is not finite, ModelError if the disk
+    refuses: then nothing is written, and the checkpoints before stay.
     """
     hidden, replaced = target.with_name(f".{target.name}"), target.with_name(f".{target.name}-old")
     first = rank_and_world()[0] == 0
+    poisoned = [name for name, t in tensors.items() if t.is_floating_point() and not own(t).isfinite().all()]
+    if any_rank(bool(poisoned)):
+        where = poisoned[0] if poisoned else "a tensor of another rank"
+        raise FloatingPointError(f"step {step}: {where} is not finite; nothing is saved, older checkpoints stay")
+    try:
+        with _on_all_ranks():
+            if first:
+                shutil.rmtree(hidden, ignore_errors=True)
+                hidden.mkdir(parents=True)
+        with _on_all_ranks():
+            export(hidden)
+        # DCP's safetensors writer: each rank writes its own part, any number of ranks reads it, nothing is pickled.
+        writer = dcp.HuggingFaceStorageWriter(str(hidden / "training"), save_distributed=True)
+        with _on_all_ranks(), warnings.catch_warnings(action="ignore", category=UserWarning):  # one process is alone
+            dcp.save(tensors, storage_writer=writer)
+        with _on_all_ranks():
+            if first:
+                write_atomic(hidden / STATE, json.dumps({"step": step, "updates": updates}) + "\n")
+                seal(hidden)
+                if target.exists():
+                    target.rename(replaced)
+                hidden.rename(target)
+                sync(target.parent)
+    except WRITING as fault:
+        if lost_others(fault):
+            raise
+        if first:
+            shutil.rmtree(hidden, ignore_errors=True)
+        raise ModelError(f"{target}: not saved ({reason(fault)}); older checkpoints stay") from fault
     if first:
-        shutil.rmtree(hidden, ignore_errors=True)
-        hidden.mkdir(parents=True)
+        for old in (replaced, *checkpoints_in(target.parents[1])[:-keep]):
+            if old.exists():
+                discard(old)
     wait()
-    export(hidden)
-    # DCP's safetensors writer: each rank writes its own part, any number of ranks reads it, nothing is pickled.
-    writer = dcp.HuggingFaceStorageWriter(str(hidden / "training"), save_distributed=True)
-    with warnings.catch_warnings(action="ignore", category=UserWarning):  # that one process is alone
-        dcp.save(tensors, storage_writer=writer)
-    if first:
-        write_atomic(hidden / "training.json", json.dumps({"step": step, "updates": updates}) + "\n")
-        if target.exists():
-            target.rename(replaced)
-        hidden.rename(target)
-        shutil.rmtree(replaced, ignore_errors=True)
-        for old in sorted(target.parent.glob("step-*"))[:-keep]:
-            shutil.rmtree(old.rename(old.with_name(f".{old.name}")))  # never half a checkpoint under a whole one's name
-    wait()
+
+
+@contextlib.contextmanager
+def _on_all_ranks() -> Iterator[None]:
+    """If writing fails on any rank, raise on all of them, so that none waits in the next collective."""
+    fault = None
+    try:
+        yield
+    except WRITING as error:
+        if lost_others(error):
+            raise
+        fault = error
+    if any_rank(fault is not None):
+        raise fault or OSError("another rank could not write")
+
+
+def seal(folder: Path) -> None:
+    """Give every file the mode that the umask asks for, write their checksums, and wait until all is on the disk."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / CARD)
+    files.sort(key=lambda p: p.name == STATE)  # the last line: a list that was cut is seen to be
+    mode = folder.stat().st_mode & 0o666  # safetensors writes 0600
+    for file in files:
+        file.chmod(mode)
+    with ThreadPoolExecutor(8) as pool:
+        digests = pool.map(digest, files)
+        lines = [f"{value}  {p.relative_to(folder).as_posix()}\n" for value, p in zip(digests, files, strict=True)]
+        list(pool.map(sync, (*files, *(p for p in folder.rglob("*") if p.is_dir()))))
+    write_atomic(folder / SUMS, "".join(lines))
+
+
+def digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def damage(checkpoint: Path) -> str:
+    """What is wrong with a checkpoint, by its checksums; "" if nothing is."""
+    expected = listed(checkpoint)
+    if next(reversed(expected), None) != STATE:
+        return f"{SUMS} is missing or cut"
+    with ThreadPoolExecutor(8) as pool:
+        present = {name: (checkpoint / name).is_file() for name in expected}
+        found = pool.map(lambda name: digest(checkpoint / name) if present[name] else "", expected)
+        for (name, wanted), got in zip(expected.items(), found, strict=True):
+            if got != wanted:
+                return f"{name} is {'not what was written' if got else 'missing'}"
+    return ""
+
+
+def newest_whole(folder: Path) -> None:
+    """Rank 0: if the newest checkpoints are damaged and one before them is whole, rename them out of the way.
+
+    ModelError if all are damaged: nothing is renamed then, and nothing begins anew by itself.
+    """
+    faults: dict[Path, str] = {}
+    for checkpoint in reversed(checkpoints_in(folder)):
+        if not (fault := damage(checkpoint)):
+            break
+        faults[checkpoint] = fault
+    else:
+        if faults:
+            newest, fault = next(iter(faults.items()))
+            raise ModelError(f"{newest}: damaged ({fault}), and none before it is whole; --no-resume starts anew")
+    for checkpoint, fault in faults.items():
+        names = (checkpoint.with_name(f"{checkpoint.name}.damaged{n or ''}") for n in count())
+        moved = checkpoint.rename(next(name for name in names if not name.exists()))
+        print(f"warning: {checkpoint}: damaged ({fault}); it is {moved.name} from now on", file=sys.stderr)
 
 
 def resume(folder: Path, weights: Weights) -> int:
-    """Fill `weights` from the newest checkpoint -> the step to go on with; 0 if there is none.
+    """Fill `weights` from the newest whole checkpoint -> the step to go on with; 0 if there is none.
 
-    ModelError if a part of the checkpoint is missing or damaged.
+    ModelError if none is whole, or if it does not fit the run.
     """
+    if rank_and_world()[0] == 0:
+        newest_whole(folder)
+    wait()
     last = last_checkpoint(folder)
     if last is None:
         return 0
     try:
-        state = json.loads((last / "training.json").read_text())
+        state = json.loads((last / STATE).read_text())
         if state["updates"]:
             weights.make_moments(state["updates"])
         reader = dcp.HuggingFaceStorageReader(str(last / "training"))
-        for name, entry in reader.read_metadata().state_dict_metadata.items():  # DCP would leave a gap as it is
-            if sum(chunk.sizes.numel() for chunk in entry.chunks) < entry.size.numel():
-                raise ValueError(f"a part of {name} is missing")
         with warnings.catch_warnings(action="ignore", category=UserWarning):
             dcp.load(weights.state()[0], storage_reader=reader)
     except (Exception, CheckpointException) as fault:  # DCP's own is no Exception
         if lost_others(fault):
             raise
         raise ModelError(
-            f"{last / 'training'}: cannot resume from it ({reason(fault)}); remove {last} to continue from an "
-            "earlier checkpoint, or start anew with --no-resume"
+            f"{last / 'training'}: cannot resume from it ({reason(fault)}); start anew with --no-resume"
         ) from fault
     if rank_and_world()[0] == 0:
         print(f"{folder.name}: continues from {last}", file=sys.stderr)

@@ -177,6 +177,7 @@ def _read_config(path: str) -> dict:
         raise SettingsError(f"--config {path}: not JSON ({fault})") from fault
     if not isinstance(found, dict):
         raise SettingsError(f"--config {path}: must be one JSON object of settings")
+    found.pop("identity", None)  # a run's own config.json has it
     for name, value in found.items():
         if name not in FIELDS:
             raise SettingsError(f"--config {path}: no setting {name!r}; {_near(name, FIELDS)}")

@@ -72,7 +72,7 @@ class CountingModel(flow.FlowModel):
 class CountingRun:
     """What a loop asks of a `Run`, for one step that writes nothing and updates nothing."""
 
-    asked_to_stop, step = False, 0
+    asked_to_stop, step, inputs = "", 0, {}
 
     def __init__(self, s: Settings, model: CountingModel, folder: Path):
         self.s, self.model, self.folder = s, model, folder

@@ -11,7 +11,6 @@ be compared for one G and one set of rewards only.
     curation.md           what was dropped and why, by category
 """
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -22,25 +21,22 @@ import numpy as np
 from data.batches import seed_for
 from data.common import write_atomic
 from data.files import Prompt, is_open
-from harness import load
-from harness.checkpoints import FREE
-from scorers.remote import Limits
+from harness import identity
+from harness.ownership import FREE, LOCATED
 from settings import Settings
 
 REASONS = ("kept", "always good", "always bad", "not scored")
-# Settings and options of a scorer's entry that change no score; `FREE` has those that any run may change.
-NO_MATTER = ("threshold", "train_prompts", "prompts", "rewards", "out", "config")
-WAY_TO_A_SCORER = ("device", "endpoints", "key_env", *Limits._fields)
+# Settings that change no score, and those of which only the content counts (`identity`).
+NO_MATTER = ("threshold", "train_prompts", "config", *LOCATED)
 
 
-def fingerprint(s: Settings) -> int:
-    """A number for everything that the ranges depend on: samples, weights of the model, scorers and their weights."""
-    asked = load.asked_of(s)
+def fingerprint(s: Settings, inputs: Mapping[str, str]) -> int:
+    """A number for everything that the ranges depend on: samples, weights of the model, scorers and their weights.
+
+    inputs: the identity of what the run reads, by flag; prompts are known one by one.
+    """
     matters = {k: v for k, v in asdict(s).items() if k not in (*FREE, *NO_MATTER)}
-    matters["weights"] = asked.weights
-    matters["scorers"] = {
-        name: {k: v for k, v in entry.items() if k not in WAY_TO_A_SCORER} for name, entry in asked.scorers.items()
-    }
+    matters["inputs"] = {flag: value for flag, value in inputs.items() if not flag.startswith("--prompts")}
     return seed_for(json.dumps(matters, sort_keys=True))
 
 
@@ -82,7 +78,7 @@ class Ranges:
 def key(prompt: Prompt) -> tuple[str, str, str]:
     """What makes two prompts one: task, text and, of an edit, a hash of its source, which may be the picture itself."""
     image = prompt.metadata.get("image", "")
-    return prompt.task, prompt.text, hashlib.sha256(image.encode()).hexdigest()[:16] if image else ""
+    return prompt.task, prompt.text, identity.picture(image)[:16] if image else ""
 
 
 def category(prompt: Prompt) -> str:

@@ -14,7 +14,7 @@ from data.batches import seed_for
 from data.common import write_atomic
 from data.files import Prompt
 from data.pictures import check_source
-from harness import ranks
+from harness import identity, ownership, ranks
 from harness.run import Run
 from models import flow, hub, lora, qwen_vl, tiny
 from models import load as models
@@ -87,6 +87,44 @@ def asked_of(s: Settings) -> registry.Asked:
     return registry.read(s.rewards, rewarded_tasks(s), world_of(s))
 
 
+# ------------------------------------------------------------------------------------------- what a run reads
+def claim(s: Settings) -> ownership.Lock | None:
+    """Hold the run's folder, see `ownership.claim`: before scorers and models are loaded."""
+    found: dict[str, str] = {}
+    for name, value in settings.read_by(s).items():
+        if name in ("model", "anchor", "init", "data", "rewards"):
+            found[f"--{name}"] = value
+        elif isinstance(value, dict):
+            found |= {f"--{name} {key}": where for key, where in value.items()}
+    return ownership.claim(s, found)
+
+
+def inputs_of(s: Settings) -> dict[str, str]:
+    """{flag: identity} of what the run reads (harness/identity.py), {} on ranks that do not need it.
+
+    Everything is found or fetched before. SettingsError if the run was made with other content.
+    """
+    locate_all(s)
+    if ranks.rank_and_world()[0] > 0 and s.stage != "curate":
+        return {}
+    found, read, places = {}, settings.read_by(s), checkpoints_of(s)
+    if files := base_files(s):
+        found["--model"] = identity.weights(hub.locate(s.model, files), files)
+    if s.stage == "opd" and s.mar > 0:  # also if it is one of the teachers
+        places["anchor"] = s.teachers.get(s.anchor, s.anchor)
+    for name, where in places.items():
+        found[flag_of(name)] = identity.weights(hub.locate(where), (*hub.ADAPTER_FILES, *hub.TRANSFORMER_FILES))
+    for task, path in read.get("prompts", {}).items():
+        if data.holds_split(path, "train"):
+            found[f"--prompts {task}"] = identity.data(data.prompt_file(Path(path), "train"))
+    if read.get("data"):
+        found["--data"] = identity.data(Path(s.data))
+    if s.stage in ("curate", *settings.RL):
+        found["--rewards"] = identity.scorers(asked_of(s))
+    ownership.check_inputs(s, found)
+    return found
+
+
 # ------------------------------------------------------------------------------------------ student and teachers
 def locate_all(s: Settings) -> None:
     """Find or fetch every checkpoint that the run will read. ModelError names one that is not there.
@@ -95,9 +133,15 @@ def locate_all(s: Settings) -> None:
     """
     if ranks.local_rank() > 0:
         ranks.wait()
-    hub.locate(s.model, base_files(s))
-    for where in checkpoints_of(s).values():
-        hub.kind(hub.locate(where))
+    base = {"model": s.model} if base_files(s) else {}
+    for name, where in (base | checkpoints_of(s)).items():
+        try:
+            if name in base:
+                hub.locate(where, base_files(s))
+            else:
+                hub.kind(hub.locate(where))
+        except hub.ModelError as fault:
+            raise hub.ModelError(f"{flag_of(name)}: {fault}") from fault
     if ranks.local_rank() == 0:
         ranks.wait()
 
@@ -120,6 +164,11 @@ def checkpoints_of(s: Settings) -> dict[str, str]:
     return found | {f"compare {name}": where for name, where in (s.compare if s.stage == "eval" else {}).items()}
 
 
+def flag_of(name: str) -> str:
+    """The flag that gives a checkpoint of `checkpoints_of`."""
+    return "--" + name.replace("teacher ", "teachers ")
+
+
 def anchors(s: Settings) -> list[str]:
     """MAR's anchor, if it is on (F Eq. 12) and the anchor is not one of the teachers."""
     return [s.anchor] if s.stage == "opd" and s.mar > 0 and s.anchor not in s.teachers else []
@@ -127,7 +176,8 @@ def anchors(s: Settings) -> list[str]:
 
 def new_base_run(s: Settings) -> Run:
     """A tiny base with fresh weights, all of which train."""
-    return Run(s, tiny.new_tiny(s.seed, device=ranks.start(s), qwen="edit" in task_list(s)))
+    device = ranks.start(s)
+    return Run(s, tiny.new_tiny(s.seed, device=device, qwen="edit" in task_list(s)), inputs=inputs_of(s))
 
 
 def base_model(s: Settings, device: torch.device | str = "cpu") -> flow.FlowModel:
@@ -140,11 +190,11 @@ def base_model(s: Settings, device: torch.device | str = "cpu") -> flow.FlowMode
 def student_run(s: Settings) -> Run:
     """The frozen base and the student: a LoRA on it or a transformer of its own, new or from --init (a cold start)."""
     device, full = ranks.start(s), s.parameters == "full"
-    locate_all(s)
+    inputs = inputs_of(s)
     model = base_model(s, "cpu" if full else device)
     if full:
         model.train_fully(s.init, needs_base(s), device, ranks.sharding(s.parallel, s.precision, device))
-        return Run(s, model)
+        return Run(s, model, inputs=inputs)
     state, config = None, lora.lora_config(s.rank, s.alpha)
     if s.init:
         folder = hub.locate(s.init)
@@ -154,7 +204,7 @@ def student_run(s: Settings) -> Run:
     with torch.random.fork_rng(devices=[]):  # the gaussian A of a new adapter
         torch.manual_seed(seed_for(s.seed, "lora"))
         model.add_adapter(STUDENT, config, state)
-    return Run(s, model, config)
+    return Run(s, model, config, inputs)
 
 
 def needs_base(s: Settings) -> bool:
@@ -211,9 +261,9 @@ def reward_run(s: Settings) -> tuple[RewardRun, list, list]:
     if not training or not held:
         missing = "held out" if training else "to train on"
         raise data.DataError(f"--holdout {s.holdout}: no prompt is {missing}; change it, or add prompts to --data")
+    inputs = inputs_of(s)
     if is_tiny(s):
-        return RewardRun(s, tiny_judge.TinyJudge(seed=s.seed).to(device)), training, held
-    locate_all(s)
+        return RewardRun(s, tiny_judge.TinyJudge(seed=s.seed).to(device), inputs=inputs), training, held
     judge = vlm_trained.VLMJudge(s.model, device, getattr(torch, s.precision))
     judge.add_lora(lora.lora_config(s.rank, s.alpha, vlm_trained.TARGETS), seed=s.seed)
-    return RewardRun(s, judge), training, held
+    return RewardRun(s, judge, inputs=inputs), training, held

@@ -23,7 +23,7 @@ import settings
 from data import preferences
 from data.common import first_line
 from data.files import DataError
-from harness import checkpoints, load, ranks, rollout
+from harness import load, ownership, ranks, rollout
 from harness.counting import forwards
 from models import flow, hub, lora, qwen, tiny
 from models.experts import STUDENT
@@ -200,15 +200,15 @@ def describe(s: Settings, loops: Mapping[str, Callable]) -> tuple[str, list[str]
 
 def _standing(s: Settings) -> str:
     """Whether a run of this name is there, and what becomes of it."""
-    folder = Path(s.out) / s.name
+    folder = ownership.of(s)
     if not folder.exists():
         return f"{folder}: new"
     if s.stage in ("eval", "merge"):
         return f"{folder}: is there and will be written anew"
     if not s.resume:
-        return f"{folder}: is there and --no-resume removes it first"
+        return f"{folder}: is there and --no-resume replaces it"
     try:
-        checkpoints.check(folder, s)
+        ownership.check(folder, s)
     except SettingsError as fault:
         return f"refused: {fault}"
     last = hub.last_checkpoint(folder)

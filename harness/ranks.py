@@ -11,6 +11,8 @@ process needs no group. A rank that fails ends the job with its own message: tor
 collectives that wait for it give up after --timeout minutes.
 """
 
+import contextlib
+import errno
 import os
 import re
 import sys
@@ -32,13 +34,15 @@ from torch.distributed.tensor import DTensor
 
 from data.common import first_line, write_atomic
 from data.files import DataError
-from harness.threads import cores
+from harness.threads import cores, end_with_the_launcher
 from models.hub import ModelError
 from rewards import RewardError
 from settings import Settings, SettingsError, is_tiny
 
 # Every error that the user can correct. A program prints it as one line and ends with exit code 2.
 USER_ERRORS = (SettingsError, DataError, ModelError, RewardError, FloatingPointError)
+# What a disk, a file or a reader of our output may answer at any moment: an OSError with one of these is the user's.
+DISK = {getattr(errno, name) for name in "ENOSPC EDQUOT EFBIG EROFS EACCES EPERM EIO ESTALE ENAMETOOLONG EPIPE".split()}
 
 
 # -------------------------------------------------------------------------------------------------- start and end
@@ -83,23 +87,27 @@ def start(s: Settings) -> torch.device:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what is float32 inside a network
     if rank_and_world()[1] > 1 and not dist.is_initialized():
+        end_with_the_launcher()
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=s.timeout))
     return device
 
 
 def fail(fault: Exception) -> int:
-    """Print a user's error, once for all ranks -> exit code 2.
+    """Print a user's error, once for all ranks -> exit code 2; raise an OSError that is no user's (`DISK`).
 
     Ranks mostly fail alike, and torchrun ends the others as soon as one has failed. So rank 0 prints at once, and the
     others only if they are still alive after some seconds: then the fault is theirs alone.
     """
+    if isinstance(fault, OSError) and fault.errno not in DISK:
+        raise fault
     rank, _ = rank_and_world()
     get_error_handler().record_exception(fault)  # torchrun's own summary then shows the message
     if rank > 0:
         time.sleep(5)
     who = f" (rank {rank})" if rank > 0 else ""
-    print(f"error{who}: {fault}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # nobody may be reading
+        print(f"error{who}: {fault}", file=sys.stderr, flush=True)
     return 2
 
 

@@ -9,14 +9,17 @@ A run is the folder `runs/NAME/`:
     report.md          tables and plots of the run
     (TensorBoard events beside them)
 
+harness/ownership.py says whose the folder is.
+
 All randomness of step s comes from generators that are seeded by (seed, stage, s, what for), never by the rank: a
 trajectory's noise belongs to its prompt and its place in the global batch. So two ranks with three prompts each draw
 what one rank with six does.
 """
 
 import json
+import os
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -28,7 +31,7 @@ from tqdm import tqdm
 
 from data.batches import seed_for
 from data.common import write_atomic
-from harness import checkpoints
+from harness import checkpoints, ownership
 from harness.card import model_card
 from harness.ranks import any_rank, average_numbers, check_shared, rank_and_world, wait
 from harness.weights import Weights
@@ -36,27 +39,38 @@ from models.flow import FlowModel
 from models.lora import LoraConfig, save_adapter
 from settings import Settings
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # a scheduler, Ctrl-C, a terminal that is closed
+
 
 class Stopped(Exception):
-    """The run was asked to stop (SIGTERM), has saved its state, and can be continued."""
+    """The run was asked to stop by a signal, has saved its state, and can be continued. code: the exit code."""
+
+    code = 0
 
 
 class Run:
     """One stage's run: its folder, what it trains, and the step where it stands."""
 
-    def __init__(self, settings: Settings, model: FlowModel, lora: LoraConfig | None = None):
+    def __init__(
+        self, settings: Settings, model: FlowModel, lora: LoraConfig | None = None,
+        inputs: Mapping[str, str] = {},  # noqa: B006
+    ):  # fmt: skip
+        """inputs: the identity of what the run reads, by flag (`load.inputs_of`)."""
+        self.inputs = inputs
         self.s, self.model, self.lora = settings, model, lora
         self.rank, self.world = rank_and_world()
-        self.folder = Path(settings.out) / settings.name
+        self.folder = ownership.of(settings)
+        self.lock = ownership.claim(settings)
         self.weights = Weights(model, settings)
-        self.asked_to_stop = False
+        self.asked_to_stop = ""  # the name of the signal that asks
+        self.id = ""
         if self.rank == 0:
-            checkpoints.prepare(self.folder, settings)
+            self.id = ownership.prepare(settings, inputs)
         check_shared(self.folder)
         wait()
         # A merge has no state to go on from, and its teachers may have changed on disk.
         self.step = 0 if settings.stage == "merge" else checkpoints.resume(self.folder, self.weights)
-        self.record = Record(self.folder, settings, self.step) if self.rank == 0 else None
+        self.record = Record(self.folder, settings, self.step, self.id) if self.rank == 0 else None
 
     def generator(self, *what: int | str, step: int | None = None) -> torch.Generator:
         """A fresh generator for one purpose at a step, the present one if none is named; the same on every rank."""
@@ -67,7 +81,10 @@ class Run:
     # -------------------------------------------------------------------------------------------- training steps
     def steps(self, shown: str = "reward") -> Iterator[int]:
         """The steps that are left, with a progress bar that shows the metric `shown`; saves as it goes."""
-        before = signal.signal(signal.SIGTERM, self._ask_to_stop)
+        before = {number: signal.getsignal(number) for number in SIGNALS}
+        for number in SIGNALS:
+            if before[number] != signal.SIG_IGN:  # nohup
+                signal.signal(number, self._ask_to_stop)
         s, self.shown = self.s, shown
         self.bar = tqdm(total=s.steps, initial=self.step, desc=s.name, disable=self.rank > 0, dynamic_ncols=True)
         try:
@@ -75,12 +92,13 @@ class Run:
                 self.stop_if_asked()
                 yield self.step
                 self.step += 1
-                self.bar.update()
+                self._show(self.bar.update)
                 if self.step % s.save_every == 0 or self.step == s.steps:
                     self.save()
         finally:
-            signal.signal(signal.SIGTERM, before)
-            self.bar.close()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            self._show(self.bar.close)
             if self.record:
                 self.record.close()
 
@@ -103,7 +121,7 @@ class Run:
         if self.record:
             self.record.write(self.step + 1, metrics, histograms or {})
             if self.shown in metrics:
-                self.bar.set_postfix_str(f"{self.shown} {metrics[self.shown]:.3f}")
+                self._show(self.bar.set_postfix_str, f"{self.shown} {metrics[self.shown]:.3f}")
         return metrics
 
     def history(self, key: str) -> list[float]:
@@ -111,19 +129,32 @@ class Run:
         return [row[key] for row in read_metrics(self.folder) if key in row and row["step"] <= self.step]
 
     # ------------------------------------------------------------------------------------------------- stopping
-    def _ask_to_stop(self, *_: object) -> None:
-        self.asked_to_stop = True
+    def _ask_to_stop(self, number: int, _: object) -> None:
+        self.asked_to_stop = signal.Signals(number).name
+        if number == signal.SIGINT:  # who presses Ctrl-C again does not want to wait for a save
+            signal.signal(number, signal.default_int_handler)
+
+    def _show(self, show: Callable, *what: str) -> None:
+        """Move the progress bar. If nobody reads it any more (`| head`, a terminal that is gone), save and stop."""
+        try:
+            show(*what)
+        except OSError:
+            self.asked_to_stop = self.asked_to_stop or "SIGHUP"
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
     def stop_if_asked(self) -> None:
-        """Save and raise `Stopped`, on every rank, once any rank has had SIGTERM.
+        """Save and raise `Stopped`, on every rank, once any rank has had one of SIGNALS.
 
         Called before a step and between its micro-batches, where no weight has been touched yet: what is saved is
         the last whole step, and the one under way is done again on resuming. A scheduler's grace period need not
         be longer than a micro-batch and a save.
         """
-        if any_rank(self.asked_to_stop):  # ranks are told at different moments; they stop at one
+        if any_rank(bool(self.asked_to_stop)):  # ranks are told at different moments; they stop at one
             self.save()
-            raise Stopped(f"{self.s.name}: stopped by SIGTERM, {self.checkpoint} saved; repeat the command to go on")
+            by = self.asked_to_stop or "another rank"
+            stopped = Stopped(f"{self.s.name}: stopped by {by}, {self.checkpoint} saved; repeat the command to go on")
+            stopped.code = 130 if by == "SIGINT" else 0
+            raise stopped
 
     def fail_together(self, fault: Exception | None, kind: type[Exception]) -> None:
         """If any rank has met a fault, save the last whole step on all of them, and raise: each its own, if any."""
@@ -148,9 +179,10 @@ class Run:
         """Write the checkpoint of the present step. Every rank calls it."""
         checkpoints.save(self.checkpoint, self.export, self.step, *self.weights.state(), self.s.keep)
         if self.record:
+            ownership.forget(self.folder)
             self.record.flush()
 
-    def export(self, folder: Path) -> None:
+    def export(self, target: Path) -> None:
         """What others can use: the averaged weights as an adapter or a transformer, and a model card."""
         m = self.model
         with self.exported():
@@ -158,24 +190,24 @@ class Run:
                 options = StateDictOptions(full_state_dict=True, cpu_offload=True)
                 state = get_model_state_dict(m.transformer, options=options)
                 if self.rank == 0:
-                    m.save_full(folder, state)
+                    m.save_full(target, state)
             elif self.rank == 0:
-                save_adapter(folder, m.adapter_state(), self.lora, m.source, m.fingerprint, m.pipeline)
+                save_adapter(target, m.adapter_state(), self.lora, m.source, m.fingerprint, m.pipeline)
         if self.rank == 0:
-            self.write_card(folder, {})
+            self.write_card(target, {})
 
-    def write_card(self, folder: Path, scores: dict[str, float]) -> None:
+    def write_card(self, checkpoint: Path, scores: dict[str, float]) -> None:
         """The model card of a checkpoint, README.md; scores are known once the run has ended."""
-        card = model_card(checkpoints.recorded(self.s), self.record.last, scores, self.step, self.model.pipeline)
-        write_atomic(folder / "README.md", card)
+        card = model_card(ownership.recorded(self.s), self.record.last, scores, self.step, self.model.pipeline)
+        write_atomic(checkpoint / ownership.CARD, card)
 
 
 class Record:
     """What rank 0 writes of a run's steps: metrics.jsonl, TensorBoard and, if asked, Weights & Biases."""
 
-    def __init__(self, folder: Path, s: Settings, step: int):
+    def __init__(self, folder: Path, s: Settings, step: int, run_id: str):
         """Lines after `step` are dropped: those steps are done again."""
-        self.folder, self.s = folder, s
+        self.folder, self.s, self.id = folder, s, run_id
         self.last: dict[str, float] = {}  # the newest line
         self.board = self.wandb = None
         kept = [json.dumps(row) + "\n" for row in read_metrics(folder) if row["step"] <= step]
@@ -191,11 +223,11 @@ class Record:
         if self.board is None:
             from torch.utils.tensorboard import SummaryWriter  # half a second, paid only by runs that log
 
-            self.board = SummaryWriter(self.folder)
+            self.board = SummaryWriter(self.folder, purge_step=step)  # a step that is done again is shown once
             if self.s.wandb:  # a run that is continued goes on there too
                 import wandb
 
-                more = {"id": str(seed_for(str(self.folder.absolute()))), "resume": "allow", "dir": self.folder}
+                more = {"id": self.id, "resume": "allow", "dir": self.folder}
                 self.wandb = wandb.init(project="minopd", name=self.s.name, config=asdict(self.s), **more)
         for key, value in metrics.items():
             self.board.add_scalar(key, value, step)

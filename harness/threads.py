@@ -1,10 +1,31 @@
-"""How many cores may a process use, and how do its threads wait for each other?
+"""How many cores may a process use, how do its threads wait for each other, and when does it end by itself?
 
 This file imports no torch: OpenMP reads its settings at the moment when torch loads it.
 """
 
 import os
+import sys
+import threading
 from pathlib import Path
+
+PARENT = os.getppid()  # read before torch is imported, which takes seconds
+
+
+def end_with_the_launcher(every: float = 1.0) -> None:
+    """End this process soon after the one that has started it is gone: torchrun that was killed leaves its ranks alone.
+
+    They would go on training and hold the run, or wait for each other for --timeout minutes. A killed run goes on from
+    its last checkpoint.
+    """
+
+    def watch() -> None:
+        while os.getppid() == PARENT:
+            pause.wait(every)
+        print("the launcher is gone: this rank ends, repeat the command to go on", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    pause = threading.Event()
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def sleep_while_waiting() -> None:

@@ -70,8 +70,13 @@ def locate(where: str | Path, patterns: Sequence[str] = (*ADAPTER_FILES, *TRANSF
 
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint of a run folder, or None. One that is being written has a hidden name."""
+    return next(reversed(checkpoints_in(folder)), None)
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The checkpoints of a run folder in the order of their steps: folders `step-<digits>`, and nothing else."""
     found = (p for p in (Path(folder) / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", p.name))
-    return max(found, key=lambda p: int(p.name[5:]), default=None)
+    return sorted((p for p in found if p.is_dir()), key=lambda p: int(p.name[5:]))
 
 
 def hub_id(text: str) -> str:

@@ -1,8 +1,12 @@
 """What stands on the accelerator: experts that share one backbone, and everything found before it loads."""
 
-import pytest
+import json
+import shutil
 
-from harness import load, ranks
+import pytest
+import safetensors.torch
+
+from harness import identity, load, ranks
 from models import hub
 from models import load as models
 from models.tiny import load_tiny
@@ -30,7 +34,7 @@ def test_everything_is_found_before_anything_is_loaded(world, monkeypatch, what)
     missing = {"teachers": {"text": "./no"}, "compare": {"x": "./no"}}.get(what, "./no")
     load.locate_all(tiny_settings(**good, mar=0.0, anchor="./no"))  # an anchor that nobody asks for
     stage = "eval" if what == "compare" else "opd"
-    with pytest.raises(hub.ModelError, match="^./no"):
+    with pytest.raises(hub.ModelError, match=f"^--{what}.*: ./no"):
         load.locate_all(tiny_settings(**{**good, "stage": stage, "anchor": "text", what: missing}))
 
 
@@ -44,3 +48,95 @@ def test_one_rank_a_node_looks_first(world, monkeypatch, local, expected):
     monkeypatch.setattr(ranks, "local_rank", lambda: local)
     load.locate_all(s)
     assert order == expected
+
+
+# ------------------------------------------------------------------------------------------------ known by content
+def resaved(folder):
+    """The same weights in a file whose header has another order, and another file beside them."""
+    (folder / "README.md").write_text("a card")
+    for file in folder.rglob("*.safetensors"):
+        with safetensors.safe_open(file, "pt") as opened:
+            about = opened.metadata()
+        tensors = safetensors.torch.load_file(file)
+        safetensors.torch.save_file(dict(reversed(tensors.items())), file, about)
+
+
+def nudged(file):
+    tensors = safetensors.torch.load_file(file)
+    with safetensors.safe_open(file, "pt") as opened:
+        about = opened.metadata()
+    for tensor in tensors.values():
+        tensor += 1e-3
+    safetensors.torch.save_file(tensors, file, about)
+
+
+EDITS = {  # which flag -> what changes the content behind it
+    "--model": lambda d: nudged(d / "base/transformer/diffusion_pytorch_model.safetensors"),
+    "--teachers text": lambda d: nudged(d / "teacher-text/adapter_model.safetensors"),
+    "--init": lambda d: nudged(d / "init/adapter_model.safetensors"),
+    "--anchor": lambda d: nudged(d / "anchor/adapter_model.safetensors"),
+    "--prompts text": lambda d: (d / "signs.txt").open("a").write('a sign that says "TEN"\n'),
+}
+
+
+def of_copies(root, small):
+    """Flags of an opd run whose inputs all lie in `root`."""
+    teachers = [f"{task}={root / f'teacher-{task}'}" for task in TASKS]
+    return [
+        *small, "--stage", "opd", "--model", root / "base", "--teachers", *teachers, "--init", root / "init",
+        "--anchor", root / "anchor", "--prompts", f"text={root / 'signs.txt'}",
+    ]  # fmt: skip
+
+
+def test_a_run_goes_on_with_the_same_content_anywhere_and_with_no_other_under_the_same_path(
+    go, world, tmp_path, monkeypatch, capsys
+):
+    root = tmp_path / "inputs"
+    shutil.copytree(world.root, root)
+    for name in ("init", "anchor"):
+        shutil.copytree(world.teachers["quality"], root / name)
+    (root / "signs.txt").write_text('a sign that says "CAT"\na sign that says "HAT"\n')
+
+    def run(where, *flags, code=0):
+        return go("run", *map(str, of_copies(where, [])), *flags, "--eval-prompts", "0", code=code)
+
+    folder = run(root)
+    before = json.loads((folder / "config.json").read_text())["identity"]["inputs"]
+    assert before.keys() == {*EDITS, "--teachers composition", "--teachers quality"}
+    moved = shutil.copytree(root, tmp_path / "elsewhere")
+    resaved(moved / "teacher-text")  # of the base an adapter knows the bytes of its file (hub.fingerprint)
+    monkeypatch.chdir(tmp_path)
+    for where, steps in ((moved, "2"), (moved.relative_to(tmp_path), "3")):
+        run(where, "--steps", steps)
+    assert json.loads((folder / "config.json").read_text())["identity"]["inputs"] == before
+    for flag, edit in EDITS.items():
+        shutil.rmtree(tmp_path / "edited", ignore_errors=True)
+        shutil.copytree(root, tmp_path / "edited")
+        edit(tmp_path / "edited")
+        run(tmp_path / "edited", "--steps", "4", code=2)
+        assert f"other content of {flag}" in capsys.readouterr().err
+    run(root, "--steps", "4", "--prompts", f"text={root / 'signs.txt'}", f"quality={root / 'signs.txt'}", code=2)
+    assert "--prompts quality" in capsys.readouterr().err, "what was not there"
+
+
+def test_an_identity_of_weights_sees_names_types_shapes_bytes_and_nothing_of_the_layout(tmp_path):
+    import torch
+
+    tensors = {f"layer.{n}": torch.arange(4.0 * n).reshape(n, 4) for n in (1, 3, 5000)}
+
+    def of(tensors, *more, about=None):
+        shutil.rmtree(tmp_path / "x", ignore_errors=True)
+        (tmp_path / "x").mkdir()
+        for number, part in enumerate((tensors, *more)):
+            safetensors.torch.save_file(part, tmp_path / f"x/model-{number}.safetensors", about)
+        return identity.weights(tmp_path / "x", ("model*",))
+
+    same = of(tensors)
+    assert same == of(dict(reversed(tensors.items()))) == of(*({name: value} for name, value in tensors.items()))
+    others = [
+        {**tensors, "layer.3": tensors["layer.3"] + 1}, {**tensors, "layer.3": tensors["layer.3"].T.contiguous()},
+        {**tensors, "layer.3": tensors["layer.3"].int()}, {"a": torch.ones(1), **tensors},
+        {**tensors, "layer.5000": torch.cat([tensors["layer.5000"][:-1], torch.ones(1, 4)])},
+    ]  # fmt: skip
+    found = [of(other) for other in others] + [of(tensors, about={"alpha": "4"})]
+    assert len({same, *found}) == 7

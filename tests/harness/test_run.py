@@ -2,17 +2,13 @@
 in good order, and a mirror that says the same. The "model" is two tensors; whole stages are in tests/pipeline.
 """
 
-import json
 import math
 import os
 import pickle
-import re
-import shutil
 import signal
 import sys
 import traceback
 from importlib.machinery import ModuleSpec
-from pathlib import Path
 from types import ModuleType
 from unittest import mock
 
@@ -22,11 +18,8 @@ import safetensors.torch
 import torch
 import torch.distributed.checkpoint as dcp
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
-from bench import kills
-from data.common import write_atomic
 from harness import cli, weights
 from harness import run as runtime
 from harness.ranks import lost_others
@@ -35,69 +28,14 @@ from models import hub
 from models.experts import STUDENT
 from models.lora import lora_config
 from models.tiny import new_tiny
-from settings import SettingsError
 from tests.helpers.runs import metrics, same, stored
-
-START = {"vector": [1.0, -2.0], "matrix": [[3.0, 0.5, -1.0]]}
-GRADS = [  # three steps; the norm of the second is 13 and of the third 0.13: one is clipped at 1, one is not
-    {"vector": [0.3, -0.4], "matrix": [[0.1, 0.2, 0.0]]},
-    {"vector": [3.0, 4.0], "matrix": [[12.0, 0.0, 0.0]]},
-    {"vector": [0.03, 0.0], "matrix": [[0.04, 0.0, 0.12]]},
-]
-NFT = {"stage": "nft", "task": "text"}  # the stage with an old policy (Q Eq. 7)
-
-
-class Pair:
-    """Stands for a model with a student of its own: two trained tensors, of other shapes."""
-
-    device, pipeline = torch.device("cpu"), ""
-
-    def __init__(self):
-        self.transformer = nn.Module()
-        for name, values in START.items():
-            self.transformer.register_parameter(name, nn.Parameter(torch.tensor(values)))
-
-    def trainable(self):
-        return dict(self.transformer.named_parameters())
-
-    def save_full(self, folder, state):
-        safetensors.torch.save_file(state, folder / "exported.safetensors")
-
-
-def toy_in(folder, **changes):
-    """A run of the two tensors."""
-    plain = {
-        "preset": "tiny", "name": "toy", "out": str(folder), "parameters": "full", "steps": 3,
-        "save_every": 1, "lr": 0.1, "decay": False,
-    }  # fmt: skip
-    return Run(cli.resolve({**plain, **changes}), Pair())
+from tests.helpers.toy import GRADS, NFT, START, flat, set_gradients, toy_in, train
 
 
 @pytest.fixture
 def toy(tmp_path):
     """toy(steps=..., lr=..., ...): a run in this test's folder."""
     return lambda **changes: toy_in(tmp_path, **changes)
-
-
-def set_gradients(run, step):
-    for name, p in run.weights.parameters.items():
-        p.grad = torch.tensor(GRADS[step][name])
-
-
-def train(run):
-    """The three steps, one metric each; the gradient leans on the weights, so a lost state would show."""
-    for step in run.steps("loss"):
-        run.stop_if_asked()
-        set_gradients(run, step % 3)
-        for p in run.weights.parameters.values():
-            p.grad += 0.1 * p.detach()
-        run.log({"loss": 0.5 + step, "grad_norm": run.update()})
-        run.follow()
-
-
-def flat(tensors):
-    """{"vector": ..., "matrix": ...} as one array, the vector first."""
-    return torch.cat([torch.as_tensor(tensors[name]).detach().flatten() for name in START]).double().numpy()
 
 
 def checkpoints(run):
@@ -219,7 +157,7 @@ def test_a_checkpoint_exports_the_average_and_keeps_all_state_without_a_pickle(t
     assert same({name: state[name] for name in expected}, expected)
     assert same(safetensors.torch.load_file(run.checkpoint / "exported.safetensors"), w.average)
     assert (flat(w.parameters) != flat(w.average)).all() and (flat(w.parameters) != flat(w.old)).all()
-    assert {p.suffix for p in run.checkpoint.rglob("*") if p.is_file()} == {".safetensors", ".json", ".md"}
+    assert {p.suffix for p in run.checkpoint.rglob("*") if p.is_file()} == {".safetensors", ".json", ".md", ""}
     again = toy(**NFT)
     (optimizer,) = again.weights.optimizers
     assert [optimizer.state[p]["step"].item() for p in again.weights.parameters.values()] == [3.0, 3.0]
@@ -261,84 +199,6 @@ def test_log_returns_the_means_over_ranks_and_leaves_out_what_is_nan(toy, monkey
     assert (third.num, third.min, third.max, third.sum) == (3, 2.5, 2.75, 7.75)
 
 
-# ------------------------------------------------------------------------------------------------ kill -9
-def test_a_run_that_is_killed_before_any_write_ends_as_one_that_was_not():
-    """A real SIGKILL before every write: of a new run, of one that is continued, and of one that saves over its own
-    newest checkpoint, which is what a stop right after continuing does."""
-
-    def steps(number):
-        return lambda folder: train(toy_in(folder, **NFT, steps=number, keep=1))
-
-    def left_by_a_kill(folder):
-        steps(1)(folder)
-        done, half = (folder / "toy/checkpoints" / name for name in ("step-000001", ".step-000002"))
-        half.mkdir()
-        (half / "training.json").write_text("half")
-        shutil.copytree(done, done.with_name(".step-000001-old"))
-        with (folder / "toy/metrics.jsonl").open("a") as file:
-            file.write('{"step": 2, "loss": 99.0}\n{"step": 3, "lo')  # one step too far, and a line cut by the kill
-
-    def save_again(folder):
-        toy_in(folder, **NFT, keep=1).save()
-
-    cases = [
-        kills.Case(lambda folder: None, steps(1), steps(1)),
-        kills.Case(left_by_a_kill, steps(2), steps(2)),
-        kills.Case(steps(1), save_again, steps(2)),
-    ]
-    for case in cases:
-        writes, tried, survived = kills.survived(case)
-        assert writes == tried == survived >= 10
-
-
-def shard(checkpoint):
-    (file,) = (checkpoint / "training").iterdir()
-    return file
-
-
-def cut(file):
-    file.write_bytes(file.read_bytes()[:200])
-
-
-def without(file, name):
-    tensors = safetensors.torch.load_file(file)
-    del tensors[name]
-    safetensors.torch.save_file(tensors, file)
-
-
-def first_half(checkpoint):
-    """The shard as the first of two ranks would have written it: the first half of every tensor."""
-    file = shard(checkpoint)
-    tensors = safetensors.torch.load_file(file)
-    offsets = {n: {"saved_offsets": [0] * t.ndim} for n, t in tensors.items()}
-    mine = {n: t.chunk(2, -1)[0].contiguous() for n, t in tensors.items()}
-    safetensors.torch.save_file(mine, file, metadata={"DCP_SHARDING_INFO": json.dumps(offsets)})
-
-
-DAMAGES = {
-    "a cut shard": (lambda c: cut(shard(c)), ""),
-    "a lost shard": (lambda c: shard(c).unlink(), "vector|matrix"),
-    "the second of two shards lost": (first_half, "vector|matrix"),
-    "a lost moment": (lambda c: without(shard(c), "exp_avg.matrix"), "exp_avg.matrix"),
-    "a lost old policy": (lambda c: without(shard(c), "old.matrix"), "old.matrix"),
-    "a JSON without the updates": (lambda c: (c / "training.json").write_text('{"step": 3}'), "updates"),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_one_line_that_names_it_and_says_what_to_do(toy, damage):
-    run = toy(**NFT, keep=5)
-    train(run)
-    strike, why = DAMAGES[damage]
-    strike(run.checkpoint)
-    with pytest.raises(hub.ModelError, match=r"step-000003/training: .*remove .*step-000003") as e:
-        toy(**NFT)
-    assert "\n" not in str(e.value) and re.search(rf"\(.*({why}).*\)", str(e.value)), str(e.value)
-    shutil.rmtree(run.checkpoint)
-    assert toy(**NFT).step == 2, "and the advice works"
-    assert toy(**NFT, resume=False).step == 0
-
-
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_a_time_out_while_resuming_is_no_fault_of_the_checkpoint(toy, monkeypatch, wrapped):
     train(toy(steps=1))
@@ -351,43 +211,21 @@ def test_a_time_out_while_resuming_is_no_fault_of_the_checkpoint(toy, monkeypatc
     assert lost_others(e.value)
 
 
-def test_a_name_belongs_to_one_set_of_settings(toy):
-    train(toy(steps=1))
-    with pytest.raises(SettingsError, match="--lr 0.1, not 0.2"):
-        toy(lr=0.2)
-    free = {"steps": 5, "save_every": 2, "keep": 1, "eval_prompts": 3, "eval_steps": 3, "micro_batch": 2}
-    free |= {"prompts_per_step": 6, "device": "cpu", "gradient_checkpointing": True, "timeout": 1.0}
-    assert toy(**free).step == 1, "these may change"
-    fresh = toy(lr=0.2, resume=False)
-    assert fresh.step == 0 and not (fresh.folder / "checkpoints").exists()
-    assert json.loads((fresh.folder / "config.json").read_text())["lr"] == 0.2
-
-
-def test_write_atomic_leaves_the_old_file_when_it_is_cut_off_in_the_middle(tmp_path, monkeypatch):
-    write_atomic(tmp_path / "file", "old")
-    with monkeypatch.context() as patch, pytest.raises(OSError):
-        patch.setattr(Path, "write_text", lambda path, text: path.write_bytes(b"n") and os.stat("/no such file"))
-        write_atomic(tmp_path / "file", "new")
-    assert (tmp_path / "file").read_text() == "old"
-    write_atomic(tmp_path / "file", "new")
-    assert (tmp_path / "file").read_text() == "new" and len([*tmp_path.iterdir()]) == 1
-
-
 # ------------------------------------------------------------------------------------- a stop in good order
-@pytest.mark.parametrize("step", [0, 2])
-@pytest.mark.parametrize("moment", ["before", "after"])
-def test_sigterm_saves_the_last_whole_step_and_nothing_is_lost(toy, monkeypatch, step, moment):
+@pytest.mark.parametrize("sign", runtime.SIGNALS)
+@pytest.mark.parametrize(("step", "moment"), [(0, "before"), (0, "after"), (2, "before"), (2, "after")])
+def test_a_signal_saves_the_last_whole_step_and_nothing_is_lost(toy, monkeypatch, step, moment, sign):
     train(whole := toy(name="whole", save_every=10))
-    run, before, real = toy(save_every=10), signal.getsignal(signal.SIGTERM), Run.update
+    run, before, real = toy(save_every=10), signal.getsignal(sign), Run.update
 
     def update(run):
         if moment == "before" and run.step == step:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), sign)
             run.stop_if_asked()
             pytest.fail("the step must not be finished")
         norm = real(run)
         if run.step == step:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), sign)
         return norm
 
     saved = step + (moment == "after")
@@ -396,12 +234,50 @@ def test_sigterm_saves_the_last_whole_step_and_nothing_is_lost(toy, monkeypatch,
         if saved == 3:
             train(run)  # the last step's end saves anyhow
         else:
-            with pytest.raises(runtime.Stopped, match=f"step-00000{saved} saved"):
+            with pytest.raises(runtime.Stopped, match=f"step-00000{saved} saved") as stop:
                 train(run)
-    assert signal.getsignal(signal.SIGTERM) == before, "outside the steps a process dies as it always did"
+            assert stop.value.code == (130 if sign == signal.SIGINT else 0)
+    assert signal.getsignal(sign) == before, "outside the steps a process dies as it always did"
     assert checkpoints(run) == [f"step-00000{saved}"]
     train(toy(save_every=10))
     assert same(stored(run.folder), stored(whole.folder)) and metrics(run.folder) == metrics(whole.folder)
+
+
+def test_a_second_ctrl_c_does_not_wait_and_what_nohup_ignores_stays_ignored(toy):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            for _ in toy().steps("loss"):
+                os.kill(os.getpid(), signal.SIGHUP)
+                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_step_that_is_done_again_stands_once_in_tensorboard_and_nobody_reading_is_a_stop(toy, monkeypatch):
+    run = toy(save_every=2, steps=4)
+    with pytest.raises(ZeroDivisionError):
+        for step in run.steps("loss"):
+            set_gradients(run, 0)
+            run.log({"loss": float(step), "grad_norm": run.update()})
+            if step == 2:  # logged, and not saved
+                raise ZeroDivisionError
+    run = toy(save_every=2, steps=4)
+    assert run.step == 2
+    train(run)
+    events = EventAccumulator(str(run.folder), {"scalars": 0}).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 0.0), (2, 1.0), (3, 2.5), (4, 3.5)]
+
+    def closed(*_):
+        raise BrokenPipeError
+
+    run = toy(steps=8, save_every=9)
+    monkeypatch.setattr(runtime.tqdm, "update", closed)
+    monkeypatch.setattr(os, "dup2", lambda *_: None)
+    with pytest.raises(runtime.Stopped):
+        train(run)
+    assert stored(run.folder)["step"] == 5
 
 
 # ------------------------------------------------------------------------------------------------ Weights & Biases

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -58,3 +59,15 @@ def test_the_way_of_waiting_is_set_without_torch_and_the_users_wish_stands():
         env = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"} | given
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True)
         assert done.stdout.split() == [expected, "False"]
+
+
+def test_a_rank_ends_soon_after_its_launcher_was_killed():
+    rank = "import time; from harness import threads; threads.end_with_the_launcher(0.05); print('up', flush=True); "
+    rank += "time.sleep(60)"
+    launcher = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {rank!r}])"
+    process = subprocess.Popen([sys.executable, "-c", launcher], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.readline() == b"up\n"
+    process.kill()
+    began = time.monotonic()
+    assert b"launcher is gone" in process.stderr.read() and time.monotonic() - began < 20, "both ends are closed"
+    process.wait()

@@ -367,7 +367,7 @@ def test_a_rank_that_fails_or_hangs_ends_the_job_with_a_message(sd35, tmp_path, 
 
 
 def test_train_py_survives_kill_9_before_a_sample_of_its_writes(world):
-    """All of them: python -m bench.kills. The same on two tensors, before every write: tests/harness/test_run.py."""
+    """All of them, and full disks: python -m bench.kills. The same on two tensors: tests/harness/test_ownership.py."""
     from bench import kills
 
     for case in kills.cases(world.base).values():

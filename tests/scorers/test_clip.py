@@ -7,7 +7,6 @@ the published pickles open_clip's and BLIP's architectures built from torch's mo
 import math
 import os
 import pickle
-from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -48,28 +47,23 @@ def test_a_batch_is_looked_at_in_parts_and_its_order_is_kept():
     assert scores.tolist() == pytest.approx(expected, abs=2e-3)
 
 
-UNSEEN = [torch.full((2, 3, 4, 4), math.nan), pictures(2) * 255, pictures(2) * 2 - 1, pictures(2)[:, :1], pictures(3)]
+def fails(pixels, prompts):
+    raise RuntimeError("CUDA out of memory\nTried to allocate")
 
 
-@pytest.mark.parametrize("images", UNSEEN)
-def test_pictures_that_are_none_are_refused_by_name(images):
-    message = refusal(batched("odd", lambda *_: [1, 1], 0, 9, 4).score, images, PROMPTS[:2], None, error=RewardError)
-    assert message.startswith("scorer 'odd': ") and "images" in message
+FAILURES = [
+    *((lambda *_: [1, 1], images, "images") for images in (
+        torch.full((2, 3, 4, 4), math.nan), pictures(2) * 255, pictures(2) * 2 - 1, pictures(2)[:, :1], pictures(3))),
+    (fails, pictures(2), "CUDA out of memory, for the prompt 'a cat' or one of the 1 after it"),
+    (lambda *_: [0.5, math.nan], pictures(2), "nan is not finite, for the prompt 'two dogs and a cat'"),
+    (lambda *_: [[0.1], [0.2]], pictures(2), "2 prompts but scores of shape"),  # a (B, 1) would broadcast later
+]  # fmt: skip
 
 
-def test_whatever_fails_in_a_model_is_one_line_with_scorer_prompt_and_cause():
-    def judge(pixels, prompts):
-        if prompts[0].text == "two dogs and a cat":
-            raise RuntimeError("CUDA out of memory\nTried to allocate")
-        return [math.nan if p.text == "" else 0.5 for p in prompts]
-
-    scorer = batched("odd", judge, 0, 1, batch=1)
-    with pytest.raises(RewardError, match="^scorer 'odd': CUDA out of memory, for the prompt 'two dogs and a cat'$"):
-        scorer.score(pictures(2), PROMPTS[:2], None)
-    with pytest.raises(RewardError, match="'odd': nan is not finite, for the prompt ''"):
-        scorer.score(pictures(1), PROMPTS[2:3], None)
-    with pytest.raises(RewardError, match="2 prompts but scores of shape"):  # a (B, 1) would broadcast later
-        batched("odd", lambda pixels, _: [[0.1], [0.2]], 0, 1, 4).score(pictures(2), PROMPTS[:2], None)
+@pytest.mark.parametrize(("rate", "images", "named"), FAILURES, ids=[named[:20] for _, _, named in FAILURES])
+def test_whatever_fails_is_one_line_with_scorer_prompt_and_cause(rate, images, named):
+    said = refusal(batched("odd", rate, 0, 1, 4).score, images, PROMPTS[:2], None, error=RewardError)
+    assert said.startswith("scorer 'odd': ") and named in said
 
 
 # --------------------------------------------------------------------------------------------------- CLIP and kin
@@ -159,31 +153,38 @@ def test_aesthetic_is_the_published_linear_head_on_unit_image_features(clip, tmp
         aesthetic(model=str(clip), head=str(folder))
 
 
-class Block(nn.Module):
-    """A transformer block as open_clip has it."""
+# torch's names of what stands in a block, and those of the published files
+OPEN_CLIP = (("self_attn", "attn"), ("norm", "ln_"), ("linear1", "mlp.c_fc"), ("linear2", "mlp.c_proj"))
+BLIP = (("self_attn.in_proj_", "attn.qkv."), ("self_attn.out_proj", "attn.proj"), ("linear", "mlp.fc"))
 
-    def __init__(self, width, inner):
-        super().__init__()
-        self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.attn = nn.MultiheadAttention(width, HEADS, batch_first=True)
-        fc, proj = nn.Linear(width, inner), nn.Linear(inner, width)
-        self.mlp = nn.Sequential(OrderedDict(c_fc=fc, gelu=nn.GELU(), c_proj=proj))
 
-    def forward(self, x, mask=None):
-        h = self.ln_1(x)
-        x = x + self.attn(h, h, h, attn_mask=mask, need_weights=False)[0]
-        return x + self.mlp(self.ln_2(x))
+def blocks(count, width, inner, eps=1e-5):
+    """Transformer blocks that normalise first, as both have them."""
+    options = {"batch_first": True, "norm_first": True}
+    return nn.ModuleList(
+        nn.TransformerEncoderLayer(width, HEADS, inner, 0, F.gelu, eps, **options) for _ in range(count)
+    )
+
+
+def published(model, inside, names):
+    """The weights of a model under the names of its file."""
+    state = {}
+    for key, value in model.state_dict().items():
+        for old, new in names if inside in key else ():
+            key = key.replace(old, new)
+        state[key] = value
+    return state
 
 
 def open_clip():
     """The tiny CLIP of `save_clip` in open_clip's architecture and names."""
-    blocks = [nn.ModuleList(Block(*sizes) for _ in range(n)) for n, sizes in ((3, (32, 36)), (2, (20, 28)))]
     empty = {name: nn.Parameter(torch.zeros(shape)) for name, shape in (("proj", (32, 12)), ("place", (10, 32)))}
     visual = module(conv1=nn.Conv2d(3, 32, 8, 8, bias=False), class_embedding=nn.Parameter(torch.zeros(32)),
                     positional_embedding=empty["place"], proj=empty["proj"], ln_pre=nn.LayerNorm(32),
-                    ln_post=nn.LayerNorm(32), transformer=module(resblocks=blocks[0]))  # fmt: skip
+                    ln_post=nn.LayerNorm(32), transformer=module(resblocks=blocks(3, 32, 36)))  # fmt: skip
     model = module(visual=visual, token_embedding=nn.Embedding(len(_clip_vocabulary()), 20), ln_final=nn.LayerNorm(20),
-                   positional_embedding=nn.Parameter(torch.zeros(30, 20)), transformer=module(resblocks=blocks[1]),
+                   positional_embedding=nn.Parameter(torch.zeros(30, 20)), transformer=module(resblocks=blocks(2, 20,
+                   28)),
                    text_projection=nn.Parameter(torch.zeros(20, 12)))  # fmt: skip
     torch.manual_seed(1)
     _randomise(model)
@@ -209,7 +210,7 @@ def test_hps_from_an_open_clip_file_is_open_clips_cosine(clip, tmp_path):
     from transformers import CLIPImageProcessorPil, CLIPTokenizer
 
     model, images = open_clip(), pictures(4)
-    torch.save({"epoch": 3, "state_dict": model.state_dict()}, tmp_path / "HPS.pt")
+    torch.save({"epoch": 3, "state_dict": published(model, "resblocks", OPEN_CLIP)}, tmp_path / "HPS.pt")
     folder = convert.convert("hps", tmp_path / "HPS.pt", tmp_path / "hps", like=str(clip))
     scores = hps(model=str(folder)).score(images, PROMPTS, None)
     arrays = list((images * 255).round().byte().permute(0, 2, 3, 1).numpy())
@@ -219,28 +220,13 @@ def test_hps_from_an_open_clip_file_is_open_clips_cosine(clip, tmp_path):
     assert torch.allclose(scores, expected, atol=1e-5) and scores.std() > 0.01
 
 
-class BlipBlock(nn.Module):
-    """A block of BLIP's vision transformer, 128 wide, of 2 heads."""
-
-    def __init__(self):
-        super().__init__()
-        self.norm1, self.norm2 = (nn.LayerNorm(128, 1e-6) for _ in range(2))
-        self.attn = module(qkv=nn.Linear(128, 384), proj=nn.Linear(128, 128))
-        self.mlp = module(fc1=nn.Linear(128, 100), fc2=nn.Linear(100, 128))
-
-    def forward(self, x):
-        q, k, v = self.attn.qkv(self.norm1(x)).unflatten(-1, (3, 2, 64)).permute(2, 0, 3, 1, 4)
-        x = x + self.attn.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        return x + self.mlp.fc2(F.gelu(self.mlp.fc1(self.norm2(x))))
-
-
 def image_reward():
     """A tiny ImageReward in its file's names: BLIP's text half is BERT (64 wide, 1 head) with cross-attention."""
     from transformers import BertConfig, BertModel
 
     places = {name: nn.Parameter(torch.zeros(1, n, 128)) for name, n in (("cls_token", 1), ("pos_embed", 10))}
     eye = module(**places, patch_embed=module(proj=nn.Conv2d(3, 128, 8, 8)), norm=nn.LayerNorm(128, 1e-6),
-                 blocks=nn.ModuleList(BlipBlock() for _ in range(2)))  # fmt: skip
+                 blocks=blocks(2, 128, 100, 1e-6))  # fmt: skip
     config = BertConfig(vocab_size=40, hidden_size=64, intermediate_size=72, num_hidden_layers=3, num_attention_heads=1,
                         max_position_embeddings=50, is_decoder=True, add_cross_attention=True)  # fmt: skip
     text = BertModel(config, add_pooling_layer=False)
@@ -278,7 +264,10 @@ def blip(tmp_path_factory):
     letters = [*"abcdefghijklmnopqrstuvwxyz"]
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters[:10], *(f"##{c}" for c in letters[:20])]
     BertTokenizer(vocab={token: k for k, token in enumerate(vocabulary)}).save_pretrained(root / "bert")
-    state = {**model.state_dict(), "blip.text_encoder.embeddings.position_ids": torch.arange(50)[None]}
+    state = {
+        **published(model, "visual_encoder", BLIP),
+        "blip.text_encoder.embeddings.position_ids": torch.arange(50)[None],
+    }
     torch.save(state, root / "ImageReward.pt")
     folder = convert.convert("imagereward", root / "ImageReward.pt", root / "folder", like=str(root / "bert"))
     return SimpleNamespace(folder=folder, model=model, state=state, bert=root / "bert")
@@ -320,7 +309,7 @@ def test_converting_runs_no_code_that_a_pickle_brings_along(tmp_path):
 def test_a_weight_too_many_too_few_or_of_another_shape_is_no_conversion(clip, blip, tmp_path, change):
     dense = "blip.text_encoder.encoder.layer.1.output.dense.weight"
     cases = {
-        "hps": (open_clip().state_dict(), "visual.transformer.resblocks.1.mlp.c_fc.weight", clip),
+        "hps": (published(open_clip(), "resblocks", OPEN_CLIP), "visual.transformer.resblocks.1.mlp.c_fc.weight", clip),
         "imagereward": (dict(blip.state), dense, blip.bert),
         "aesthetic": (module(layers=head(12)).state_dict(), "layers.4.weight", ""),
     }

@@ -35,9 +35,6 @@ def refusal(call, *arguments):
 # ------------------------------------------------------------------------------------------------------- by default
 BLEND = {"quality": 0.4, "preference": 0.6}
 DEFAULTS = [
-    ("--preset tiny --stage grpo --task quality", {"quality": BLEND}),
-    ("--preset tiny --stage grpo --task mix",
-     {"composition": {"task": 1.0}, "text": {"task": 1.0}, "quality": BLEND}),
     ("--preset tiny --stage curate --tasks quality,text", {"quality": BLEND, "text": {"task": 1.0}}),
     ("--preset flow-opd --stage grpo --task mix",
      {"composition": {"geneval": 1.0}, "text": {"ocr": 1.0}, "quality": {"pickscore": 1.0}}),

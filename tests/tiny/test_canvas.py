@@ -166,18 +166,6 @@ def test_quality_by_hand():
     np.testing.assert_allclose(C.purity(image, pure[:1]), [math.exp(-6 * 3**0.5 / 2), math.exp(-1.8)], rtol=1e-5)
 
 
-def test_the_distance_of_a_faded_colour_is_to_itself_and_by_hand_for_a_full_one():
-    black, white = torch.zeros(3), torch.ones(3)
-    palette = {"black": (0.0, 0.0, 0.0), "white": (1.0, 1.0, 1.0)}
-    # unfaded black is nearest to white as it fades most, to 1 - 0.5 (1 - 0.62) = 0.81
-    np.testing.assert_allclose(C.color_distances(black, palette), [0, 3 * 0.81**2], atol=1e-6)
-    np.testing.assert_allclose(C.color_distances(white, palette), [3 * (1 - 0.31) ** 2, 0], atol=1e-6)
-    for i, color in enumerate(C.COLORS.values()):
-        for share in (0, 0.1, 0.5):
-            distances = C.color_distances(torch.tensor(color) * (1 - share) + 0.62 * share, C.COLORS)
-            assert distances[i] < 1e-9 and (distances > 0.01).sum() == 5
-
-
 def test_every_image_of_a_batch_is_read_alone_and_alike_in_half_precision(scenes, words):
     images = torch.cat([prints(scenes)["grainy"][:3], prints(words)["grainy"][:2]])
     other = images.clone()

@@ -80,14 +80,6 @@ def test_training_words_and_pictures_are_wrong_at_the_known_rates(examples):
     assert len(true) > 900 and abs(sum(true - expected)) < 4 * np.sqrt((expected * (1 - expected)).sum())
 
 
-def test_half_of_the_training_pictures_are_spoilt_and_half_of_those_faded():
-    ((images, _, _),) = tiny.training_batch(random.Random(11), 1000)
-    spoilt, grey = canvas.quality(images) < 0.9, images.amax((1, 2, 3)) < 0.9  # a faded print has no white left
-    assert abs(spoilt.float().mean() - canvas.DEFECT_RATE) < 4 * (0.25 / 1000) ** 0.5
-    assert abs(grey.float().mean() - canvas.DEFECT_RATE / 2) < 4 * (0.1875 / 1000) ** 0.5
-    assert images.dtype == torch.float32 and images.min() >= 0 and images.max() <= 1
-
-
 # ----------------------------------------------------------------------------------------- prompts and splits
 def test_train_and_test_prompts_never_meet_and_pretraining_sees_no_test_caption(examples):
     test = set()
@@ -228,15 +220,3 @@ def test_composition_is_the_mean_over_tags_and_not_over_prompts_and_strict():
     images[0] = 1.0
     assert tiny.score(images, prompts, "text") == ({"text": 0.75}, [0.0, 1.0, 1.0, 1.0], {})
     assert tiny.average({"text": 0.75, "other": 9.0, "quality": 0.25}) == {"average": 0.5}
-
-
-@pytest.mark.parametrize("name", [*tiny.SCORERS, "task"])
-def test_every_scorer_of_the_tiny_world_is_a_scorer_like_any_other(name):
-    images, prompts = mixed()
-    needs = {"ocr": lambda p: p.task == "text", "geneval": lambda p: "include" in p.metadata}.get(name, bool)
-    rows = [i for i, p in enumerate(prompts) if needs(p)]
-    images, prompts, scorer = images[rows], [prompts[i] for i in rows], tiny.scorer(name)
-    found = scorer.score(images, prompts, None)
-    assert isinstance(scorer, rewards.Scorer) and (scorer.name, scorer.low, scorer.high) == (name, 0.0, 1.0)
-    assert found.shape == (len(rows),) and found.dtype == torch.float32 and len(set(found.tolist())) > 1
-    assert torch.equal(scorer.score(images, prompts), found), "sources may be left out"

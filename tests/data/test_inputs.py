@@ -17,6 +17,7 @@ from data import files as D
 from data import pictures as P
 from data import preferences
 from data.common import DataError, read_json
+from rewards import RewardError
 from tests.helpers.checks import refusal as _refusal
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
@@ -302,6 +303,16 @@ def test_a_picture_is_what_a_reader_sees_from_a_file_and_from_the_line_itself(tm
         found = P.source_image(source(where))
         assert found.dtype == np.uint8 and np.array_equal(found, pixels)
         P.check_source(source(where))
+
+
+def test_a_tensor_becomes_the_nearest_bytes_in_rgb_and_what_is_no_number_is_an_error_and_not_black():
+    image = torch.tensor([[[-0.5, 0.1, 1.5]], [[0.0, 0.5, 1.0]], [[0.25, 0.75, 2 / 255]]])  # (3, 1, 3)
+    found = P.to_picture(image.double().requires_grad_())
+    # 0.1, 0.25, 0.5 and 0.75 times 255 are 25.5, 63.75, 127.5 and 191.25; halves go to the even one
+    assert np.asarray(found)[0].tolist() == [[0, 0, 64], [26, 128, 191], [255, 255, 2]] and found.mode == "RGB"
+    for bad in (np.nan, np.inf, -np.inf):
+        image[2, 0, 1] = bad
+        _refusal(P.to_picture, image, error=RewardError)
 
 
 def test_sources_are_tensors_none_for_other_prompts_and_read_once_while_they_are_kept(tmp_path):

@@ -14,7 +14,6 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import nn
 
 from rewards import RewardError
@@ -67,17 +66,22 @@ def test_whatever_fails_is_one_line_with_scorer_prompt_and_cause(rate, images, n
 
 
 # --------------------------------------------------------------------------------------------------- CLIP and kin
+def prepared(processor, images):
+    return processor(list((images * 255).round().byte().permute(0, 2, 3, 1).numpy()), return_tensors="pt")[
+        "pixel_values"
+    ]
+
+
 def own_logits(folder, images, texts):
     """exp(logit_scale) cos by CLIPModel's forward, each pair on its own."""
     from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
     model, tokenizer = CLIPModel.from_pretrained(folder).eval(), CLIPTokenizer.from_pretrained(folder)
     prepare, logits = CLIPImageProcessorPil.from_pretrained(folder), []
-    for image, text in zip(images, texts, strict=True):
-        pixels = prepare(Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy()), return_tensors="pt")
+    for pixels, text in zip(prepared(prepare, images), texts, strict=True):
         tokens = tokenizer(text, truncation=True, max_length=30, return_tensors="pt")  # unpadded: another route
         with torch.no_grad():
-            logits.append(model(**pixels, **tokens).logits_per_image.item())
+            logits.append(model(pixel_values=pixels[None], **tokens).logits_per_image.item())
     return torch.tensor(logits)
 
 
@@ -142,10 +146,9 @@ def test_aesthetic_is_the_published_linear_head_on_unit_image_features(clip, tmp
     torch.save(module(layers=rate).state_dict(), tmp_path / "head.pth")
     folder = convert.convert("aesthetic", tmp_path / "head.pth", tmp_path / "head")
     scores = aesthetic(model=str(clip), head=str(folder), batch=2).score(images, PROMPTS[:3], None)
-    arrays = list((images * 255).round().byte().permute(0, 2, 3, 1).numpy())
-    pixels = CLIPImageProcessorPil.from_pretrained(clip)(arrays, return_tensors="pt")
+    pixels = prepared(CLIPImageProcessorPil.from_pretrained(clip), images)
     with torch.no_grad():
-        features = CLIPModel.from_pretrained(clip).eval().get_image_features(**pixels).pooler_output
+        features = CLIPModel.from_pretrained(clip).eval().get_image_features(pixels).pooler_output
         expected = rate(F.normalize(features, dim=1))[:, 0]
     assert torch.allclose(scores, expected, atol=1e-4) and scores.std() > 0.02
     safetensors.torch.save_file(head(13).state_dict(), folder / "head.safetensors")
@@ -213,8 +216,7 @@ def test_hps_from_an_open_clip_file_is_open_clips_cosine(clip, tmp_path):
     torch.save({"epoch": 3, "state_dict": published(model, "resblocks", OPEN_CLIP)}, tmp_path / "HPS.pt")
     folder = convert.convert("hps", tmp_path / "HPS.pt", tmp_path / "hps", like=str(clip))
     scores = hps(model=str(folder)).score(images, PROMPTS, None)
-    arrays = list((images * 255).round().byte().permute(0, 2, 3, 1).numpy())
-    pixels = CLIPImageProcessorPil.from_pretrained(clip)(arrays, return_tensors="pt")["pixel_values"]
+    pixels = prepared(CLIPImageProcessorPil.from_pretrained(clip), images)
     tokens = CLIPTokenizer.from_pretrained(clip)(TEXTS, padding="max_length", max_length=30, return_tensors="pt")
     expected = open_clip_cosine(model, pixels, tokens.input_ids)
     assert torch.allclose(scores, expected, atol=1e-5) and scores.std() > 0.01
@@ -281,9 +283,8 @@ def test_imagereward_from_its_file_is_blip_and_its_head(blip):
     padding = {"padding": "max_length", "truncation": True, "max_length": 35, "return_token_type_ids": False}
     tokens = BertTokenizer.from_pretrained(blip.bert)([p.text for p in prompts], return_tensors="pt", **padding)
     assert tokens.input_ids[0, 0] == 2 and 0 < tokens.attention_mask.float().mean() < 1
-    arrays = list((images * 255).round().byte().permute(0, 2, 3, 1).numpy())
     prepare = CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
-    raw = blip_rating(blip.model, prepare(arrays, return_tensors="pt")["pixel_values"], tokens)
+    raw = blip_rating(blip.model, prepared(prepare, images), tokens)
     assert torch.allclose(scores, (raw - 0.16717362830052426) / 1.0333394966054072, atol=1e-4) and scores.std() > 0.05
 
 

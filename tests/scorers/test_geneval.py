@@ -107,7 +107,12 @@ def test_geneval_counts_what_the_detector_finds_under_genevals_names(clip, sure)
     network = G._detector(str(sure), "cpu", torch.float32, 64)
     with torch.no_grad():
         found = network(pixels_of(images))
+        images[1] = 1 - images[1]
+        changed = network(pixels_of(images))
+        images[1] = 1 - images[1]
     assert {each["class"] for row in found for each in row} == {"couch"}
+    told = [[[(f["class"], f["score"], f["box"]) for f in row] for row in rows] for rows in (found, changed)]
+    assert [a == b for a, b in zip(*told, strict=True)] == [True, False, True], "a sample does not touch its neighbours"
     counts = [len(row) for row in found]
     assert min(counts) >= 1 and all(each["mask"].shape == (40, 56) for row in found for each in row)
     prompts = [couch(count) for count in counts]
@@ -122,18 +127,6 @@ def test_geneval_counts_what_the_detector_finds_under_genevals_names(clip, sure)
     for asked, fault in ((bad, "no class 'remote'"), (grey, "no color 'grey'"), (PROMPTS[0], "non-empty 'include'")):
         with pytest.raises(RewardError, match=f"'geneval': .*{fault}.*for the prompt '{asked.text}'"):
             geneval(**options).score(images[:1], [asked], None)
-
-
-@needs_scipy
-def test_a_sample_of_genevals_batch_does_not_touch_its_neighbours(clip, tmp_path):
-    detector = save_detector(tmp_path, sure_of="sofa", seed=4)
-    network, images = G._detector(str(detector), "cpu", torch.float32, 64), pictures(3)
-    with torch.no_grad():
-        before = network(pixels_of(images))
-        images[1] = 1 - images[1]
-        after = network(pixels_of(images))
-    told = [[[(f["class"], f["score"], f["box"]) for f in row] for row in rows] for rows in (before, after)]
-    assert [a == b for a, b in zip(*told, strict=True)] == [True, False, True]
 
 
 def test_the_colour_is_the_nearest_of_the_ten_by_clips_logits(clip):

@@ -9,35 +9,14 @@ import pytest
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from data.pictures import to_picture
 from rewards import RewardError, Scorer
 from scorers import registry, selftest
-from scorers.common import pixels_of
 from scorers.ocr import jpeg, ocr
 from scorers.panel import Panel
 from tests.helpers.clip import PROMPTS, prompt
 
 
-# ------------------------------------------------------------------------------------------- pictures, and their bytes
-def test_a_picture_is_the_nearest_bytes_in_rgb_and_no_further_than_black_and_white():
-    image = torch.tensor([[[-0.5, 0.1, 1.5]], [[0.0, 0.5, 1.0]], [[0.25, 0.75, 2 / 255]]])  # (3, 1, 3)
-    found = to_picture(image.double().requires_grad_())
-    assert found.mode == "RGB" and found.size == (3, 1)
-    # 0.1, 0.25, 0.5 and 0.75 times 255 are 25.5, 63.75, 127.5 and 191.25; halves go to the even one
-    pixels = np.asarray(found)[0]
-    assert pixels[0].tolist() == [0, 0, 64] and pixels[2].tolist() == [255, 255, 2]
-    assert pixels[1].tolist() == [26, 128, 191]
-    assert np.asarray(to_picture(torch.rand(3, 5, 8))).shape == (5, 8, 3)
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_a_picture_with_a_value_that_is_no_number_is_an_error_and_not_black(bad):
-    image = torch.full((3, 4, 5), 0.5)
-    image[2, 3, 4] = bad
-    with pytest.raises(RewardError, match="not finite"):
-        to_picture(image)
-
-
+# ------------------------------------------------------------------------------------------------------- JPEG
 def test_jpeg_is_one_minus_the_bytes_of_the_file_over_those_of_the_pixels():
     noise, found = torch.rand(3, 16, 24, generator=torch.Generator().manual_seed(0)), {}
     # 0.25 is byte 63.75, hence 64; a picture of 16 x 24 x 3 = 1,152 bytes
@@ -121,11 +100,3 @@ def test_a_blind_scorer_fails_its_self_test_by_name(name, good, bad):
 def test_a_scorer_of_another_name_has_no_self_test():
     assert selftest.self_test(rigged("mine", 0.0)) is False
     assert set(selftest.KNOWN_ANSWERS) <= set(registry.KINDS)
-
-
-def test_the_pictures_of_the_self_test_are_pictures_and_reach_the_scorer():
-    for known in selftest.KNOWN_ANSWERS.values():
-        images, prompts, _, _ = known()
-        assert len(images) == len(prompts) and len(pixels_of(torch.stack(images))) == len(images)
-    red, words = selftest.KNOWN_ANSWERS["hps"]()[0][0], selftest.KNOWN_ANSWERS["ocr"]()[0]
-    assert red[:, 9, 9].tolist() == [1, 0, 0] and words[0].std() > 0.1 > words[1].std() == 0

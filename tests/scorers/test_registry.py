@@ -46,11 +46,10 @@ DEFAULTS = [
 def test_without_rewards_each_task_that_is_drawn_is_paid_by_its_own(line, weights):
     s, _ = cli.parse(line.split())
     asked = load.asked_of(s)
-    own = {"instruction": {"kind": "vlm", "dtype": "bfloat16", "rubric": "editing"},
-           "identity": {"kind": "face", "no_face": "skip"}}  # fmt: skip
-    expected = {name: own.get(name, {"kind": name}) for row in weights.values() for name in row}
-    world = drawings if "tiny" in line else real
-    assert asked == R.Asked(expected, weights, (), world) and list(asked.weights) == list(weights)
+    assert asked.weights == weights and asked.world == (drawings if "tiny" in line else real)
+    kinds = {"instruction": "vlm", "identity": "face"}
+    named = {name: kinds.get(name, name) for row in weights.values() for name in row}
+    assert {name: entry["kind"] for name, entry in asked.scorers.items()} == named
     asked.weights["text"], asked.scorers["task"] = {}, {}
     assert load.asked_of(s).weights == weights, "nothing is shared"
 

@@ -82,17 +82,13 @@ def test_a_served_scorer_says_what_the_same_scorer_says_here_to_the_last_bit(run
     images = torch.randint(0, 256, (7, 3, 12, 9), generator=rng).float() / 255
     sources = [torch.randint(0, 256, (3, 2 + i, 6), generator=rng).float() / 255 for i in range(7)]
     prompts = [Prompt(f"an \u00e4 {i}", "edit", {"image": "a.png", "include": [{"count": i}]}, "f:1") for i in range(7)]
-    scorer = remote.served([run(look, -math.inf, 9.0).url], "red", batch=3, limits=FAST._replace(concurrency=1))
+    server = run(look, -math.inf, 9.0)
+    scorer = remote.served([server.url], "red", batch=3, limits=FAST._replace(concurrency=1))
+    assert ask(server, path="/health", method="GET")[:2] == (200, {"name": "red", "low": None, "high": 9.0})
     assert (scorer.name, scorer.low, scorer.high) == ("red", -math.inf, 9.0)
     assert torch.equal(scorer.score(images, prompts, sources), look(images, prompts, sources))
     assert [p[:3] for some, _ in seen[:3] for p in some] == [p[:3] for p in prompts]
     assert all(torch.equal(a, b) for a, b in zip([s for _, some in seen[:3] for s in some], sources, strict=True))
-
-
-def test_health_and_scores_tell_name_and_range_with_null_for_an_open_end(run):
-    server, about = run(low=-1.0, high=math.inf), {"name": "red", "low": -1.0, "high": None}
-    assert ask(server, path="/health", method="GET")[:2] == (200, about)
-    assert ask(server, question())[:2] == (200, {"scores": [pytest.approx(0.2)], **about})
 
 
 # ------------------------------------------------------------------------------------- what is sent in error or malice
@@ -151,9 +147,8 @@ def test_what_is_malformed_is_refused_in_one_line_and_the_server_stays_up(one, n
     assert is_up(one)
 
 
-@pytest.mark.parametrize("size", [20_001, 5_000_000])
-def test_a_body_beyond_the_bound_is_refused_and_one_at_the_bounds_is_taken(one, size):
-    assert ask(one, b" " * size)[0] == 413
+def test_a_body_beyond_the_bound_is_refused_and_one_at_the_bounds_is_taken(one):
+    assert [ask(one, b" " * size)[0] for size in (20_001, 5_000_000)] == [413, 413]
     body = json.dumps(question()).encode()
     assert ask(one, body + b" " * (SMALL.body - len(body)))[0] == 200
     assert ask(one, question(*[picture(32, 32)] * 16))[0] == 200
@@ -168,22 +163,18 @@ def test_no_value_is_built_and_no_pixel_unpacked_beyond_the_bounds(monkeypatch):
         serve.open_pictures("images", [base64.b64encode(crafted((9000, 9000)))], SMALL)
 
 
-def test_requests_of_another_form_are_refused_in_json(one):
+HEAD = b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 9000\r\n\r\n"
+
+
+def test_what_is_no_http_or_of_another_form_and_clients_that_hang_up_do_no_harm(one, capfd):
     for asked, status in (({"path": "/docs", "method": "GET"}, 404), ({"method": "GET"}, 405),
                           ({"path": "/health"}, 405), ({"Content_Type": "text/plain"}, 415)):  # fmt: skip
         got, answer, _ = ask(one, **asked)
         assert got == status and list(answer) == ["detail"]
-    assert is_up(one)
-
-
-HEAD = b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 9000\r\n\r\n"
-
-
-@pytest.mark.parametrize("noise", [b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n", b"GET\r\n\r\n", b"A" * 70_000])
-def test_what_is_no_http_and_clients_that_hang_up_do_no_harm(one, noise, capfd):
-    with socket.create_connection(("localhost", one.port), timeout=5) as sock:
-        sock.sendall(noise)
-        assert sock.recv(4096).startswith(b"HTTP/1.1 400")
+    for noise in (b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n", b"GET\r\n\r\n", b"A" * 70_000):
+        with socket.create_connection(("localhost", one.port), timeout=5) as sock:
+            sock.sendall(noise)
+            assert sock.recv(4096).startswith(b"HTTP/1.1 400")
     for length in (0, 10, len(HEAD), len(HEAD) + 500):
         with socket.create_connection(("localhost", one.port)) as sock:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset
@@ -236,12 +227,9 @@ def test_64_slow_connections_without_the_token_do_not_keep_an_honest_client_out(
 
 # ------------------------------------------------------------------------------------------------ scorers that fail
 FAILURES = {
-    "an exception": (lambda *_: 1 / 0, "scorer 'red' failed: ZeroDivisionError: division by zero"),
-    "a scorer's own": (lambda *_: _raise(RewardError("no target\ntext")), "scorer 'red' failed: no target text"),
+    "its own": (lambda *_: _raise(RewardError("no target\ntext")), "scorer 'red' failed: no target text"),
     "the end": (lambda *_: _raise(StopIteration()), "scorer 'red' failed: StopIteration"),
-    "NaN": (lambda *_: torch.tensor([math.nan]), "nan is not finite, for the prompt 'a dog'"),
     "out of range": (lambda *_: [1.5], "1.5 is outside [0.0, 1.0], for the prompt 'a dog'"),
-    "a column": (lambda *_: torch.zeros(1, 1), "1 prompts but scores of shape (1, 1)"),
     "nothing": (lambda *_: None, "scorer 'red'"),
 }
 

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -178,33 +179,11 @@ def test_what_a_checkpoint_says_about_sampling_does_not_reach_its_scores(qwen, t
     assert torch.equal(vlm(J.RUBRICS["aesthetic"], str(tmp_path / "m")).score(images, asked, None), plain)
 
 
-def chain(text):
-    """A change to a model: each character of `text` is followed by the next one, and the last one ends the turn."""
-
-    def change(model, tok):
-        letters = [tok.convert_tokens_to_ids(c) for c in ("Ċ", *text.replace(" ", "Ġ"))]
-        assert len(set(letters)) == len(letters)
-        for name, p in model.named_parameters():
-            if name.endswith(("self_attn.o_proj.weight", "mlp.down_proj.weight")):
-                p.data.zero_()  # what comes next then depends on the last token alone
-            elif p.ndim == 1 and name.endswith("weight"):
-                p.data.fill_(1.0)
-        embeddings, head = model.get_input_embeddings().weight.data, model.lm_head.weight.data
-        head.zero_()
-        for place, (now, after) in enumerate(zip(letters, (*letters[1:], tok.convert_tokens_to_ids("<|im_end|>")))):
-            embeddings[now] = torch.eye(WIDTH)[place]
-            head[after] = torch.eye(WIDTH)[place] * 2
-
-    return change
-
-
-def test_a_written_reply_is_generated_to_its_end_and_one_that_has_none_is_an_error(tmp_path, monkeypatch):
-    folder = build(tmp_path / "chain", chain("Score: 5"))
+def test_a_reply_that_is_not_what_was_asked_for_or_cut_off_is_an_error_with_it(qwen, tmp_path, monkeypatch):
     image, asked = picture(56, 56, 0)[None], prompts("my prompt")
-    for rubric, said in ((J.RUBRICS["aesthetic"], "'S'"), (J.RUBRICS["judge"], "'Score: 5'")):
-        message = refusal(vlm(rubric, str(folder)).score, image, asked, None)
-        assert said in message and "'my prompt'" in message and repr(rubric.name) in message
     monkeypatch.setattr(J, "WRITTEN_TOKENS", 8)
-    assert "cut off after 8 tokens: 'Score: 5'" in refusal(
-        vlm(J.RUBRICS["judge"], str(folder)).score, image, asked, None
-    )
+    ended = build(tmp_path / "ended", always_one_of(["<|im_end|>"]))
+    for folder, name, said in ((qwen, "deqa", r"excellent.*'[1-5]'"), (qwen, "judge", r"cut off after 8.*'[1-5]{8}'"),
+                               (ended, "judge", r"<QualityScore>.*''"), (ended, "aesthetic", "''")):  # fmt: skip
+        message = refusal(vlm(J.RUBRICS[name], str(folder)).score, image, asked, None)
+        assert re.match(rf"scorer '{name}': .*{said}, for the prompt 'my prompt'", message)

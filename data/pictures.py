@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -51,12 +52,27 @@ def png(picture: Image.Image, level: int = -1) -> str:
 
 
 # ------------------------------------------------------------------------------------------------ sources of edits
+class Source(NamedTuple):
+    """The picture that an edit begins from. Equal places are equal pictures: what is known of one is not read again."""
+
+    where: str  # a path or a data URI
+    pixels: Callable[[], Tensor]  # reads it: (3, H, W) in [0, 1]
+
+
+def source_of(prompt: Prompt) -> Source | None:
+    """Where a prompt's picture is, not read yet; None for a prompt that has none."""
+    where = prompt.metadata.get("image")
+    return where and Source(where, lambda: torch.from_numpy(source_image(prompt)).permute(2, 0, 1) / 255)
+
+
 def sources(prompts: Sequence[Prompt]) -> list[Tensor | None] | None:
-    """The source pictures of edits, (3, H, W) in [0, 1], None for a prompt without one; None if none has one."""
-    found = [source_image(p) for p in prompts]
-    if all(image is None for image in found):
-        return None
-    return [image if image is None else torch.from_numpy(image).permute(2, 0, 1) / 255 for image in found]
+    """The source pictures of edits, (3, H, W) in [0, 1], None for a prompt without one; None if none has one.
+
+    The rows of one picture share one tensor.
+    """
+    found = [source_of(p) for p in prompts]
+    read = {place: pixels() for place, pixels in {s.where: s.pixels for s in found if s}.items()}
+    return [s and read[s.where] for s in found] if read else None
 
 
 def source_image(prompt: Prompt) -> np.ndarray | None:

@@ -18,7 +18,7 @@ import sde
 import settings
 from data.batches import prompt_batch, seed_for
 from data.files import Prompt
-from data.pictures import sources
+from data.pictures import source_of
 from harness import load, ranks
 from harness.run import Run
 from models.flow import Cond, FlowModel
@@ -108,19 +108,21 @@ def prompts_of(rows: Iterable[Row]) -> list[Prompt]:
 # ------------------------------------------------------------------------------------------- what the model is told
 def conditions(model: FlowModel, prompts: Sequence[Prompt], cfg: float) -> tuple[Cond, Cond | None]:
     """Cond of the prompts and, if guidance is on, of as many empty prompts with the same source pictures."""
-    images = sources(prompts)
+    images = [source_of(p) for p in prompts]
     cond = model.encode([p.text for p in prompts], images)
     return cond, None if cfg == 1 else model.encode([model.empty] * len(prompts), images)
 
 
 def encode_all(model: FlowModel, prompts: Iterable[Prompt], guided: bool) -> None:
-    """Encode distinct prompts once and for all, and the empty prompt if guidance needs it; pictures one by one."""
-    known = {(p.text, p.metadata.get("image")): p for p in prompts}.values()
-    asked = [(p.text, p) for p in known]
-    if guided:
-        asked += [(model.empty, p) for p in {p.metadata.get("image"): p for p in known}.values()]
-    pictures = (image[0] if (image := sources([p])) else None for _, p in asked)
-    model.prepare([text for text, _ in asked], pictures)
+    """Encode distinct prompts once and for all, and the empty prompt if guidance needs it, picture by picture."""
+    texts: dict[str | None, dict[str, Prompt]] = {}
+    for p in prompts:
+        texts.setdefault(p.metadata.get("image"), {}).setdefault(p.text, p)
+    asked = []
+    for some in texts.values():
+        source = source_of(next(iter(some.values())))
+        asked += [(text, source) for text in dict.fromkeys([*some, *([model.empty] * guided)])]
+    model.prepare([text for text, _ in asked], [source for _, source in asked])
 
 
 def prepare(run: Run, prompts: Mapping[str, list[Prompt]], more: Iterable[Prompt] = ()) -> None:

@@ -10,20 +10,21 @@ The stages ask a model these things and nothing else:
     time_grid(num_steps)               the model's own scheduler grid, t = 1 (noise) ... 0 (data)
     latent_shape                       (C, H, W) of x
 
-A picture is float (3, H, W) in [0, 1] on the CPU; a batch has one for every prompt or for none. sd3.py, qwen.py and
-tiny.py have the models.
+A source picture is a `data.pictures.Source`; a batch has one for every prompt or for none. sd3.py, qwen.py and tiny.py
+have the models.
 
 Numbers: the transformer computes in `precision` (bfloat16 on an accelerator), trained weights are float32, and what
 leaves `velocity` is float32 at least, so that guidance, SDE and losses never see a bfloat16.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 import sde
+from data.pictures import Source
 from models.experts import Experts
 
 
@@ -73,7 +74,7 @@ class FlowModel(Experts):
     empty = ""  # the prompt of guidance's other branch
     train_shift = 0.0  # training times are logit-normal around this: the model's noise schedule
 
-    def prepare(self, prompts: Iterable[str], images: Iterable[Tensor | None] | None = None) -> None:
+    def prepare(self, prompts: Sequence[str], images: Sequence[Source | None] | None = None) -> None:
         """Encode every prompt (of an edit, with its source picture) that a run will need, if encoding is expensive."""
 
     def velocity(self, x: Tensor, t: float | Tensor, cond: Cond, uncond: Cond | None = None, cfg: float = 1.0):

@@ -3,8 +3,7 @@
 A subclass says how one prompt is encoded (`read_encoders`, `encode_row`) and how latents become pixels (`pixels`).
 """
 
-from collections.abc import Iterable, Sequence
-from hashlib import sha256
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,6 +11,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from data.pictures import Source
 from models.flow import Cond, FlowModel, joined
 from models.hub import ModelError, Transformer, read_part
 
@@ -26,29 +26,27 @@ class Published(FlowModel):
         super().__init__(transformer, device)
         self.folder, self.scheduler, self.text_length = folder, scheduler, text_length
         self.latent_shape = (transformer.config.out_channels, side // 8, side // 8)
-        self.known: dict[tuple[str, str], Cond] = {}  # (prompt, picture's digest) -> its Cond of one row, on the host
+        self.known: dict[tuple[str, str | None], Cond] = {}  # (prompt, picture's place) -> one row, on the host
         self._vae: nn.Module | None = None
 
-    def prepare(self, prompts: Iterable[str], images: Iterable[Tensor | None] | None = None) -> None:
+    def prepare(self, prompts: Sequence[str], images: Sequence[Source | None] | None = None) -> None:
         """Encode each distinct prompt (of an edit, with its picture) not known yet; then the text encoders may go.
 
         One prompt at a time: a row computed in another batch differs in its last bits, and a resumed run, which
-        has fewer prompts left to encode, would not be the same run. `images` may be made one by one, for none is kept.
-        ModelError if the model takes no picture.
+        has fewer prompts left to encode, would not be the same run. ModelError if the model takes no picture.
         """
         self._rows(prompts, images)
 
-    def encode(self, prompts: Sequence[str], images: Sequence[Tensor | None] | None = None) -> Cond:
+    def encode(self, prompts: Sequence[str], images: Sequence[Source | None] | None = None) -> Cond:
         """Prompts, and the source pictures of edits, -> Cond on the device; what `prepare` has not seen, now."""
         return joined(self._rows(prompts, images)).to(self.device)
 
     @torch.no_grad()
-    def _rows(self, prompts: Iterable[str], images: Iterable[Tensor | None] | None) -> list[Cond]:
-        prompts, encoders, rows = list(prompts), None, []
-        images = [None] * len(prompts) if images is None else images
+    def _rows(self, prompts: Sequence[str], images: Sequence[Source | None] | None) -> list[Cond]:
+        encoders, rows, images = None, [], images or [None] * len(prompts)
         shown = tqdm(prompts, desc="encoding prompts", leave=False, delay=1)  # no bar for what is known
         for prompt, image in zip(shown, images, strict=True):
-            key = prompt, digest(image)
+            key = prompt, image and image.where
             if key not in self.known:
                 if image is not None and not self.edits:
                     raise ModelError(f"{self.source}: this model takes no source picture; give a Qwen-Image-Edit")
@@ -69,10 +67,5 @@ class Published(FlowModel):
     def decode(self, x: Tensor) -> Tensor:
         """Latents -> images (B, 3, H, W) in [0, 1] on the CPU, through the VAE in float32 (bfloat16 shows bands)."""
         # One at a time: its memory, not its speed, is what matters here.
-        rows = (self.pixels(row) for row in x.float().to(self.device).split(1))
+        rows = (self.pixels(row.to(self.device)) for row in x.float().split(1))
         return torch.cat([(row / 2 + 0.5).clamp(0, 1).cpu() for row in rows])
-
-
-def digest(image: Tensor | None) -> str:
-    """What a picture shows, in a few letters; "" for none."""
-    return "" if image is None else sha256(str(tuple(image.shape)).encode() + image.numpy().tobytes()).hexdigest()

@@ -25,9 +25,10 @@ from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
 from PIL import Image
 from torch import Tensor, nn
 
+from data.pictures import Source
 from models import qwen_vl
 from models.flow import Cond, FlowModel
-from models.published import Published, digest
+from models.published import Published
 
 DRAWS = "QwenImagePipeline"
 # Pipeline -> what it puts before an edit's prompt (if its template has no place for the picture), and the side of a
@@ -137,20 +138,21 @@ class QwenModel(QwenFlow, Published):
         super().__init__(folder, transformer, scheduler, device, side, text_length)
         self.pipeline, self.edits, self.source_side = name, name in EDITS, source_side
         self.train_shift = shift_of(scheduler.config, (side // 8 // transformer.config.patch_size) ** 2)
-        self.sources: dict[str, Tensor] = {}  # picture's digest -> its latents (1, C, h, w), on the host
+        self.sources: dict[str, Tensor] = {}  # picture's place -> its latents (1, C, h, w), on the host
 
     def read_encoders(self) -> qwen_vl.VLM:
         processor = self.folder / "processor" if self.edits else None
         places = (self.folder / "text_encoder", self.folder / "tokenizer", processor)
         return qwen_vl.read(*places, self.device, self._dtype())
 
-    def encode_row(self, encoders: qwen_vl.VLM, prompt: str, image: Tensor | None) -> Cond:
-        tokens = text_tokens(encoders, self.pipeline, prompt, image, self.text_length)
+    def encode_row(self, encoders: qwen_vl.VLM, prompt: str, image: Source | None) -> Cond:
         if image is None:
-            return Cond(tokens)
-        if (known := digest(image)) not in self.sources:
-            self.sources[known] = self.latents(image).cpu()
-        return Cond(tokens, source=self.sources[known])
+            return Cond(text_tokens(encoders, self.pipeline, prompt, None, self.text_length))
+        pixels = image.pixels()
+        if image.where not in self.sources:
+            self.sources[image.where] = self.latents(pixels).cpu()
+        tokens = text_tokens(encoders, self.pipeline, prompt, pixels, self.text_length)
+        return Cond(tokens, source=self.sources[image.where])
 
     @torch.no_grad()
     def latents(self, image: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import sde
 from data.common import first_line
+from data.pictures import Source
 from models.flow import Cond, FlowModel
 from models.hub import ModelError, Transformer, fingerprint, read_transformer
 from models.qwen import QwenFlow
@@ -44,10 +45,11 @@ class TinyModel(FlowModel):
         super().__init__(transformer, device)
         self.text_encoder = text_encoder.to(self.device)
 
-    def encode(self, prompts: Sequence[str], images: Sequence[Tensor | None] | None = None) -> Cond:
+    def encode(self, prompts: Sequence[str], images: Sequence[Source | None] | None = None) -> Cond:
         """Prompts -> Cond, without gradient; ValueError if a prompt lies outside the vocabulary."""
+        shown = images and [image and image.pixels() for image in images]
         with torch.no_grad():
-            return self.encode_tokens(torch.tensor([self.tokenize(p) for p in prompts]), images)
+            return self.encode_tokens(torch.tensor([self.tokenize(p) for p in prompts]), shown)
 
     def encode_tokens(self, tokens: Tensor, images: Sequence[Tensor | None] | None = None) -> Cond:
         """Token ids (B, S) -> Cond with gradient: pretraining learns the embeddings through it."""

@@ -13,7 +13,7 @@ import train
 from data import files as data
 from data import written
 from data.batches import seed_for
-from data.pictures import source_image, sources
+from data.pictures import source_image, source_of, sources
 from harness import cli, load, rollout
 from models import flow
 from models import load as models
@@ -262,8 +262,10 @@ def test_a_rank_with_fewer_parts_repeats_a_row_that_does_not_count(monkeypatch):
 def test_conditions_are_the_prompts_with_their_pictures_and_the_empty_prompt_if_guidance_is_on(world2):
     model, (drawn, edits) = load_tiny(world2.base), edits_and_others()
     assert sources(drawn) is None and sources([drawn[0], edits[0]])[0] is None
+    one, same = sources([edits[0], edits[0]])
+    assert one is same, "the rows of a picture share one tensor"
     for some in (edits, drawn):
-        images = sources(some)
+        images = [source_of(p) for p in some]
         cond, uncond = rollout.conditions(model, some, 3.0)
         assert rollout.conditions(model, some, 1.0)[1] is None
         assert torch.equal(cond.tokens, model.encode([p.text for p in some], images).tokens)
@@ -285,9 +287,10 @@ def test_every_prompt_is_encoded_once_with_its_picture_and_the_empty_one_once_a_
     for guided in (False, True):
         asked.clear()
         rollout.encode_all(model, [*drawn, drawn[0], *edits, edits[2], twice], guided)
-        assert [text for text, _ in asked] == [p.text for p in (*drawn, *edits, twice)] + [" "] * 4 * guided
-        for (_, image), prompt in zip(asked, [*drawn, *edits, twice], strict=False):
-            expected = sources([prompt])
-            assert image is None if expected is None else torch.equal(image, expected[0])
-        empties = [image for text, image in asked if text == " "]
-        assert sum(image is None for image in empties) == guided, "once without a picture, once with each of three"
+        told = {(p.text, p.metadata.get("image")) for p in (*drawn, *edits)} | {(twice.text, twice.metadata["image"])}
+        told |= {(" ", image) for _, image in told} if guided else set()
+        found = [(text, image and image.where) for text, image in asked]
+        assert set(found) == told and len(found) == len(told)
+        places = [image for _, image in found]
+        assert places == sorted(places, key=places.index), "picture by picture, so that each is decoded once"
+        assert torch.equal(asked[-1][1].pixels(), sources([edits[2]])[0])

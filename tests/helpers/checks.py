@@ -21,6 +21,13 @@ def gap(a, b) -> float:
     return (a - b).abs().max().item()
 
 
+def shown(image):
+    """A picture (3, H, W) as the source of an edit."""
+    from data.pictures import Source
+
+    return Source(f"{tuple(image.shape)} {hash(image.numpy().tobytes())}", lambda: image)
+
+
 def relative(found, expected) -> float:
     """The largest distance of a row, as a share of the expected row's length."""
     return ((found - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)).max().item()

@@ -8,7 +8,7 @@ import torch
 from models import lora
 from models.experts import STUDENT
 from models.tiny import load_tiny, new_tiny
-from tests.helpers.checks import gap, refusal
+from tests.helpers.checks import gap, refusal, shown
 from tests.helpers.runs import same
 from tiny import drawings as tiny
 from tiny import edits as tiny_edit
@@ -50,7 +50,7 @@ def test_encoding_has_one_embedding_a_token_and_their_mean():
 
 def test_a_picture_for_a_model_that_draws_only_is_refused():
     model = new_base()
-    refusal(model.encode, PROMPTS[:1], [torch.rand(3, 24, 24)])
+    refusal(model.encode, PROMPTS[:1], [shown(torch.rand(3, 24, 24))])
     assert model.encode(PROMPTS[:2], [None, None]).source is None, "no picture is no edit"
 
 
@@ -116,7 +116,7 @@ def qwen_base(tmp_path_factory):
 
 
 def tiny_pictures(rows):
-    return list(torch.rand(rows, 3, 24, 24, generator=torch.Generator().manual_seed(3)))
+    return [shown(one) for one in torch.rand(rows, 3, 24, 24, generator=torch.Generator().manual_seed(3))]
 
 
 def known_prompts(rows):
@@ -133,9 +133,9 @@ def test_the_tiny_qwen_models_text_has_a_mask_and_its_sources_are_pixels(qwen_ba
     assert torch.equal(cond.mask, ids > 0) and len(set(cond.mask.sum(1).tolist())) == 3
     expected = model.text_encoder.word.weight[ids] + model.text_encoder.place.weight
     assert torch.equal(cond.tokens, expected) and cond.pooled is None
-    assert torch.equal(cond.source, torch.stack(images) * 2 - 1)
+    assert torch.equal(cond.source, torch.stack([image.pixels() for image in images]) * 2 - 1)
     assert model.encode(prompts).source is None and model.encode(prompts, [None] * 3).source is None
-    for wrong in ([images[0], None, images[2]], [image[:, :20] for image in images]):
+    for wrong in ([images[0], None, images[2]], [shown(image.pixels()[:, :20]) for image in images]):
         refusal(model.encode, prompts, wrong)
 
 

@@ -8,13 +8,13 @@ import argparse
 import contextlib
 import difflib
 import io
-import json
 import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import settings
+from data.common import DataError, read_json
 from settings import FIELDS, PRESETS, TASKS, VELOCITY, Settings, SettingsError, is_tiny, parts_of, unread
 
 DESCRIPTION = "Flow-OPD and Qwen-Image-2.0-RL, from pretraining to on-policy distillation."
@@ -170,11 +170,9 @@ def _pairs(name: str, items: Sequence[str]) -> dict[str, str]:
 def _read_config(path: str) -> dict:
     """Settings by name from a JSON file, checked for names and types."""
     try:
-        found = json.loads(Path(path).read_text())
-    except OSError as fault:
-        raise SettingsError(f"--config {path}: {fault.strerror}") from fault
-    except (ValueError, RecursionError) as fault:
-        raise SettingsError(f"--config {path}: not JSON ({fault})") from fault
+        found = read_json(Path(path))
+    except DataError as fault:
+        raise SettingsError(f"--config {fault}") from fault
     if not isinstance(found, dict):
         raise SettingsError(f"--config {path}: must be one JSON object of settings")
     found.pop("identity", None)  # a run's own config.json has it

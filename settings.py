@@ -125,9 +125,10 @@ class Settings:
                           choices=("sde", "cps"))
     window: str = _option("0:9", "START:STOP of the transitions that are stochastic; the others are ODE steps",
                           ("curate", "grpo", "opd"))
-    train_steps: str = _option("all", "which transitions are trained", (*RL, "opd"), choices=("all", "first", "random"))
-    train_count: int = _option(4, "how many of them (first: highest noise; random: favours high noise)", (*RL, "opd"),
-                               low=1)
+    train_steps: str = _option("all", "which transitions are trained: all; the first, of highest noise; random ones, "
+                               "that favour high noise (not for opd, a bias there); or a uniform draw", (*RL, "opd"),
+                               choices=("all", "first", "random", "uniform"))
+    train_count: int = _option(4, "how many of them", (*RL, "opd"), low=1)
     cfg: float = _option(4.5, "guidance scale [w]; 1: without", ("pretrain", *LOADED), low=0.0)
     guidance: str = _option("both", "what is guided. grpo, nft: rollout and objective, the rollout alone (Q 4.1's "
                             "hybrid), or neither; opd, eval: teachers and student, the teachers (Q 4.3), or neither",

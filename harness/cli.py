@@ -260,13 +260,15 @@ def _check_objective(s: Settings) -> None:
     """Is there an equation for this estimator, weight and kind of states?"""
     if s.estimator == "velocity" and (s.weight, s.states) != (VELOCITY["weight"], VELOCITY["states"]):
         raise SettingsError("--estimator velocity is analytic with --weight uniform --states ode: say analytic")
-    ratio = s.estimator not in ("analytic", "velocity")  # a policy gradient: it needs the density of an action
-    if ratio and s.states == "ode":
+    if s.estimator not in ("analytic", "velocity") and s.states == "ode":  # a policy gradient
         raise SettingsError(f"--estimator {s.estimator} needs the density of an SDE step: use --states sde")
     if s.weight in ("kl", "kl_dt") and s.states == "ode":
         raise SettingsError(f"--weight {s.weight} is infinite without noise: use uniform, dt or ode, or --states sde")
-    if ratio and s.weight not in ("kl", "kl_dt"):
-        raise SettingsError(f"--estimator {s.estimator} rewards with the KL: use --weight kl or kl_dt, or analytic")
+    if s.train_steps == "random":
+        raise SettingsError("--train-steps random would favour some steps of the KL: use uniform, first or all")
+    if s.estimator in ("path", "sampled_path") and (s.train_steps == "uniform" or settings.window_of(s)[0] > 0):
+        raise SettingsError(f"--estimator {s.estimator} is biased if a step before a trained one has no noise or does "
+                            "not train: start --window at 0, with --train-steps all or first")  # fmt: skip
 
 
 def _check_reward(s: Settings) -> None:

@@ -79,7 +79,7 @@ def observed(monkeypatch):
 
 
 RUNS = [
-    ("go", "--stage opd"), ("go", "--stage opd --estimator sampled_path --train-steps random --micro-batch 4"),
+    ("go", "--stage opd"), ("go", "--stage opd --estimator sampled --train-steps uniform --micro-batch 4"),
     ("go", "--stage opd --cfg 2 --mar 0"), ("go", "--stage sft --cfg 2 --micro-batch 2"), ("go", "--stage pretrain"),
     ("go", "--stage grpo --task text --beta 0.1 --updates 3 --micro-batch 2"),
     ("go", "--stage nft --task mix --mix joint --beta 0.1 --cfg 2 --guidance both"),

@@ -94,7 +94,7 @@ def test_the_trained_steps_lie_in_the_stochastic_window_if_the_loss_needs_noise(
     assert steps() == steps(stage="grpo", task="text") == [2, 3, 4]
     assert steps(train_steps="first", train_count=2) == [2, 3]
     assert steps(train_steps="first", train_count=9) == [2, 3, 4], "not more than there are"
-    drawn = {tuple(steps(seed, window="1:5", train_steps="random", train_count=2)) for seed in range(200)}
+    drawn = {tuple(steps(seed, window="1:5", train_steps="uniform", train_count=2)) for seed in range(200)}
     assert drawn == set(combinations((1, 2, 3, 4), 2)), "every pair of the window comes, and no other"
     for no_noise in ({"estimator": "velocity"}, {"stage": "nft", "task": "text"}):
         assert steps(**no_noise) == [0, 1, 2, 3, 4, 5]

@@ -253,7 +253,9 @@ REFUSED = [  # the flag or word that the message names first, then a command lin
     *(("--estimator velocity", f"--estimator velocity {more}") for more in ("--weight dt", "--states sde")),
     *(("--weight", f"--states ode --weight {weight}") for weight in ("kl", "kl_dt")),
     ("--estimator sampled", "--states ode --weight dt --estimator sampled"),
-    ("--estimator released", "--estimator released --weight uniform"),
+    ("--train-steps", "--train-steps random"),
+    *((f"--estimator {path}", f"--estimator {path} {more}") for path in ("path", "sampled_path") for more in (
+        "--window 1:5", "--train-steps uniform")),
     *(("--guidance", f"--stage {stage} --guidance teacher") for stage in ("grpo", "nft", "curate")),
     ("--guidance", "--stage opd --guidance rollout"), ("--parallel", "--parallel fsdp"),
     # what a later part of --stage all would refuse
@@ -305,7 +307,9 @@ def test_what_a_stage_reads_is_a_config_that_gives_the_same_settings(tmp_path):
 
 ALLOWED = [  # each is next to one that is refused
     "--states ode --weight ode",  # DiffusionOPD
-    "--weight dt", "--estimator path --weight kl_dt",  # Q Eq. 18's weight on F's states
+    "--weight dt", "--estimator path --weight dt",  # Q Eq. 18's weight on F's states
+    "--estimator sampled_path --train-steps first --train-count 2", "--train-steps uniform",
+    "--estimator sampled --window 1:5 --train-steps uniform",
     "--group-size 1",  # only GRPO, NFT and curation compare within a group
     "--stage curate --noise-level 0",  # the first noise alone makes the samples of a prompt differ
     "--stage grpo --kernel cps --noise-level 1", "--stage grpo --prompts-per-step 8 --updates 2",

@@ -147,7 +147,8 @@ class Visit(NamedTuple):
 
     step: Transition  # the state x_t, the action a = x_{t-dt}, and v and mean of the policy that drew it, pi_old
     v_target: Tensor  # (B, ...) F Eq. 7, `target_velocity`
-    future: Tensor | None = None  # (B,) from `futures`, for the two path estimators
+    v_anchor: Tensor | None = None  # (B, ...) F Eq. 12; None: without MAR
+    future: Tensor | None = None  # (B,) from `credited`, for the two path estimators
     weight: str = "kl"  # of the squared norm, see `time_weight`
     reduce: str = "sum"  # of rho's log-probs: rho, or its D-th root ("mean", the released code)
     clip: float | None = None  # eps of F Eq. 11; it belongs to `reduce`: 1e-4 goes with "mean"
@@ -269,18 +270,20 @@ def reward_to_go(per_step_TB: Tensor, inclusive: bool = True) -> Tensor:
 
 
 @torch.no_grad()
-def futures(estimator: str, visits: Sequence[Visit]) -> Sequence[Tensor | None]:
-    """What each of a trajectory's T actions is credited with, T of (B,), no gradient; None if not needed.
+def credited(estimator: str, visits: Sequence[Visit]) -> list[Visit]:
+    """Visits with the `future` that their actions are credited with, (B,), no gradient, if the estimator looks at it.
 
-    visits: the trained transitions in order. path: the KLs of later states. An action cannot change the KL of the
-    state it was taken in, so that term would add variance and no signal. sampled_path: the `sampled_reward` of this
-    and later actions.
+    visits: the trained transitions of a trajectory in order. path: the KLs of later states. An action cannot change
+    the KL of the state it was taken in, so that term would add variance and no signal. sampled_path: the
+    `sampled_reward` of this and later actions.
     """
     if estimator == "path":
-        return list(reward_to_go(torch.stack([kl_t(at, at.step.v) for at in visits]), inclusive=False))
-    if estimator == "sampled_path":
-        return list(reward_to_go(torch.stack([sampled_reward(at) for at in visits])))
-    return [None] * len(visits)
+        credit = reward_to_go(torch.stack([kl_t(at, at.step.v) for at in visits]), inclusive=False)
+    elif estimator == "sampled_path":
+        credit = reward_to_go(torch.stack([sampled_reward(at) for at in visits]))
+    else:
+        return list(visits)
+    return [at._replace(future=future) for at, future in zip(visits, credit, strict=True)]
 
 
 Estimator = Callable[[Visit, Tensor], Estimate]

@@ -152,8 +152,9 @@ class Settings:
 
     advantage_std: str = _option("group", "what advantages are divided by (--combine sum)", RL,
                                  choices=("group", "batch", "none"), group="objective")
-    advantage_clip: float = _option(5.0, "largest absolute advantage", RL, low=0.0)
-    clip: float = _option(1e-4, "clip range [epsilon] of the policy ratio", ("grpo",), low=0.0)
+    advantage_clip: float = _option(5.0, "largest absolute advantage; opd: reward of a step, in nats per dimension",
+                                    (*RL, "opd"), low=0.0)
+    clip: float = _option(1e-4, "clip range [epsilon] of the policy ratio", ("grpo", "opd"), low=0.0)
     log_prob: str = _option("mean", "the ratio's log-probs over the D latent dimensions: mean as released, sum is "
                             "exact; it moves where the clip bites", ("grpo", "opd"), choices=("mean", "sum"))
     guard: bool = _option(False, "GRPO-Guard: its ratio normalisation, and each step's loss divided by dt", ("grpo",))
@@ -162,7 +163,7 @@ class Settings:
                           "of velocities", RL, low=0.0)
     interpolation: float = _option(1.0, "strength [beta of Q Eq. 7]; 1 / it is the length of a step", ("nft",),
                                    low=1e-6)
-    updates: int = _option(2, "optimizer updates per rollout, each on its share of the prompts", RL, low=1)
+    updates: int = _option(2, "optimizer updates per rollout, each on its share of the prompts", (*RL, "opd"), low=1)
     mix: str = _option("turns", "--task mix: tasks take turns by steps, 3:1:1 (F App. A), or are joined in every step "
                        "(Q 4.3's Mix-RL)", RL, choices=("turns", "joint"))
     estimator: str = _option("analytic", "gradient estimator; velocity is Q Eq. 14's name for analytic with --weight "
@@ -197,6 +198,7 @@ UNGUIDED = {"guidance": ("neither",)}, {"cfg": (1.0,)}
 NO_PICTURE = {"eval_prompts": (0,), "stage": ("pretrain", "merge")}  # these draw test pictures only
 NO_TEST = {"eval_prompts": (0,), "stage": ("pretrain", "merge", *RL, "opd")}
 NO_SCORE = {"eval_prompts": (0,), "stage": ("pretrain", "merge", "sft", "opd")}  # these score test pictures only
+NO_RATIO = {"estimator": ("analytic", "velocity")}
 UNREAD: dict[str, tuple[dict, ...]] = {
     **dict.fromkeys(("precision", "resolution", "text_length", "source_resolution", "gradient_checkpointing"), (TINY,)),
     "parallel": ({"parameters": ("lora",)},),
@@ -211,8 +213,9 @@ UNREAD: dict[str, tuple[dict, ...]] = {
     "cfg": (UNGUIDED[0], NO_PICTURE), "guidance": (UNGUIDED[1], NO_PICTURE), "cfg_rescale": (*UNGUIDED, NO_PICTURE),
     "rewards": ({**TINY, "stage": ("pretrain", "merge", "sft", "opd", "eval")}, NO_SCORE),
     "advantage_std": ({"combine": ("normalised",)},),
-    "clip": ({"updates": (1,), "overlap": (False,)},),  # every ratio is 1
-    "log_prob": ({"estimator": ("literal", "analytic", "sampled", "path", "sampled_path", "velocity")},),  # the same
+    "advantage_clip": (NO_RATIO,),
+    "clip": ({"updates": (1,), "overlap": (False,)}, {"updates": (1,), "stage": ("opd",)}, NO_RATIO),  # no ratio, or 1
+    "log_prob": (NO_RATIO, {"updates": (1,), "estimator": ("literal", "sampled", "path", "sampled_path")}),
     "mix": ({"task": ("", *TASKS)},),
     "eval_steps": (NO_TEST,),
 }  # fmt: skip
@@ -249,7 +252,7 @@ PRESETS: dict[str, dict[str, dict]] = {
         "": {},
         "curate": dict(train_prompts=2000),
         "sft": dict(lr=1e-4, steps=300),
-        "opd": dict(lr=1e-4, steps=300, prompts_per_step=3),
+        "opd": dict(lr=1e-4, steps=300, prompts_per_step=3, updates=1),
         "reward": VLM_REWARD,
     },
     "tiny": {
@@ -280,7 +283,8 @@ PRESETS: dict[str, dict[str, dict]] = {
         "nft": dict(steps=500, beta=1e-4, updates=1, advantage_clip=1.0),
         "sft": dict(steps=300, guidance="both"),
         "opd": dict(
-            steps=500, estimator="velocity", guidance="teacher", group_size=1, prompts_per_step=8, train_steps="all"
+            steps=500, estimator="velocity", guidance="teacher", group_size=1, prompts_per_step=8, train_steps="all",
+            updates=1,
         ),
         "eval": dict(guidance="teacher"),
         "reward": VLM_REWARD,

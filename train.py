@@ -40,7 +40,6 @@ if __name__ == "__main__":
     threads.sleep_while_waiting()
     cli.answer_early(sys.argv[1:])
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -61,7 +60,7 @@ from harness import curation, load, ownership, plan, ranks, report, rollout
 from harness.ranks import USER_ERRORS
 from harness.rollout import Row, Trajectories, batches, in_step, micro_batches, prompts_of
 from harness.run import Run, Stopped, read_metrics
-from harness.stats import ratio_stats, shares_of, summed, warn_of_hacking, warn_of_ratio
+from harness.stats import averaged, ratio_stats, shares_of, summed, warn_of_hacking, warn_of_ratio
 from models import flow, hub, lora
 from models.experts import STUDENT
 from scorers import panel as scoring
@@ -168,8 +167,7 @@ def train_teacher(s: Settings, load=load) -> tuple[Run, Panel]:
         if unchecked:  # the first step of a run or of its continuation is not drawn ahead
             warn_of_ratio(run, stats[0])
             unchecked = False
-        metrics = {key: float(np.mean([stat[key] for stat in stats])) for key in stats[0]}
-        joined = scoring.joined(scores)
+        metrics, joined = averaged(stats), scoring.joined(scores)
         metrics |= scoring.metrics(joined, s.group_size) | {"seconds": time.time() - began}
         run.log(metrics, scoring.histograms(joined))
     later.close()
@@ -349,79 +347,95 @@ def distil(s: Settings, load=load) -> Run:
     run = load.student_run(s)
     experts = load.load_teachers(run.model, s)  # {task: its teacher}, and "anchor"
     rollout.prepare(run, prompts)
+    first = run.step
     for step in run.steps("gap"):
-        began = time.time()
-        metrics = distil_step(run, rollout.rows_of(run, prompts, step), experts)
-        run.log({**metrics, "grad_norm": run.update(), "seconds": time.time() - began})
+        began, stats = time.time(), distil_step(run, rollout.rows_of(run, prompts, step), experts)
+        if step == first and "ratio_mean" in stats[0]:
+            warn_of_ratio(run, stats[0])
+        run.log({**averaged(stats), "seconds": time.time() - began})
     return run
 
 
-def distil_step(run: Run, rows: Sequence[Row], experts: Mapping[str, str]) -> dict[str, float]:
-    """The gradient of one step, the mean over its rows and trained transitions -> metrics."""
-    s, model, stats = run.s, run.model, []
-    trained = rollout.trained_steps(s, run.generator("subset"))  # the n of the transitions that are learnt from
+def distil_step(run: Run, rows: Sequence[Row], experts: Mapping[str, str]) -> list[dict[str, float]]:
+    """An optimizer update for each share of a step's rows, on the mean over rows and trained transitions -> metrics."""
+    s, stats, trained = run.s, [], rollout.trained_steps(run.s, run.generator("subset"))
+    # Task by task, so that a part mostly has one teacher.
+    shares = [in_step(micro_batches(share, s.micro_batch)) for share in batches(rows, len(rows) // s.updates)]
+    visited = visits(run, [part for share in shares for part in share], trained, experts)
+    if s.updates > 1:  # one old policy draws the rows of all updates (F Eq. 11)
+        visited = iter(list(visited))
+    for share in shares:
+        terms, count = [], sum(row.counts for part in share for row in part)
+        for part in share:
+            weight_B = torch.tensor([row.counts / (len(trained) * count) for row in part], device=run.model.device)
+            for at, v in next(visited):
+                step, (loss_B, found) = at.step, opd.ESTIMATORS[s.estimator](at, v)  # F Eq. 9-11, Q Eq. 14
+                found |= {"loss": loss_B, "gap": sde.flat_reduce((v - at.v_target).square(), "mean")}
+                if at.v_anchor is not None:
+                    # DEVIATION (F Eq. 12): w(t) is infinite on the ODE's states; MAR has the estimator's weight.
+                    found["mar"] = opd.mar_penalty(v, at.v_anchor, step.t, step.dt, step.sigma, "mean", s.weight)
+                    loss_B = loss_B + s.mar * found["mar"]  # F Eq. 12
+                if step.sigma > 0:  # F Eq. 9 in nats per dimension, for the log
+                    found["kl"] = kl.velocity_kl(v, at.v_target, step.t, step.dt, step.sigma, "mean")
+                (loss_B * weight_B).sum().backward()
+                terms.append(shares_of(found, weight_B))
+        found = summed(terms)
+        stats.append({**(ratio_stats(found) if "off" in found else found), "grad_norm": run.update()})
+    return stats
+
+
+def visits(
+    run: Run, parts: Sequence, trained: Sequence[int], experts: Mapping[str, str]
+) -> Iterator[Iterator[tuple[opd.Visit, Tensor]]]:
+    """Part by part the trained transitions of the student's walk, each with the student's v and its gradient.
+
+    Single pass: the rollout's own forward carries the gradient, and nothing is stored. A path estimator's credit lies
+    in the future, and with several updates the student has moved on: there each trained state is computed again.
+    """
+    s, model = run.s, run.model
     level, window, kernel = rollout.noise_of(s)
-    parts = in_step(micro_batches(rows, s.micro_batch))  # task by task, so that a part mostly has one teacher
     needed = [{experts[row.prompt.task] for row in part} for part in parts]
     for i, part in enumerate(parts):
         run.stop_if_asked()
-        model.keep(needed[i] | {experts.get("anchor", "")})  # "only the active teacher is loaded onto the GPU" (Q 4.3)
+        # A full-checkpoint teacher is fetched while the part before its own computes, and sent away after its last.
+        model.keep(needed[i] | needed[(i + 1) % len(parts)] | {experts.get("anchor", "")})
         cond, uncond = rollout.conditions(model, prompts_of(part), settings.teacher_cfg(s))
         student = rollout.field(model, cond, uncond, settings.student_cfg(s))  # v_theta(x, t, c)
         routed = opd.route([row.prompt.task for row in part], experts)  # k = R(c)
         teachers = partial(label, run, routed, experts.get("anchor"), cond, uncond)  # F Eq. 7
-        weight_B = torch.tensor([row.counts / (len(trained) * len(rows)) for row in part], device=model.device)
         x, noise = rollout.pure_noise(model, part)
         walk = sde.rollout(student, x, model.time_grid(s.num_steps), level, kernel, window, noise)  # F Eq. 5-6
-        for at, v, v_anchor in visits(walk, trained, student, teachers, s.estimator):
-            step, (loss_B, found) = at.step, opd.ESTIMATORS[s.estimator](at, v)  # F Eq. 9-11, Q Eq. 14
-            found |= {"loss": loss_B, "gap": sde.flat_reduce((v - at.v_target).square(), "mean")}
-            if v_anchor is not None:
-                # DEVIATION (F Eq. 12): w(t) is infinite on the ODE's states; MAR has the estimator's weight, there 1.
-                found["mar"] = opd.mar_penalty(v, v_anchor, step.t, step.dt, step.sigma, "mean", s.weight)
-                loss_B = loss_B + s.mar * found["mar"]  # F Eq. 12
-            if step.sigma > 0:  # F Eq. 9 in nats per dimension, for the log
-                found["kl"] = kl.velocity_kl(v, at.v_target, step.t, step.dt, step.sigma, "mean")
-            (loss_B * weight_B).sum().backward()
-            stats.append(shares_of(found, weight_B))
-    found = summed(stats)
-    return ratio_stats(found) if "off" in found else found
+        walk = islice(walk, max(trained) + 1)  # no picture is needed: the walk ends at the last trained state
+        if s.updates == 1 and s.estimator not in opd.NEEDS_FUTURE:
+            yield single_pass(walk, teachers, trained)
+        else:
+            yield replay(walk, teachers, trained, student, s.estimator)
 
 
-def visits(
-    walk: Iterator[sde.Transition], trained: Sequence[int], student: Callable, teachers: Callable, estimator: str
-) -> Iterator[tuple[opd.Visit, Tensor, Tensor | None]]:
-    """The trained transitions of a walk: each with its target, the student's v with its gradient, the anchor's v.
+def single_pass(walk: Iterator[sde.Transition], teachers: Callable, trained: Sequence[int]) -> Iterator:
+    for n in range(max(trained) + 1):
+        with torch.set_grad_enabled(n in trained):  # no graph where nothing is trained
+            step = next(walk)
+        if n in trained:
+            yield teachers(step), step.v
 
-    Single pass: the rollout's own forward carries the gradient, and nothing is stored. A path estimator's credit lies
-    in the future: there the trajectory is walked first, and each trained state is computed again.
-    """
-    last = max(trained)  # no picture is needed: the walk ends at the last trained state
-    if estimator not in opd.NEEDS_FUTURE:
-        for n in range(last + 1):
-            with torch.set_grad_enabled(n in trained):  # no graph where nothing is trained
-                tr = next(walk)
-            if n in trained:
-                at, v_anchor = teachers(tr)
-                yield at, tr.v, v_anchor
-        return
+
+def replay(walk: Iterator, teachers: Callable, trained: Sequence[int], student: Callable, estimator: str) -> Iterator:
+    """Walks and labels at once. The student's v is computed again, with its gradient, when a visit is asked for."""
     with torch.no_grad():
-        path = [tr for tr in islice(walk, last + 1) if tr.index in trained]
-    states, anchors = zip(*map(teachers, path), strict=True)
-    credit = opd.futures(estimator, states)
-    for at, v_anchor, future in zip(states, anchors, credit, strict=True):
-        yield at._replace(future=future), student(at.step.x, at.step.t), v_anchor
+        found = opd.credited(estimator, [teachers(step) for step in walk if step.index in trained])
+    return ((at, student(at.step.x, at.step.t)) for at in found)
 
 
 def label(
     run: Run, routed: Mapping[str, Tensor], anchor: str | None, cond: flow.Cond, uncond: flow.Cond | None,
-    tr: sde.Transition,
-) -> tuple[opd.Visit, Tensor | None]:  # fmt: skip
+    step: sde.Transition,
+) -> opd.Visit:  # fmt: skip
     """A transition with its teachers' velocity (F Eq. 7), and the anchor's (F Eq. 12), None without MAR."""
     s, model, cfg, v_anchor = run.s, run.model, settings.teacher_cfg(run.s), None
     if anchor:
         with model.adapter(anchor):
-            v_anchor = model.velocity(tr.x, tr.t, cond, uncond, cfg)
+            v_anchor = model.velocity(step.x, step.t, cond, uncond, cfg)
 
     def teacher(name: str, rows: Tensor, x: Tensor, t: float) -> Tensor:
         if name == anchor:  # the anchor has answered for every row
@@ -429,8 +443,8 @@ def label(
         with model.adapter(name):
             return model.velocity(x, t, cond.rows(rows), uncond and uncond.rows(rows), cfg)
 
-    v_target = opd.target_velocity(routed, teacher, tr.x, tr.t)  # v_k(x_t, t, c), F Eq. 7
-    return opd.Visit(tr, v_target, weight=s.weight, reduce=s.log_prob), v_anchor
+    v_target = opd.target_velocity(routed, teacher, step.x, step.t)  # v_k(x_t, t, c), F Eq. 7
+    return opd.Visit(step, v_target, v_anchor, None, s.weight, s.log_prob, s.clip, s.advantage_clip)
 
 
 # ------------------------------------------------------------------------------------------------------ reward model

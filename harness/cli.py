@@ -239,13 +239,13 @@ def _check_rollout(s: Settings) -> None:
     if (s.stage == "grpo" or (s.stage == "opd" and s.states == "sde")) and (start >= stop or s.noise_level == 0):
         way = ", or use --states ode" if s.stage == "opd" else ""
         raise SettingsError(f"--stage {s.stage} needs noise: widen --window and set --noise-level above 0{way}")
-    if s.stage in ("grpo", "nft") and s.prompts_per_step % s.updates:
+    updates = 1 if s.stage == "curate" else s.updates
+    if s.prompts_per_step % updates:
         raise SettingsError(f"--updates {s.updates} must divide --prompts-per-step {s.prompts_per_step}")
     if s.stage != "opd" and s.group_size < 2:
         raise SettingsError("--group-size 1: a group of one has no advantage and no range; use at least 2")
     joint = s.stage == "opd" or (s.stage in ("grpo", "nft") and s.task == "mix" and s.mix == "joint")
     tasks, world = len(settings.task_list(s)), int(os.environ.get("WORLD_SIZE", "1"))
-    updates = s.updates if s.stage in settings.RL else 1
     if joint and s.prompts_per_step * world // updates < tasks:  # a task without a prompt would not be trained
         raise SettingsError(f"--prompts-per-step {s.prompts_per_step}: {tasks} tasks need one prompt each an update")
     if s.kernel == "cps" and (s.noise_level > 1 or (start < stop == s.num_steps)):

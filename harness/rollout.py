@@ -60,7 +60,7 @@ def own_prompts(run: Run, prompts: Mapping[str, list[Prompt]], step: int) -> lis
         drawn.append([(prompt, task, place) for prompt, place in zip(batch, places, strict=True)])
     in_turn = [found for turn in zip_longest(*drawn) for found in turn if found]
     order, mine = {task: i for i, task in enumerate(prompts)}, []
-    for share in batches(in_turn, count // (s.updates if s.stage in settings.RL else 1)):
+    for share in batches(in_turn, count // (1 if s.stage == "curate" else s.updates)):
         mine += sorted(share, key=lambda found: (is_edit(found[0]), order[found[1]]))[run.rank :: run.world]
     return mine
 

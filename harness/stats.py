@@ -24,6 +24,11 @@ def summed(stats: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return found
 
 
+def averaged(stats: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Key by key, the mean over a step's updates."""
+    return {key: sum(row[key] for row in stats) / len(stats) for key in stats[0]}
+
+
 def ratio_stats(found: Mapping[str, float]) -> dict[str, float]:
     """Shares of E[rho - 1] and E[(rho - 1)^2], `off` and `off_sq` -> `ratio_mean` and `ratio_std` over all ranks.
 

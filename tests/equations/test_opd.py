@@ -173,10 +173,11 @@ def test_values_and_gradients_on_policy(reduce, weight):
 def test_futures_are_the_later_kls_and_this_and_later_log_ratios(weight):
     visits, vs = zip(*(transition(seed, weight=weight) for seed in (0, 10, 20)))
     kls = [WEIGHTS[weight] * (v - at.v_target).square().mean((1, 2)) for at, v in zip(visits, vs)]
-    torch.testing.assert_close(opd.futures("path", visits), [kls[1] + kls[2], kls[2], 0 * kls[2]])
+    found = {name: [at.future for at in opd.credited(name, visits)] for name in opd.ESTIMATORS}
+    torch.testing.assert_close(found["path"], [kls[1] + kls[2], kls[2], 0 * kls[2]])
     ratios = [opd.sampled_reward(at) for at in visits]
-    torch.testing.assert_close(opd.futures("sampled_path", visits), [sum(ratios[n:]) for n in range(3)])
-    assert opd.futures("analytic", visits) == [None] * 3
+    torch.testing.assert_close(found["sampled_path"], [sum(ratios[n:]) for n in range(3)])
+    assert opd.credited("analytic", visits) == list(visits), "the others do not look at it"
 
 
 def test_off_policy_the_ratio_reweights_the_credit_and_clipping_takes_the_pessimistic_branch():

@@ -17,7 +17,7 @@ import sde
 def visit(x, s, t):
     # flips instead of products: in bfloat16 a product would be rounded before the function sees it
     step = sde.Transition(0, t, t - s, s, s, x, x.flip(2), x.flip(1, 2), s, x.flip(1))
-    return opd.Visit(step, x.flip(2), s, "kl_dt", "mean", clip=0.9, credit_clip=0.8)
+    return opd.Visit(step, x.flip(2), None, s, "kl_dt", "mean", clip=0.9, credit_clip=0.8)
 
 
 def drawn(x, s, t):

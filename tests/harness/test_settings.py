@@ -77,7 +77,7 @@ def test_the_defaults_are_those_of_flow_opd_appendix_a():
     }  # fmt: skip
     grpo, opd = cli.parse(["--stage", "grpo"])[0], cli.parse([])[0]
     assert {name: getattr(grpo, name) for name in expected} == expected
-    assert {name: getattr(opd, name) for name in expected} == expected | {"lr": 1e-4}
+    assert {name: getattr(opd, name) for name in expected} == expected | {"lr": 1e-4, "updates": 1}
     assert S.window_of(grpo) == S.window_of(opd) == (0, 9), "the last of ten steps is not trained"
     assert 8 * grpo.prompts_per_step == 48 and 8 * grpo.prompts_per_step // grpo.updates == 24, "groups: epoch, update"
     assert 8 * opd.prompts_per_step == 24, "an OPD step is one such update"
@@ -239,7 +239,7 @@ REFUSED = [  # the flag or word that the message names first, then a command lin
     ("--prompts-per-step", "--stage opd --prompts-per-step 2"),
     ("--prompts-per-step", f"{QWEN} --stage nft --task mix --prompts-per-step 1"),
     *(("--group-size", f"--stage {stage} --group-size 1") for stage in ("grpo", "nft", "curate")),
-    *(("--updates", f"--stage {stage} --prompts-per-step 7 --updates 2") for stage in ("grpo", "nft")),
+    *(("--updates", f"--stage {stage} --prompts-per-step 7 --updates 2") for stage in ("grpo", "nft", "opd")),
     *((f"--stage {line.split()[1]}", line) for line in (
         "--stage grpo --noise-level 0", "--stage grpo --window 2:2", "--stage grpo --window 6:9 --num-steps 6",
         "--stage opd --noise-level 0", "--stage opd --estimator path --window 0:0")),

@@ -145,11 +145,10 @@ def trajectory_gradients(
     loss: instead of the estimator's; mar: weight of MAR; more: fields of the visits. dv/dk = x and dv/db = 1, so that
     the chain rule takes one product from the gradient by v, which autograd gives for a whole batch at once, to the
     gradient of every single trajectory."""
-    visits = [at._replace(**more) for at in walk]
     (k, b), (k2, b2), total = theta, ANCHOR, 0.0
-    for at, future in zip(visits, opd.futures(estimator, visits)):
+    for at in opd.credited(estimator, [at._replace(**more) for at in walk]):
         step, v = at.step, (at.v_target + k * at.step.x + b).requires_grad_()
-        loss_B, _ = (loss or opd.ESTIMATORS[estimator])(at._replace(future=future), v)
+        loss_B, _ = (loss or opd.ESTIMATORS[estimator])(at, v)
         if mar:
             anchor = at.v_target + k2 * step.x + b2
             loss_B = loss_B + mar * opd.mar_penalty(v, anchor, step.t, step.dt, step.sigma, "mean", at.weight)

@@ -35,7 +35,7 @@ from tiny import drawings, edits
 # Dense bfloat16 FLOP/s of accelerators by a part of their name, as their makers state them.
 PEAKS = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "B200": 2250e12}
 CLIP_TOKENS = 77  # SD3: they stand before T5's in the text sequence
-PICTURE_TOKENS = (392 // 28) ** 2  # Qwen-Image-Edit reads the source into its text, a token for each 28 x 28 pixels
+EDITOR = "QwenImageEditPlusPipeline"  # of Qwen-Image-Edit-2509 and later
 
 
 def seconds_of(work: Callable) -> float:
@@ -116,7 +116,7 @@ def text_tokens(s: Settings, config: dict, edit: bool) -> int:
     """Tokens of a longest prompt; of an edit, the picture's too."""
     if "pooled_projection_dim" in config:
         return CLIP_TOKENS + s.text_length
-    return s.text_length + edit * PICTURE_TOKENS
+    return s.text_length + edit * qwen.picture_tokens(EDITOR)
 
 
 def random_model(s: Settings, device: torch.device, config: dict) -> FlowModel:
@@ -129,15 +129,14 @@ def random_model(s: Settings, device: torch.device, config: dict) -> FlowModel:
     else:
         scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
         sides = s.resolution, s.source_resolution or s.resolution
-        kind = "QwenImageEditPlusPipeline"
-        model = qwen.QwenModel(Path(), kind, transformer, scheduler, device, *sides, s.text_length)
+        model = qwen.QwenModel(Path(), EDITOR, transformer, scheduler, device, *sides, s.text_length)
         model.rescale = s.cfg_rescale
     model.precision = s.precision
     if s.gradient_checkpointing:
         model.transformer.enable_gradient_checkpointing()
 
     def encode(prompts, images=None):
-        edit = images is not None
+        edit = any(images or ())
         tokens = torch.randn(len(prompts), text_tokens(s, config, edit), config["joint_attention_dim"], dtype=dtype)
         pooled = tokens[:, 0, :1].expand(-1, config.get("pooled_projection_dim", 1))
         source = torch.randn(len(prompts), config["out_channels"], *2 * (model.source_side // 8,)) if edit else None

@@ -54,7 +54,7 @@ def test_a_step_on_both_of_qs_tasks_is_timed_on_random_weights(capsys):
     flags = "--preset qwen-rl --resolution 64 --source-resolution 48 --text-length 10 --num-steps 3"
     flags += " --prompts-per-step 2 --group-size 3 --micro-batch 3 --rank 4 --device cpu"
     found = bench.step(*flags.split(), "--precision", "float32", config=SMALL_QWEN, rounds=1)
-    text = 10 + bench.PICTURE_TOKENS
+    text = 10 + bench.qwen.picture_tokens(bench.EDITOR)
     a_row = (bench.forward_flops(SMALL_QWEN, 64, 10) + bench.forward_flops(SMALL_QWEN, 64, text, 48)) / 2
     # Three rows of each task, three ODE steps: the student walks and learns without guidance, the teachers are guided.
     assert found["flops"] == pytest.approx(a_row * 3 * (6 * 2 + 6 * 2))

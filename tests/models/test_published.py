@@ -314,6 +314,7 @@ def test_the_text_encoder_sees_pictures_in_the_stock_pipelines_sizes(monkeypatch
     assert real(seen[0], 1.0)[:2] == (1024, 1024) == 2 * (qwen.EDITS["QwenImageEditPipeline"][1],)
     side = qwen.EDITS["QwenImageEditPlusPipeline"][1]
     assert side**2 == pipeline_qwenimage_edit_plus.CONDITION_IMAGE_SIZE
+    assert list(map(qwen.picture_tokens, qwen.EDITS)) == [1369, 196]
 
 
 @torch.no_grad()

@@ -287,13 +287,15 @@ CONFIGS = [
 def test_a_config_that_cannot_work_is_refused_by_file(tmp_path, values, named):
     arguments = config(tmp_path, values)
     message = refusal(arguments)
-    assert message.startswith(f"--config {arguments[1]}: ") and named in message
+    assert message.startswith(f"--config {arguments[1]}:") and named in message
 
 
 def test_a_config_is_checked_like_flags_and_must_be_there(tmp_path):
-    assert refusal(config(tmp_path, '{"lr": NaN}')).startswith("--lr nan")
+    for number in ("NaN", "1e999", "-Infinity"):
+        assert "no finite number" in refusal(config(tmp_path, f'{{"lr": {number}}}'))
+    assert cli.parse(config(tmp_path, '\ufeff{"lr": 3e-4}'))[0].lr == 3e-4, "a byte-order mark"
     for path in (tmp_path / "no.json", tmp_path):
-        assert refusal(["--config", str(path)]).startswith(f"--config {path}: ")
+        assert refusal(["--config", str(path)]).startswith(f"--config {path}:0: ")
     s = parse(config(tmp_path, {"lr": 1, "resume": False, "teachers": {t: "x" for t in S.FLOW_TASKS}}))
     assert (s.lr, type(s.lr), s.resume, s.teachers["text"]) == (1.0, float, False, "x")
 

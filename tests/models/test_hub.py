@@ -118,20 +118,6 @@ def test_what_the_hub_refuses_is_said_in_its_own_words_on_one_line(fetched, faul
     assert said.startswith("o/n@r1: ") and (" ".join(str(fault).split()) or "TimeoutError") in said
 
 
-def test_offline_the_cache_is_asked_and_nothing_else(monkeypatch, adapter, tmp_path):
-    """The real snapshot_download, with HF_HUB_OFFLINE on and a cache of our own."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path)
-    assert "owner/name" in refusal(hub.locate, "owner/name")
-    commit = "0123456789" * 4
-    snapshot = tmp_path / "cache" / "models--owner--name" / "snapshots" / commit
-    shutil.copytree(adapter, snapshot)
-    (snapshot.parents[1] / "refs").mkdir()
-    (snapshot.parents[1] / "refs" / "main").write_text(commit)
-    assert hub.locate("owner/name") == snapshot and hub.kind(snapshot) == "peft"
-
-
 def test_what_is_fetched_of_a_base_is_what_a_run_needs_and_no_more(folders):
     """Names of the published repositories' files: the right ones match, copies and pickles do not."""
 

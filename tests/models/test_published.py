@@ -204,17 +204,6 @@ def test_every_time_of_40_steps_is_the_stock_pipelines_to_the_last_bit(folders, 
 
 
 # ------------------------------------------------------------------------------------ what such pictures do not show
-def test_tokens_are_the_stock_pipelines_patches_row_by_row_and_unpacking_undoes_it():
-    x = torch.arange(16.0).reshape(1, 2, 2, 4)  # channel 0 is 0 1 2 3 / 4 5 6 7, channel 1 is 8 more
-    assert qwen.pack(x, 2).tolist() == [[[0, 1, 4, 5, 8, 9, 12, 13], [2, 3, 6, 7, 10, 11, 14, 15]]]
-    x = torch.randn(3, 16, 8, 12, generator=torch.Generator().manual_seed(0))
-    tokens = qwen.pack(x, 2)
-    assert torch.equal(tokens, QwenImagePipeline._pack_latents(x, 3, 16, 8, 12)) and tokens.shape == (3, 24, 64)
-    assert torch.equal(QwenImagePipeline._unpack_latents(tokens, 64, 96, 8)[:, :, 0], x)
-    for p in (1, 2, 4):
-        assert torch.equal(qwen.unpack(qwen.pack(x, p), p, 8, 12), x)
-
-
 def test_rescaled_guidance_has_the_direction_of_guidance_and_the_length_of_the_velocity_with_the_prompt(folders):
     model = load(folders)
     # Two tokens of 1 x 2 x 2. The first: uncond (1,0,0,0), cond (0,1,0,0), scale 3: (-2,3,0,0), length sqrt 13 -> 1.

@@ -374,6 +374,13 @@ def parts_of(s: Settings) -> tuple[str, ...]:
     return (*(("pretrain", "grpo") if is_tiny(s) else ()), "merge", "sft", "opd")
 
 
+def decided_by(s: Settings) -> set[str]:
+    """The settings that --stage all decides itself: what one part makes and a later one takes, and each one's task."""
+    parts = parts_of(s)
+    own = {"model": "pretrain" in parts, "teachers": "grpo" in parts}
+    return {"task", "compare", "init", *(name for name, made in own.items() if made)}
+
+
 def student_cfg(s: Settings) -> float:
     """The guidance scale of rollouts, and of the student's pictures; 1: without guidance."""
     return s.cfg if s.guidance in ("both", "rollout") else 1.0

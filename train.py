@@ -26,6 +26,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from itertools import islice
@@ -537,41 +538,35 @@ def everything(s: Settings, chosen: dict) -> Path:
     """--stage all, in the order of `settings.parts_of`, and the table. The tiny worlds have no published base: there,
     pretraining comes first. F has published teachers, and merges them into a cold start; Q trains its own."""
 
-    def part(stage: str, **more) -> Path:
-        name = "-".join([s.name, stage, *([more["task"]] if "task" in more else [])])
-        return perform(cli.for_stage(chosen, stage, name=name, **more))
-
-    base, teachers, cold, init = s.model, s.teachers, {}, ""
-    for stage in settings.parts_of(s):
-        common = {"model": base, "teachers": teachers}
-        if stage == "pretrain":
-            base = str(part(stage).parents[1])
-        elif stage == "grpo":
-            teachers = {task: str(part(stage, task=task, model=base).parents[1]) for task in task_list(s)}
-        elif stage == "opd":
-            learnt = str(part(stage, **common, init=init).parents[1])
-        else:  # a cold start; OPD begins with the merged one
-            cold[stage] = str(part(stage, **common).parents[1])
-            init = cold.get("merge", "")
+    made, taught, cold = {"model": s.model, "teachers": s.teachers}, {}, {}
+    for part in cli.parts(chosen):
+        init = {"init": cold["merge"]} if part.stage == "opd" and cold else {}  # OPD begins with the merged teachers
+        where = str(perform(replace(part, **made, **init)).parents[1])
+        if part.stage == "pretrain":
+            made["model"] = where
+        elif part.stage == "grpo":
+            made["teachers"] = taught = {**taught, part.task: where}
+        elif part.stage == "opd":
+            learnt = where
+        else:
+            cold[part.stage] = where
     if not s.eval_prompts:
         return Path(learnt)
     compared = {**{{"merge": "merged"}.get(k, k): v for k, v in cold.items()}, "opd student": learnt}
-    final = cli.for_stage(chosen, "eval", name=s.name, **common, compare=compared)
+    final = cli.for_stage(chosen, "eval", name=s.name, **made, compare=compared)
     rows, where = evaluation.compare(final)
     if rows:
-        print(report.markdown_table({name: row["scores"] for name, row in rows.items()}))
-        print(f"\npictures: {where.parent / 'samples'}\nreport:   {where}")
+        print("\n".join(report.tables(rows)))
+        print(f"pictures: {where.parent / 'samples'}\nreport:   {where}")
     return where.parent
 
 
 def run_stage(s: Settings, chosen: dict) -> None:
     if s.stage == "all":
         everything(s, chosen)
-    elif s.stage in ("grpo", "nft") and not s.task:
-        for task in task_list(s):
-            perform(cli.for_stage(chosen, s.stage, task=task, name=f"{s.name}-{task}"))
     else:
-        perform(s)
+        for part in cli.parts(chosen):
+            perform(part)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -580,7 +575,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         s, chosen = cli.parse(list(sys.argv[1:] if argv is None else argv))
         load.asked_of(s)
         if s.dry_run:
-            return plan.show(s, LOOPS)
+            return plan.show(s, LOOPS, cli.parts(chosen))
         if s.wandb and find_spec("wandb") is None:
             raise settings.SettingsError("--wandb needs an extra: pip install -e '.[wandb]'")
         run_stage(s, chosen)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import settings
 from data.common import DataError, read_json
-from settings import FIELDS, PRESETS, TASKS, VELOCITY, Settings, SettingsError, is_tiny, parts_of, unread
+from settings import FIELDS, PRESETS, TASKS, VELOCITY, Settings, SettingsError, decided_by, is_tiny, parts_of, unread
 
 DESCRIPTION = "Flow-OPD and Qwen-Image-2.0-RL, from pretraining to on-policy distillation."
 
@@ -80,10 +80,9 @@ def why_unread(given: dict, name: str) -> list[dict]:
     s = unchecked(given)
     if s.stage != "all":
         return [unread(s, name)]
-    if name in ("task", "compare", "init"):  # the plan's own word
+    if name in decided_by(s):
         return [{"stage": "all"}]
-    stages = (*parts_of(s), "eval")
-    return [unread(unchecked(_own(given, stage)), name) for stage in stages]
+    return [unread(unchecked(_own(given, stage)), name) for stage in (*parts_of(s), "eval")]
 
 
 def _refusal(name: str, reasons: Sequence[dict], stage: str) -> str:
@@ -100,6 +99,19 @@ def _refusal(name: str, reasons: Sequence[dict], stage: str) -> str:
 def _own(given: dict, stage: str) -> dict:
     """What was given, as far as one stage of a plan reads it."""
     return {k: v for k, v in given.items() if stage in FIELDS[k].metadata["stages"] and k != "name"} | {"stage": stage}
+
+
+def parts(given: dict) -> list[Settings]:
+    """The settings of every run that a command line starts, in their order: of --stage all, but for its evaluation and
+    for what one run makes and a later one takes; of a teacher for each task in turn; or of the one run."""
+    s, found = unchecked(given), []
+    if s.stage != "all" and not (s.stage in settings.RL and not s.task):
+        return [resolve(given)]
+    for stage in parts_of(s) if s.stage == "all" else (s.stage,):
+        for task in settings.task_list(s) if stage in settings.RL else ("",):
+            name = "-".join([s.name, *[stage] * (s.stage == "all"), *[task] * bool(task)])
+            found.append(for_stage(given, stage, name=name, **({"task": task} if task else {})))
+    return found
 
 
 def for_stage(given: dict, stage: str, **more) -> Settings:

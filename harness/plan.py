@@ -10,7 +10,6 @@ import re
 import threading
 import tomllib
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
 from fnmatch import fnmatch
 from importlib import metadata
 from pathlib import Path
@@ -167,34 +166,40 @@ def missing(s: Settings) -> list[str]:
 
 
 # --------------------------------------------------------------------------------------------------------- the text
-def show(s: Settings, loops: Mapping[str, Callable]) -> int:
-    """Print the plan, on rank 0 -> the exit code: 2 if something is missing."""
+def show(s: Settings, loops: Mapping[str, Callable], parts: Sequence[Settings] = ()) -> int:
+    """Print the plan, on rank 0 -> the exit code: 2 if something is missing. As `describe`."""
     if ranks.rank_and_world()[0] > 0:
         return 0
-    text, lost = describe(s, loops)
+    text, lost = describe(s, loops, parts)
     print(text)
     return 2 if lost else 0
 
 
-def describe(s: Settings, loops: Mapping[str, Callable]) -> tuple[str, list[str]]:
+def describe(s: Settings, loops: Mapping[str, Callable], parts: Sequence[Settings] = ()) -> tuple[str, list[str]]:
     """(lines of a label and a text, what is missing). Nothing is written, and no weights are loaded.
 
     loops: the loop of each stage that has one, as train.py has it: (settings, load) -> anything.
+    parts: the runs that the command starts, if they are others than s (`cli.parts`).
     """
-    lines = []
+    lines, lost = [], [fault for part in parts or [s] for fault in missing(part)]
     if s.stage == "all":
-        names = ", ".join(f"{s.name}-{part}" for part in settings.parts_of(s))
-        return f"runs: {names}, {s.name}\nnumbers: ask for each part, --stage STAGE --dry-run", []
-    if s.stage in RL and not s.task:
-        first, *_ = tasks = task_list(s)
-        lines.append(("runs", f"one for each of {', '.join(tasks)}; these are the numbers of the first"))
-        s = replace(s, task=first, name=f"{s.name}-{first}")
-    standing, lost = _standing(s), missing(s)
-    lost += [standing] if standing.startswith("refused") else []
-    more, also = _model_lines(s)
+        lines = [("runs", ", ".join(part.name for part in parts) + f", {s.name}"),
+                 ("numbers", "ask for each part, --stage STAGE --dry-run")]  # fmt: skip
+        made = settings.decided_by(s)  # of which there is nothing to find yet
+        wanted = [item for part in parts for item in _wanted(part).items()]
+        wanted = {name: where for name, where in wanted if not any(own.startswith(name.split()[0]) for own in made)}
+        more, also, _ = _checkpoint_lines(wanted)
+    else:
+        if len(parts) > 1:
+            tasks = ", ".join(part.task for part in parts)
+            lines.append(("runs", f"one for each of {tasks}; these are the numbers of the first"))
+        s = parts[0] if parts else s
+        standing = _standing(s)
+        lost += [standing] if standing.startswith("refused") else []
+        more, also = _model_lines(s)
+        lines += [("run", standing), *_step_lines(s), *_forward_lines(forwards(s, loops.get(s.stage)))]
     lost = list(dict.fromkeys([*lost, *also]))
-    lines += [("run", standing), *_step_lines(s), *_forward_lines(forwards(s, loops.get(s.stage))), *more]
-    lines += [("MISSING", what) for what in lost]
+    lines += [*more, *(("MISSING", what) for what in lost)]
     return "\n".join(f"{label:<20} {text}" for label, text in lines), lost
 
 
@@ -255,13 +260,15 @@ def _forward_lines(found: Mapping[tuple[str, str, bool], list[int]]) -> list[tup
     return lines
 
 
-def _model_lines(s: Settings) -> tuple[list[tuple[str, str]], list[str]]:
-    """Checkpoints, parameters and memory -> (lines, what is missing)."""
-    files, wanted = load.base_files(s), {}
-    if files:
-        wanted["model"] = s.model, files
-    for name, where in load.checkpoints_of(s).items():
-        wanted[name] = where, (*hub.ADAPTER_FILES, *hub.TRANSFORMER_FILES)
+def _wanted(s: Settings) -> dict[str, tuple[str, Sequence[str]]]:
+    """The checkpoints that a run reads: {name: (where it is, patterns of its files)}."""
+    files, others = load.base_files(s), (*hub.ADAPTER_FILES, *hub.TRANSFORMER_FILES)
+    found = {"model": (s.model, files)} if files else {}
+    return found | {name: (where, others) for name, where in load.checkpoints_of(s).items()}
+
+
+def _checkpoint_lines(wanted: Mapping[str, tuple]) -> tuple[list[tuple[str, str]], list[str], dict[str, str]]:
+    """(lines, what is missing, the kind of each checkpoint that is here) of what `_wanted` names."""
     far = {where: patterns for where, patterns in wanted.values() if hub.hub_id(where) and not cached(where, patterns)}
     sizes, lines, lost, kinds = download_sizes(far), [], [], {}
     for name, (where, _) in wanted.items():
@@ -276,6 +283,13 @@ def _model_lines(s: Settings) -> tuple[list[tuple[str, str]], list[str]]:
             lines.append((name, f"{where}: {note}"))
         except hub.ModelError as fault:
             lost.append(first_line(fault))
+    return lines, lost, kinds
+
+
+def _model_lines(s: Settings) -> tuple[list[tuple[str, str]], list[str]]:
+    """Checkpoints, parameters and memory -> (lines, what is missing)."""
+    wanted = _wanted(s)
+    lines, lost, kinds = _checkpoint_lines(wanted)
     if s.stage == "reward" or ("model" in wanted and "model" not in dict(lines)):
         return lines, lost
     base = base_of(s)

@@ -186,6 +186,8 @@ def dry(*flags, code=0):
         (["--model", "./no/model"], "./no/model"), (["--teachers", "text=./no/teacher"], "./no/teacher"),
         (["--anchor", "./no/anchor"], "./no/anchor"), (["--init", "./no/init"], "./no/init"),
         (["--prompts", "text=./no/prompts.txt"], "no/prompts.txt"),
+        (["--stage", "all", "--prompts", "text=./no/prompts.txt"], "no/prompts.txt"),
+        (["--stage", "grpo", "--prompts", "quality=./no/prompts.txt"], "no/prompts.txt"),  # its third teacher's
         (["--stage", "grpo", "--task", "text", "--rewards", "./no/rewards.json"], "no/rewards.json"),
     ],
 )  # fmt: skip

@@ -361,4 +361,4 @@ def test_a_plans_parts_follow_the_paper_of_its_tasks():
     assert S.parts_of(parse("--stage all")) == ("pretrain", "grpo", "merge", "sft", "opd")
     assert S.parts_of(parse(f"{FLOW} --stage all")) == ("merge", "sft", "opd")
     assert S.parts_of(parse("--preset tiny-qwen --stage all")) == ("pretrain", "grpo", "opd")
-    assert S.parts_of(parse(f"{QWEN} --stage all --tasks t2i --teachers t2i=x")) == ("grpo", "opd")
+    assert S.parts_of(parse(f"{QWEN} --stage all --tasks t2i")) == ("grpo", "opd")

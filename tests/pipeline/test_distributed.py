@@ -1,22 +1,17 @@
 """What several processes must agree on, shown with gloo on a CPU: torchrun starts them as it does on GPUs.
 
-Starting a process costs seconds (torch, diffusers), so one pair of ranks runs a list of jobs in one go, and a run of
-one rank happens in the test's own process.
+One pair of ranks runs a list of jobs in one go, and a run of one rank happens in the test's own process. That two ranks
+train what one does, whatever the settings, is in test_world_size.py.
 """
 
 import json
-import os
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 
 from tests.helpers.qwen_hub import build_vlm
+from tests.helpers.ranks import ROOT, torchrun
 from tests.helpers.runs import command, write_marks
 
-ROOT = Path(__file__).resolve().parents[2]
 # Runs jobs one after another in this rank: {"argv": [...], "env": {...}, "code": the exit code expected,
 # "broken": a rank whose scorer fails in the second step, "told": a rank that gets SIGTERM within the second step}.
 WORKER = """
@@ -50,17 +45,6 @@ for job in json.load(open({jobs!r})):
     if code != job.get("code", 0):
         sys.exit(f"job {{job['argv']}} ended with {{code}}")
 """
-
-
-def torchrun(script, *arguments, timeout=480):
-    """Start `script` on two ranks of this machine and wait -> (exit code, output, seconds)."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    began = time.monotonic()
-    done = subprocess.run(
-        [*command, str(script), *map(str, arguments)], env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=ROOT,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout,
-    )  # fmt: skip
-    return done.returncode, done.stdout, time.monotonic() - began
 
 
 def work(folder, jobs):
@@ -121,27 +105,8 @@ REWARD += "--precision float32 --device cpu --save-every 2".split()
 CURATE = ["curate", *"--tasks text --threshold 0.0045 --prompts-per-step 2 --rewards jpeg=1".split()]
 
 
-# World and name -> stage and flags. On two ranks each has half the prompts of a step.
-QUICK = "--steps 2 --eval-prompts 0 --lr 1e-3".split()
-JPEG = ["--rewards", "jpeg=1"]
-QWEN = {
-    "tiny-nft": ["nft", *QUICK, "--task", "mix", "--beta", "0.1"],
-    "tiny-opd": ["opd", *QUICK, "--micro-batch", "3"],
-    "real-grpo": ["grpo", *QUICK, *JPEG, "--task", "mix", "--guidance", "both"],
-    "real-full": ["nft", *QUICK, *JPEG, "--task", "edit", "--parameters", "full", "--parallel", "fsdp"],
-    "real-sft": ["sft", *QUICK, *JPEG, "--eval-prompts", "1"],
-}
-
-
-def qwen_job(world2, qwen, out, name, ranks):
-    base, stage = world2 if name.startswith("tiny") else qwen, QWEN[name][0]
-    steps = ["--prompts-per-step", "2" if ranks == 2 else "4"] if stage in ("nft", "opd", "grpo") else []
-    more = ["--parallel", "ddp"] if ranks == 1 and name == "real-full" else []
-    return job(base, out, f"{name}-{ranks}", *QWEN[name], *steps, *more)
-
-
 @pytest.fixture(scope="module")
-def pair(sd35, world2, qwen, tmp_path_factory):
+def pair(sd35, qwen, tmp_path_factory):
     """Every two-rank run that the tests below look at, made in one go; the folder that holds the runs."""
     out = tmp_path_factory.mktemp("pair")
     jobs = [
@@ -156,7 +121,8 @@ def pair(sd35, world2, qwen, tmp_path_factory):
     ]
     marks = ["--data", str(write_marks(out) / "pairwise.jsonl"), "--model", str(build_vlm(out / "vlm"))]
     jobs.append([*REWARD, *marks, "--out", str(out), "--name", "reward-2", "--batch-size", "4"])
-    jobs += [qwen_job(world2, qwen, out, name, 2) for name in QWEN]
+    sft = "sft --steps 2 --rewards jpeg=1 --eval-prompts 1".split()
+    jobs.append(job(qwen, out, "sft-2", *sft))
     jobs = [{"argv": argv} for argv in jobs]
     jobs.append({"argv": job(sd35, out, "told", *OPD, *HALF), "told": 0})
     torn = job(sd35, out, "torn", *GRPO, "--prompts-per-step", "1")
@@ -173,20 +139,6 @@ def distilled(sd35, pair):
     """What one rank distils alone."""
     alone(job(sd35, pair, "opd-1", *OPD, *BOTH))
     return pair / "opd-1"
-
-
-def test_two_ranks_distil_what_one_rank_does_with_the_same_global_batch(pair, distilled):
-    assert furthest(tensors(distilled), tensors(pair / "opd-2")) < 1e-5
-    assert alike(pair / "opd-2", distilled, "loss", "gap", "kl", "mar", "grad_norm")
-    assert furthest(tensors(distilled), tensors(pair / "half")) > 1e-5, "a step moves the weights by more"
-
-
-def test_two_ranks_reinforce_what_one_rank_does_with_the_same_global_batch(sd35, pair):
-    alone(job(sd35, pair, "grpo-1", *GRPO, "--prompts-per-step", "2"))
-    # Adam's first steps are lr times a sign: where a gradient is rounding noise, so is the step.
-    one, two = lines(pair / "grpo-1", "reward", "grad_norm"), lines(pair / "grpo-2", "reward", "grad_norm")
-    assert two[0] == pytest.approx(one[0], rel=1e-4)
-    assert furthest(tensors(pair / "grpo-1"), tensors(pair / "grpo-2")) < 1e-5
 
 
 def test_two_ranks_train_the_reward_model_that_one_rank_trains(pair):
@@ -247,20 +199,9 @@ def test_two_ranks_keep_the_prompts_that_one_rank_keeps(sd35, pair):
     assert [share.count('"scores"') for share in shares] == [6, 6], "each rank looked at its half"
 
 
-# ------------------------------------------------------------------------------------ Q's two tasks on two ranks
-@pytest.mark.parametrize("name", ["tiny-nft", "tiny-opd", "real-grpo", "real-full"])
-def test_two_ranks_learn_both_of_qs_tasks_as_one_rank_does(world2, qwen, pair, name):
-    alone(qwen_job(world2, qwen, pair, name, 1))
-    one, two = pair / f"{name}-1", pair / f"{name}-2"
-    inner = [WHOLE] if name == "real-full" else []
-    # Two of Adam's steps of 1e-3: where a gradient is as small as its rounding, a weight is a little of a step apart.
-    assert furthest(tensors(one, *inner), tensors(two, *inner)) < 5e-5
-    assert alike(two, one, "grad_norm", *{"tiny-nft": ("loss", "moved", "distance", "reward")}.get(name, ()))
-
-
 def test_the_cold_starts_run_on_two_ranks_and_one_of_them_scores(pair):
     assert tensors(pair / "merge-2")
-    run = pair / "real-sft-2"
+    run = pair / "sft-2"
     scores = json.loads((run / "results.json").read_text())[run.name]["scores"]
     assert set(scores) == {"t2i jpeg", "edit jpeg"} and len(lines(run, "loss")) == 2
 

@@ -227,8 +227,8 @@ def _check_values(s: Settings) -> None:
             raise SettingsError(f"{_flag(name)} {value}: must be at least {known['low']}")
         if "high" in known and value > known["high"]:
             raise SettingsError(f"{_flag(name)} {value}: must be at most {known['high']}")
-    if not is_tiny(s) and s.resolution % 16:
-        raise SettingsError(f"--resolution {s.resolution}: must be a multiple of 16 (VAE 8 x patch 2)")
+    if not is_tiny(s) and (s.resolution % 16 or s.source_resolution % 16):
+        raise SettingsError("--resolution and --source-resolution must be multiples of 16 (VAE 8 x patch 2)")
 
 
 def _check_names(s: Settings) -> None:

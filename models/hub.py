@@ -10,7 +10,8 @@ Nothing is ever unpickled, because a pickle runs its author's code.
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 
@@ -127,12 +128,19 @@ def kind(folder: Path) -> str:
     )
 
 
+@contextmanager
+def reading(where: Path, what: str) -> Iterator[None]:
+    """Whatever is raised inside becomes a ModelError of one line: of a broken file, libraries raise what they like."""
+    try:
+        yield
+    except Exception as fault:
+        raise ModelError(f"{where}: not readable as {what} ({first_line(fault)})") from fault
+
+
 def read_json(file: Path) -> dict:
     """A JSON object, or ModelError."""
-    try:
+    with reading(file, "a JSON object"):
         return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, RecursionError) as fault:
-        raise ModelError(f"{file}: not readable as a JSON object ({first_line(fault)})") from fault
 
 
 def fingerprint(folder: Path) -> str:
@@ -158,10 +166,8 @@ def require_parts(folder: Path, parts: Iterable[str]) -> None:
 def read_part(kind: type, folder: Path, dtype: torch.dtype | None = None):
     """`kind.from_pretrained(folder)`, frozen if it has weights (then with a `dtype`), or a ModelError of one line."""
     require_parts(folder.parent, [folder.name])
-    try:
+    with reading(folder, kind.__name__):
         return kind.from_pretrained(folder) if dtype is None else read_weights(kind, folder, dtype)
-    except Exception as fault:
-        raise ModelError(f"{folder}: not readable as {kind.__name__} ({first_line(fault)})") from fault
 
 
 def read_transformer(folder: Path, dtype: torch.dtype, like: dict | None = None) -> Transformer:
@@ -175,11 +181,9 @@ def read_transformer(folder: Path, dtype: torch.dtype, like: dict | None = None)
     for key, ours in like.items():
         if key in config and config[key] != ours and (key[0] != "_" or key == "_class_name") and key != "sample_size":
             raise ModelError(f"{folder / 'config.json'}: another architecture: {key} is {config[key]}, not {ours}")
-    try:
+    with reading(folder, "a transformer"):
         kind = TRANSFORMERS[config.get("_class_name", SD3Transformer2DModel.__name__)]
         return read_weights(kind, folder, dtype, strict=True)
-    except Exception as fault:  # safetensors, a missing file, shapes, a class that is not known here
-        raise ModelError(f"{folder}: not a readable transformer ({first_line(fault)})") from fault
 
 
 def read_weights(kind: type, folder: Path, dtype: torch.dtype, strict: bool = False):

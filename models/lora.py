@@ -27,8 +27,7 @@ from peft.utils import load_peft_weights
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from data.common import first_line
-from models.hub import LORA_FILE, PEFT_FILES, ModelError, base_and_revision, hub_id, kind
+from models.hub import LORA_FILE, PEFT_FILES, ModelError, base_and_revision, hub_id, kind, reading
 
 # Every projection of SD3's (and Qwen-Image's) joint attention, as Flow-GRPO publishes its LoRAs. PEFT matches whole
 # dotted endings, so `attn.` keeps out `attn2`, the second attention of SD3.5's first blocks, which Flow-GRPO leaves be.
@@ -95,7 +94,7 @@ def read_adapter(
     folder, layout = Path(folder), kind(folder)
     if layout == "full":
         raise ModelError(f"{folder}: a full checkpoint, and an adapter is needed here; give a LoRA's folder")
-    try:
+    with reading(folder, f"a plain LoRA of {source}"):
         state, config, base = (_read_peft if layout == "peft" else _read_diffusers)(folder)
         _check_plain(config)
         _check_places(state, config.r, modules)
@@ -103,8 +102,6 @@ def read_adapter(
         alpha = config.lora_alpha * (math.sqrt(config.r) if config.use_rslora else 1)
         if not math.isfinite(alpha):
             raise ValueError(f"its lora_alpha is {alpha}")
-    except Exception as fault:  # safetensors, JSON, PEFT and diffusers raise what they like
-        raise ModelError(f"{folder}: not a plain LoRA of {source} ({first_line(fault)})") from fault
     _check_base(folder, str(config.base_model_name_or_path or ""), base, source, fingerprint)
     state = {key: value.float() for key, value in state.items()}
     return state, lora_config(config.r, alpha, _targets(config, state, modules))
@@ -112,8 +109,6 @@ def read_adapter(
 
 def _read_peft(folder: Path) -> tuple[dict[str, Tensor], LoraConfig, str]:
     config = LoraConfig.from_pretrained(str(folder))
-    if not isinstance(config, LoraConfig):
-        raise ValueError(f"its peft_type is {config.peft_type}")
     state = load_peft_weights(str(folder), device="cpu")
     with safe_open(folder / PEFT_FILES[1], "pt") as opened:
         base = (opened.metadata() or {}).get("base", "")
@@ -156,11 +151,11 @@ def _check_places(state: Mapping[str, Tensor], rank: int, modules: Mapping[str, 
     for key, value in state.items():
         name, _, factor = key.removesuffix(".weight").rpartition(".")
         layer, partner = modules.get(name), {"lora_A": "lora_B", "lora_B": "lora_A"}.get(factor)
-        if not hasattr(layer, "in_features") or f"{name}.{partner}.weight" not in state:
-            raise ValueError(f"{key} is not one of the two factors of a linear layer of the model")
-        needed = (rank, layer.in_features) if factor == "lora_A" else (layer.out_features, rank)
-        if tuple(value.shape) != needed or not value.isfinite().all():
-            raise ValueError(f"{key} is {tuple(value.shape)}, and the model needs {needed}, all of it finite")
+        wide = getattr(layer, "in_features", 0), getattr(layer, "out_features", 0)
+        fits = tuple(value.shape) == ((rank, wide[0]) if factor == "lora_A" else (wide[1], rank))
+        if not fits or f"{name}.{partner}.weight" not in state or not value.isfinite().all():
+            shape = f"{key}, {tuple(value.shape)},"
+            raise ValueError(f"{shape} is not one of two finite factors of rank {rank} of a linear layer of the model")
 
 
 def _check_base(folder: Path, named: str, base: str, source: str, fingerprint: str) -> None:

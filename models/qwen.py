@@ -38,7 +38,6 @@ EDITS = {
     "QwenImageEditPlusPipeline": (f"Picture 1: <|vision_start|>{qwen_vl.PICTURE}<|vision_end|>", 384),
 }
 PIPELINES = (DRAWS, *EDITS)
-LONGEST_TEXT = 1024
 
 
 def picture_tokens(pipeline: str) -> int:

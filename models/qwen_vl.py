@@ -19,8 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
-from data.common import first_line
-from models.hub import ModelError, locate, read_json, read_weights
+from models.hub import ModelError, locate, read_json, read_weights, reading
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")  # all write a picture into the text alike
 FILES = ("*.json", "merges.txt", "*.safetensors")  # what the Hub has of a VLM
@@ -127,19 +126,15 @@ def load(where: str, device: torch.device | str = "cpu", dtype: torch.dtype = to
 
 def read(network: Path, tokenizer: Path, processor: Path | None, device: torch.device | str, dtype: torch.dtype) -> VLM:
     """A VLM whose three parts stand in these folders, frozen. ModelError names the folder that is not readable."""
-    folder = tokenizer
-    try:
-        words, images = AutoTokenizer.from_pretrained(tokenizer), None
-        if processor:
-            folder = processor
-            images = AutoImageProcessor.from_pretrained(processor, backend="pil")
-        folder = network
+    with reading(tokenizer, "a tokenizer"):
+        words = AutoTokenizer.from_pretrained(tokenizer)
+    with reading(processor, "Qwen-VL's image processor"):
+        images = AutoImageProcessor.from_pretrained(processor, backend="pil") if processor else None
+        if images and not hasattr(images, "merge_size"):
+            raise ValueError("it has no merge_size")
+    with reading(network, "a Qwen-VL"):
         module = read_weights(AutoModelForImageTextToText, network, dtype, strict=True).to(device)
         vlm = VLM(words, images, module)
         if [vlm.token(mark) for mark in CONTROL][-1] != module.config.image_token_id:
             raise ValueError(f"tokenizer and network disagree about {PICTURE}")
-        if images and not hasattr(images, "merge_size"):
-            raise ValueError("its image processor is not Qwen-VL's")
-    except Exception as fault:  # broken files raise what they like
-        raise ModelError(f"{folder}: not readable as a part of a Qwen-VL ({first_line(fault)})") from fault
     return vlm

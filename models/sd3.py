@@ -6,9 +6,8 @@ import diffusers
 import transformers
 from torch import Tensor
 
-from data.common import first_line
 from models.flow import Cond
-from models.hub import ModelError, read_part
+from models.hub import read_part, reading
 from models.published import Published
 
 
@@ -21,10 +20,8 @@ class SD35Model(Published):
         clip, dtype = transformers.CLIPTextModelWithProjection, self._dtype()
         kinds = {"text_encoder": clip, "text_encoder_2": clip, "text_encoder_3": transformers.T5EncoderModel}
         parts = {name: read_part(kind, self.folder / name, dtype) for name, kind in kinds.items()} | {"vae": None}
-        try:
+        with reading(self.folder, "a pipeline with tokenizers"):
             pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(self.folder, transformer=None, **parts)
-        except Exception as fault:
-            raise ModelError(f"{self.folder}: its tokenizers are not readable ({first_line(fault)})") from fault
         return pipe.to(self.device)
 
     def encode_row(self, encoders: diffusers.StableDiffusion3Pipeline, prompt: str, image: None) -> Cond:

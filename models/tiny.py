@@ -12,10 +12,9 @@ from diffusers import QwenImageTransformer2DModel, SD3Transformer2DModel
 from torch import Tensor, nn
 
 import sde
-from data.common import first_line
 from data.pictures import Source
 from models.flow import Cond, FlowModel
-from models.hub import ModelError, Transformer, fingerprint, read_transformer
+from models.hub import ModelError, Transformer, fingerprint, read_transformer, reading
 from models.qwen import QwenFlow
 from tiny import drawings, edits
 from tiny.canvas import SIZE
@@ -95,8 +94,6 @@ class TinyQwenModel(QwenFlow, TinyModel):
         """Token ids (B, S), and the source pictures of edits, -> Cond with gradient."""
         cond, source = self.text_encoder(tokens.to(self.device)), None
         if images is not None and any(image is not None for image in images):
-            if any(image is None or image.shape != self.latent_shape for image in images):
-                raise ModelError(f"a batch of edits has one source picture of {self.latent_shape} for each")
             source = self.latents(torch.stack(list(images)))
         return Cond(cond.tokens, None, (tokens > 0).to(self.device), source)
 
@@ -124,16 +121,12 @@ def new_tiny(
 def load_tiny(folder: Path, device: torch.device | str = "cpu") -> TinyModel:
     """Read a base checkpoint of `--stage pretrain`, frozen; ModelError names what is not readable."""
     words = folder / "text_encoder" / "model.safetensors"
-    if (folder / "model_index.json").is_file():
-        raise ModelError(f"{folder}: a diffusers pipeline, not a base of the tiny world: leave --preset tiny out")
     transformer = read_transformer(folder, torch.float32)
     qwen = isinstance(transformer, QwenImageTransformer2DModel)
     vocabulary = edits.VOCABULARY if qwen else drawings.VOCABULARY
-    try:
+    with reading(words, "a tiny world's words"):
         text_encoder = TinyTextEncoder(transformer.config.joint_attention_dim, len(vocabulary))
         text_encoder.load_state_dict(safetensors.torch.load_file(words))
-    except Exception as fault:
-        raise ModelError(f"{words}: not readable ({first_line(fault)})") from fault
     model = (TinyQwenModel if qwen else TinyModel)(transformer, text_encoder.requires_grad_(False), device)
     model.source, model.fingerprint = str(folder), fingerprint(folder / "transformer")
     return model

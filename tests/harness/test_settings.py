@@ -231,6 +231,7 @@ REFUSED = [  # the flag or word that the message names first, then a command lin
     ("--stage", "--stage train"), ("--stage", "--stage eval"), ("--preset", "--preset big"),
     ("--device", "--device gpu"), ("--lr", "--lr nan"), ("--steps", "--steps -1"), ("--ema-decay", "--ema-decay 1.5"),
     ("--name", "--name a/b"), ("--name", "--name .."), ("--resolution", f"{FLOW} --resolution 520"),
+    ("--resolution", "--preset qwen-rl --source-resolution 72"),
     ("--window", "--window 3"), ("--window", "--window a:b"), ("--window", "--window 4:2"),
     ("--window", "--window=-1:3"), ("task 'words'", "--teachers words=x"), ("task 'poem'", "--prompts poem=x"),
     ("task 'poem'", "--tasks text,poem"), ("task ','", "--tasks ,"), ("task 't2i'", "--tasks t2i"),

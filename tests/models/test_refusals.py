@@ -108,7 +108,6 @@ TINY = {
     **absent("tiny", "transformer/config.json", f"transformer/{WEIGHTS}", "text_encoder/model.safetensors"),
     **half("tiny", "transformer/config.json", f"transformer/{WEIGHTS}", "text_encoder/model.safetensors"),
     **tensors("tiny", "text_encoder/model.safetensors", width=lambda t: t.update({"word.weight": torch.ones(30, 64)})),
-    "tiny: a pipeline": lambda f: (f / "model_index.json").write_text("{}"),
 }
 VLM = {
     **absent("vlm", "config.json", "preprocessor_config.json"),

@@ -126,8 +126,6 @@ def test_the_tiny_qwen_models_text_has_a_mask_and_its_sources_are_pixels(qwen_ba
     assert torch.equal(cond.tokens, expected) and cond.pooled is None
     assert torch.equal(cond.source, torch.stack([image.pixels() for image in images]) * 2 - 1)
     assert model.encode(prompts).source is None and model.encode(prompts, [None] * 3).source is None
-    for wrong in ([images[0], None, images[2]], [shown(image.pixels()[:, :20]) for image in images]):
-        refusal(model.encode, prompts, wrong)
 
 
 @torch.no_grad()

@@ -32,6 +32,9 @@ STEPS = [  # by hand: F App. A's 3 x 24 trajectories are 3 micro-batches of 24, 
     # a path estimator walks to the last trained state first
     ("--stage opd --estimator path --mar 0",
      {("student", True): (27, 1296), ("student", False): (27, 1296), ("teachers", False): (27, 1296)}),
+    # two updates of 72: the rows of both are walked and labelled first
+    ("--stage opd --estimator sampled --mar 0 --prompts-per-step 6 --updates 2",
+     {("student", True): (54, 2592), ("student", False): (54, 2592), ("teachers", False): (54, 2592)}),
     # 6 x 24 trajectories in two updates of 72; beta asks the base at every trained state
     ("--stage grpo --task text",
      {("student", True): (54, 2592), ("student", False): (60, 2880), ("base", False): (54, 2592)}),
@@ -79,7 +82,8 @@ def observed(monkeypatch):
 
 
 RUNS = [
-    ("go", "--stage opd"), ("go", "--stage opd --estimator sampled --train-steps uniform --micro-batch 4"),
+    ("go", "--stage opd"),
+    ("go", "--stage opd --estimator sampled --train-steps uniform --prompts-per-step 6 --updates 2"),
     ("go", "--stage opd --cfg 2 --mar 0"), ("go", "--stage sft --cfg 2 --micro-batch 2"), ("go", "--stage pretrain"),
     ("go", "--stage grpo --task text --beta 0.1 --updates 3 --micro-batch 2"),
     ("go", "--stage nft --task mix --mix joint --beta 0.1 --cfg 2 --guidance both"),

@@ -254,7 +254,9 @@ REFUSED = [  # the flag or word that the message names first, then a command lin
     *(("--estimator velocity", f"--estimator velocity {more}") for more in ("--weight dt", "--states sde")),
     *(("--weight", f"--states ode --weight {weight}") for weight in ("kl", "kl_dt")),
     ("--estimator sampled", "--states ode --weight dt --estimator sampled"),
-    ("--train-steps", "--train-steps random"),
+    ("--train-steps", "--train-steps random"), ("--clip", "--estimator sampled --clip 0.1"),
+    ("--clip", "--updates 2 --clip 0.1"), ("--log-prob", "--estimator path --log-prob sum"),
+    ("--log-prob", "--updates 2 --log-prob sum"), ("--advantage-clip", "--updates 2 --advantage-clip 1"),
     *((f"--estimator {path}", f"--estimator {path} {more}") for path in ("path", "sampled_path") for more in (
         "--window 1:5", "--train-steps uniform")),
     *(("--guidance", f"--stage {stage} --guidance teacher") for stage in ("grpo", "nft", "curate")),
@@ -312,7 +314,8 @@ ALLOWED = [  # each is next to one that is refused
     "--states ode --weight ode",  # DiffusionOPD
     "--weight dt", "--estimator path --weight dt",  # Q Eq. 18's weight on F's states
     "--estimator sampled_path --train-steps first --train-count 2", "--train-steps uniform",
-    "--estimator sampled --window 1:5 --train-steps uniform",
+    "--estimator sampled --window 1:5 --train-steps uniform", "--estimator released --log-prob sum --advantage-clip 1",
+    "--estimator path --updates 2 --clip 0.1 --log-prob sum", "--updates 2",
     "--group-size 1",  # only GRPO, NFT and curation compare within a group
     "--stage curate --noise-level 0",  # the first noise alone makes the samples of a prompt differ
     "--stage grpo --kernel cps --noise-level 1", "--stage grpo --prompts-per-step 8 --updates 2",

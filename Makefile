@@ -1,6 +1,7 @@
 # make demo        merge + OPD from the shipped teachers, then the table and the pictures (about 4 minutes on 2 idle cores)
 # make test        the proofs, in two processes (about 4 minutes on 2 cores)
-# make test-all    the same, a kill before every write of three short runs, and two ranks against one under every setting
+# make test-all    the same, a kill and a full disk before every write of four short runs, and two ranks against one
+#                  under every setting
 # make reproduce   the learning results of docs/RESULTS.md, three seeds each (hours)
 # make bench       the speed figures of docs/RESULTS.md and the estimator table
 # make lock        renew requirements.lock from pyproject.toml's ranges, with the oldest Python that it allows
@@ -55,7 +56,7 @@ assets: .venv/installed
 	  cp -r "$$(ls -d runs/assets-$$task/checkpoints/step-* | tail -1)" assets/tiny/teacher-$$task; done
 	for task in t2i edit; do \
 	  cp -r "$$(ls -d runs/assets-qwen-$$task/checkpoints/step-* | tail -1)" assets/tiny-qwen/teacher-$$task; done
-	find assets \( -name training -o -name training.json -o -name README.md \) -exec rm -rf {} +
+	find assets \( -name training -o -name training.json -o -name SHA256SUMS -o -name README.md \) -exec rm -rf {} +
 
 # What only torch's CUDA build pulls (nvidia-*, cuda-*, triton) stays out, and so does a build's own suffix (+cpu).
 # The oldest Python decides the versions; that the newer ones have wheels of them, too, is asked of the index.

@@ -23,6 +23,9 @@ LOADED = (*ROLLOUT, "sft", "merge", "eval")  # stages that load the published mo
 SHOWN = tuple(stage for stage in READERS if stage not in ("curate", "reward"))  # stages that draw test pictures
 
 
+MOST = 1_000_000  # the high of a number that has no other
+
+
 class SettingsError(ValueError):
     """A flag, value or combination that cannot work. The message is one line; a program ends with exit code 2."""
 
@@ -31,8 +34,9 @@ def _option(default, help: str, stages: tuple[str, ...] = READERS, **more):
     """A field: its default, its help and the stages that read it.
 
     more: choices; low and high, both allowed; group, the title under which --help shows this field and the next ones.
+    Every number has both bounds: a count beyond a million, or a number that is not finite, is a slip of the pen.
     """
-    metadata = {"help": help, "stages": stages, **more}
+    metadata = {"help": help, "stages": stages, **({"high": MOST} if type(default) in (int, float) else {}), **more}
     if isinstance(default, dict):
         return field(default_factory=lambda: dict(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -54,7 +58,7 @@ class Settings:
                         "GRPO-mix, Q's Mix-RL); empty: a teacher for each of --tasks in turn", RL,
                         choices=("", *TASKS, "mix"))
     steps: int = _option(1000, "optimizer steps (iterations) of the stage", TRAINED, low=0)
-    seed: int = _option(0, "seed of everything random: batches, noise, new weights", low=0)
+    seed: int = _option(0, "seed of everything random: batches, noise, new weights", low=0, high=2**63 - 1)
     resume: bool = _option(True, "continue a run of this name from its last checkpoint; --no-resume starts it anew",
                            (*TRAINED, "curate", "merge"))
     dry_run: bool = _option(False, "print what the run would do, load no weights, then stop")
@@ -71,7 +75,7 @@ class Settings:
     gradient_checkpointing: bool = _option(True, "recompute each block in backward: less memory, a third more work",
                                           LORA)
     timeout: float = _option(30.0, "minutes that a rank waits for the others, a first download included, before it "
-                             "gives up", low=0.1)
+                             "gives up", low=0.1, high=100_000)
     wandb: bool = _option(False, "log to Weights & Biases too (extra: pip install -e '.[wandb]')", TRAINED)
 
     model: str = _option("stabilityai/stable-diffusion-3.5-medium", "base checkpoint: a Hub id, a folder or a run; "
@@ -87,11 +91,11 @@ class Settings:
                         ("curate", *LORA))
     compare: dict = _option({}, "students to score beside the base and the teachers", ("eval",),
                             metavar="NAME=ID_OR_PATH")
-    resolution: int = _option(512, "pixels a side, a multiple of 16", LOADED, low=16)
+    resolution: int = _option(512, "pixels a side, a multiple of 16", LOADED, low=16, high=4096)
     source_resolution: int = _option(0, "edits: pixels a side at which the source picture is read into tokens; 0: as "
-                                     "--resolution (the stock pipeline: 1024)", LOADED, low=0)
+                                     "--resolution (the stock pipeline: 1024)", LOADED, low=0, high=4096)
     text_length: int = _option(256, "most text tokens: of SD3.5's T5 (256 in the stock pipeline), of Qwen-Image (1024)",
-                               LOADED, low=1)
+                               LOADED, low=1, high=10_000)
     prompts: dict = _option({}, "your own prompts (.txt, GenEval .jsonl, or a folder of them); TASK auto routes each "
                             "prompt by itself (F Eq. 7)", ("pretrain", *LOADED), metavar="TASK=PATH")
     tasks: str = _option(",".join(FLOW_TASKS), "comma-separated tasks that are trained and evaluated",
@@ -103,7 +107,7 @@ class Settings:
 
     parameters: str = _option("lora", "which parameters train: a LoRA on the frozen base, or the full transformer",
                               ("curate", *LORA), choices=("lora", "full"), group="optimizer")
-    lr: float = _option(3e-4, "learning rate (AdamW; pretrain: Muon too)", TRAINED, low=0.0)
+    lr: float = _option(3e-4, "learning rate (AdamW; pretrain: Muon too)", TRAINED, low=0.0, high=10.0)
     warmup: int = _option(0, "steps over which the learning rate rises to --lr", TRAINED, low=0)
     decay: bool = _option(False, "let the learning rate fall to zero along a cosine as long as --steps", TRAINED)
     weight_decay: float = _option(1e-4, "decoupled weight decay", TRAINED, low=0.0)
@@ -111,16 +115,16 @@ class Settings:
     ema_decay: float = _option(0.9, "decay of the averaged weights, which are what a checkpoint exports", TRAINED,
                                low=0.0, high=1.0)
     ema_every: int = _option(8, "optimizer updates between two updates of the averaged weights", TRAINED, low=1)
-    rank: int = _option(32, "LoRA rank r of a new adapter", (*LORA, "reward"), low=1)
+    rank: int = _option(32, "LoRA rank r of a new adapter", (*LORA, "reward"), low=1, high=4096)
     alpha: float = _option(64.0, "LoRA alpha of a new adapter; its update is alpha/r * B @ A", (*LORA, "reward"),
                            low=0.0)
     batch_size: int = _option(16, "images a step and process", ("pretrain", "sft", "reward"), low=1)
 
-    prompts_per_step: int = _option(6, "prompts [P] a step and process", ROLLOUT, low=1, group="rollout")
-    group_size: int = _option(24, "samples per prompt [G]", ROLLOUT, low=1)
-    num_steps: int = _option(10, "sampling steps in training [T]", ROLLOUT, low=1)
+    prompts_per_step: int = _option(6, "prompts [P] a step and process", ROLLOUT, low=1, high=10_000, group="rollout")
+    group_size: int = _option(24, "samples per prompt [G]", ROLLOUT, low=1, high=10_000)
+    num_steps: int = _option(10, "sampling steps in training [T]", ROLLOUT, low=1, high=1000)
     noise_level: float = _option(0.7, "SDE noise level [a] of sigma_t = a sqrt(t/(1-t)) (Flow-CPS: eta)",
-                                 ("curate", "grpo", "opd"), low=0.0)
+                                 ("curate", "grpo", "opd"), low=0.0, high=100.0)
     kernel: str = _option("sde", "transition kernel: F Eq. 5-6, or Flow-CPS", ("curate", "grpo"),
                           choices=("sde", "cps"))
     window: str = _option("0:9", "START:STOP of the transitions that are stochastic; the others are ODE steps",
@@ -129,7 +133,7 @@ class Settings:
                                "that favour high noise (not for opd, a bias there); or a uniform draw", (*RL, "opd"),
                                choices=("all", "first", "random", "uniform"))
     train_count: int = _option(4, "how many of them", (*RL, "opd"), low=1)
-    cfg: float = _option(4.5, "guidance scale [w]; 1: without", ("pretrain", *LOADED), low=0.0)
+    cfg: float = _option(4.5, "guidance scale [w]; 1: without", ("pretrain", *LOADED), low=0.0, high=1000.0)
     guidance: str = _option("both", "what is guided. grpo, nft: rollout and objective, the rollout alone (Q 4.1's "
                             "hybrid), or neither; opd, eval: teachers and student, the teachers (Q 4.3), or neither",
                             ("pretrain", *LOADED), choices=("both", "rollout", "teacher", "neither"))
@@ -181,7 +185,7 @@ class Settings:
 
     eval_prompts: int = _option(8, "test prompts per task in an evaluation; 0: none, and no picture is ever decoded",
                                 SHOWN, low=0, group="evaluation and output")
-    eval_steps: int = _option(40, "ODE sampling steps in an evaluation", SHOWN, low=1)
+    eval_steps: int = _option(40, "ODE sampling steps in an evaluation", SHOWN, low=1, high=1000)
     save_every: int = _option(50, "steps between checkpoints", TRAINED, low=1)
     keep: int = _option(2, "checkpoints kept, newest first", TRAINED, low=1)
 # fmt: on

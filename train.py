@@ -61,7 +61,7 @@ from harness import curation, load, ownership, plan, ranks, report, rollout
 from harness.ranks import USER_ERRORS
 from harness.rollout import Row, Trajectories, batches, in_step, micro_batches, prompts_of
 from harness.run import Run, Stopped, read_metrics
-from harness.stats import averaged, ratio_stats, shares_of, summed, warn_of_hacking, warn_of_ratio
+from harness.stats import averaged, ratio_stats, shares_of, summed, warn_of_equal, warn_of_hacking, warn_of_ratio
 from models import flow, hub, lora
 from models.experts import STUDENT
 from scorers import panel as scoring
@@ -147,7 +147,7 @@ def train_teacher(s: Settings, load=load) -> tuple[Run, Panel]:
     rollout.prepare(run, prompts)
     update = {"grpo": update_policy, "nft": update_forward}[s.stage]
     later = scoring.Later(lambda images, some: panel.ask(images, some, s.group_size, sources(some)))
-    ahead, unsuspected, unchecked = None, set(panel.watched), s.stage == "grpo"
+    ahead, unsuspected, unchecked, equal = None, set(panel.watched), s.stage == "grpo", 0
     for step in run.steps("reward"):
         unsuspected -= warn_of_hacking(run, unsuspected)
         began = time.time()
@@ -171,6 +171,7 @@ def train_teacher(s: Settings, load=load) -> tuple[Run, Panel]:
         metrics, joined = averaged(stats), scoring.joined(scores)
         metrics |= scoring.metrics(joined, s.group_size) | {"seconds": time.time() - began}
         run.log(metrics, scoring.histograms(joined))
+        equal = warn_of_equal(run, metrics, equal)
     later.close()
     return run, panel
 

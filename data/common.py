@@ -38,6 +38,12 @@ def sync(path: Path) -> None:
         os.close(opened)
 
 
+def one_line(fault: BaseException, most: int = 1000) -> str:
+    """An exception's message as one line that any terminal shows: control characters are escaped, and it has an end."""
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(fault))
+    return text if len(text) <= most else f"{text[:most]} ..."
+
+
 def first_line(fault: BaseException) -> str:
     """The first line of an exception's message that is not blank; its type's name if there is none."""
     return next((line.strip() for line in str(fault).splitlines() if line.strip()), type(fault).__name__)

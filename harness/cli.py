@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import settings
-from data.common import DataError, read_json
+from data.common import DataError, one_line, read_json
 from settings import FIELDS, PRESETS, TASKS, VELOCITY, Settings, SettingsError, decided_by, is_tiny, parts_of, unread
 
 DESCRIPTION = "Flow-OPD and Qwen-Image-2.0-RL, from pretraining to on-policy distillation."
@@ -27,8 +27,19 @@ def answer_early(argv: Sequence[str], prog: str = "train.py") -> None:
         try:
             parse(argv, prog)
         except SettingsError as fault:
-            print(f"error: {fault}", file=sys.stderr)
+            print(f"error: {one_line(fault)}", file=sys.stderr)
             sys.exit(2)
+        finally:
+            flush()
+
+
+def flush() -> None:
+    """Write out what was printed. Nobody may be reading (`| head`): then the rest goes nowhere, without a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def parse(argv: Sequence[str], prog: str = "train.py") -> tuple[Settings, dict]:
@@ -196,7 +207,10 @@ def _read_config(path: str) -> dict:
         if not fits or (kind is dict and not all(isinstance(item, str) for item in value.values())):
             meant = "an object of names and paths" if kind is dict else f"a {kind.__name__}"
             raise SettingsError(f"--config {path}: {name} must be {meant}, not {value!r}")
-        found[name] = kind(value)
+        try:
+            found[name] = kind(value)
+        except OverflowError:
+            raise SettingsError(f"--config {path}: {name} is a number of {len(str(value))} digits") from None
     return found
 
 
@@ -212,6 +226,8 @@ def _check(s: Settings) -> None:
     for task in settings.task_list(s) if s.stage in ("opd", "sft") else ():
         if task not in s.teachers:
             raise SettingsError(f"task {task!r} has no teacher: give --teachers {task}=PATH, or other --tasks")
+    if s.stage == "opd" and s.mar > 0 and s.anchor in TASKS and s.anchor not in s.teachers:
+        raise SettingsError(f"--anchor {s.anchor}: no teacher of that task; name one of --teachers, a path, or --mar 0")
     if s.stage == "all" and s.parameters == "full" and "merge" in parts_of(s):
         raise SettingsError("--stage all merges LoRA teachers: use --parameters lora")
     if s.stage == "reward":
@@ -223,17 +239,27 @@ def _check_values(s: Settings) -> None:
         value, known = getattr(s, name), f.metadata
         if "choices" in known and value not in known["choices"]:
             raise SettingsError(f"{_flag(name)} {value}: choose from {', '.join(c for c in known['choices'] if c)}")
-        if "low" in known and not value >= known["low"]:  # 'not >=' refuses NaN, too
-            raise SettingsError(f"{_flag(name)} {value}: must be at least {known['low']}")
-        if "high" in known and value > known["high"]:
-            raise SettingsError(f"{_flag(name)} {value}: must be at most {known['high']}")
+        if "low" in known and not known["low"] <= value <= known["high"]:  # 'not' refuses NaN, too
+            raise SettingsError(f"{_flag(name)} {value}: must be from {known['low']} to {known['high']}")
+        for text in value.items() if f.type is dict else [(value,)] if f.type is str else ():
+            if any(map(_unusable, text)):
+                raise SettingsError(f"{_flag(name)}: a control or half a character, or a name longer than a disk takes")
     if not is_tiny(s) and (s.resolution % 16 or s.source_resolution % 16):
         raise SettingsError("--resolution and --source-resolution must be multiples of 16 (VAE 8 x patch 2)")
 
 
+def _unusable(text: str) -> bool:
+    """Can no path be this text? A name on a disk has at most 255 bytes; a list with commas is none."""
+    try:
+        longest = max(len(os.fsencode(part)) for part in text.split("/")) if "," not in text else 0
+    except UnicodeEncodeError:  # half a character, which JSON can write
+        return True
+    return longest > 255 or len(text) > 4000 or any(ord(letter) < 32 for letter in text)
+
+
 def _check_names(s: Settings) -> None:
-    if Path(s.name).name != s.name or s.name in (".", ".."):
-        raise SettingsError(f"--name {s.name}: must be a plain folder name")
+    if Path(s.name).name != s.name or s.name in (".", "..") or not s.name.isprintable() or len(s.name.encode()) > 200:
+        raise SettingsError(f"--name {s.name}: must be a plain folder name of at most 200 bytes")
     for name in s.compare:  # names adapters, files and rows of the table
         if name in ("", "base") or set(name) & set("./\\"):
             raise SettingsError(f"--compare {name}=...: give it a name of its own, without dots and slashes")

@@ -15,6 +15,7 @@ of them. A change that leaves these pieces as they are is not seen.
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -30,7 +31,7 @@ WAY_TO_A_SCORER = ("device", "endpoints", "key_env", *Limits._fields)  # options
 
 def joined(parts: Iterable[str]) -> str:
     """One identity of several, in any order."""
-    return hashlib.sha256("\n".join(sorted(parts)).encode()).hexdigest()[:32]
+    return hashlib.sha256("\n".join(sorted(parts)).encode(errors="surrogatepass")).hexdigest()[:32]
 
 
 def file(path: Path) -> str:
@@ -46,8 +47,8 @@ def file(path: Path) -> str:
 def picture(image: str) -> str:
     """Of a picture, a path or a data URI; a path that is not there is its own identity."""
     path = Path(image)
-    if image.startswith("data:") or not path.is_file():
-        return hashlib.sha256(image.encode()).hexdigest()
+    if image.startswith("data:") or not os.path.isfile(image):
+        return hashlib.sha256(image.encode(errors="surrogatepass")).hexdigest()
     with path.open("rb") as stream:
         return hashlib.sha256(b"".join(_pieces(stream, 0, path.stat().st_size))).hexdigest()
 
@@ -74,7 +75,7 @@ def scorers(asked: Asked) -> str:
     for entry in found.values():
         where, _, function = entry["kind"].rpartition(":")  # FILE.py:FUNCTION, or a kind
         entry["kind"] = [file(Path(where)) if Path(where).is_file() else where, function]
-        if Path(str(entry.get("model") or "/dev/null")).expanduser().is_dir():  # a trained judge
+        if os.path.isdir(os.path.expanduser(str(entry.get("model") or "/dev/null"))):  # a trained judge
             entry["model"] = weights(locate(entry["model"], ()), ("*.json",))
     return joined([json.dumps([found, asked.weights, asked.watch], sort_keys=True)])
 

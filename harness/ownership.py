@@ -96,7 +96,7 @@ def _release(folder: Path, file: TextIO, process: int) -> None:
 
 
 def of(s: Settings) -> Path:
-    return Path(s.out).expanduser() / s.name
+    return Path(os.path.expanduser(s.out), s.name)
 
 
 def claim(s: Settings, reads: Mapping[str, str] = {}) -> Lock | None:  # noqa: B006
@@ -107,8 +107,8 @@ def claim(s: Settings, reads: Mapping[str, str] = {}) -> Lock | None:  # noqa: B
     """
     folder = of(s)
     for flag, where in reads.items():
-        path = Path(where).expanduser()
-        if where and path.exists() and path.resolve().is_relative_to(folder.resolve()):
+        path = Path(os.path.expanduser(where))  # Path's own raises for a user who is not there
+        if where and os.path.exists(path) and path.resolve().is_relative_to(folder.resolve()):
             raise SettingsError(f"{flag} {where}: lies in the run's own folder {folder}; give another --name")
     if rank_and_world()[0] > 0:
         return None

@@ -11,7 +11,6 @@ process needs no group. A rank that fails ends the job with its own message: tor
 collectives that wait for it give up after --timeout minutes.
 """
 
-import contextlib
 import errno
 import os
 import re
@@ -32,8 +31,9 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from data.common import first_line, write_atomic
+from data.common import first_line, one_line, write_atomic
 from data.files import DataError
+from harness import cli
 from harness.threads import cores, end_with_the_launcher
 from models.hub import ModelError
 from rewards import RewardError
@@ -106,8 +106,9 @@ def fail(fault: Exception) -> int:
     if rank > 0:
         time.sleep(5)
     who = f" (rank {rank})" if rank > 0 else ""
-    with contextlib.suppress(OSError):  # nobody may be reading
-        print(f"error{who}: {fault}", file=sys.stderr, flush=True)
+    if not isinstance(fault, BrokenPipeError):  # nobody is reading
+        print(f"error{who}: {one_line(fault)}", file=sys.stderr)
+    cli.flush()
     return 2
 
 
@@ -125,12 +126,11 @@ def leave(main: Callable[[], int]) -> None:
         else:
             traceback.print_exc()
             print(f"rank {rank} failed: {reason(fault)}", file=sys.stderr)
-        sys.stderr.flush()
+        cli.flush()
         os._exit(1)
     if dist.is_initialized() and code == 0:
         dist.destroy_process_group()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    cli.flush()
     # After an error other ranks may wait for this one, and a scorer's thread may wait minutes for its answer. Python
     # would join that thread; os._exit does not.
     if dist.is_initialized() or threading.active_count() > 1:

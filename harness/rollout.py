@@ -21,6 +21,7 @@ from data.files import Prompt
 from data.pictures import source_of
 from harness import load, ranks
 from harness.run import Run
+from harness.weights import poisoned
 from models.flow import Cond, FlowModel
 from settings import Settings
 
@@ -110,7 +111,15 @@ def conditions(model: FlowModel, prompts: Sequence[Prompt], cfg: float) -> tuple
     """Cond of the prompts and, if guidance is on, of as many empty prompts with the same source pictures."""
     images = [source_of(p) for p in prompts]
     cond = model.encode([p.text for p in prompts], images)
+    for who, part in (("the text encoder", cond.tokens), ("the text encoder", cond.pooled), ("the VAE", cond.source)):
+        check_finite(model, who, part)
     return cond, None if cfg == 1 else model.encode([model.empty] * len(prompts), images)
+
+
+def check_finite(model: FlowModel, who: str, x: Tensor | None) -> None:
+    """FloatingPointError that names what is to blame if a part of the model has given a number that is not finite."""
+    if x is not None and not x.isfinite().all():
+        raise FloatingPointError(poisoned(model) or f"{who} of {model.source} gives numbers that are not finite")
 
 
 def encode_all(model: FlowModel, prompts: Iterable[Prompt], guided: bool) -> None:
@@ -232,8 +241,11 @@ def roll_out(
         eps = sde.standard_normal(x.shape, noise).to(x)  # of each time and row its own
         at = sde.interpolate(x, eps, t)  # as in pretraining
         path.append(Noised(t, at, eps - x, objective(at, t)))
+    check_finite(model, "the velocity", x)
+    images = model.decode(x)
+    check_finite(model, "the VAE", images)
     counts = torch.tensor([row.counts for row in rows])
-    return Trajectories(path, x, objective, counts), model.decode(x)
+    return Trajectories(path, x, objective, counts), images
 
 
 @torch.no_grad()
@@ -254,5 +266,6 @@ def draw(model: FlowModel, prompts: Sequence[Prompt], steps: int, size: int, see
         cond, uncond = conditions(model, prompts_of(part), cfg)
         counts = torch.tensor([row.counts for row in part])
         drawn.append(sde.sample(field(model, cond, uncond, cfg), x, times).cpu()[counts])
+        check_finite(model, "the velocity", drawn[-1])
     all_of_them = torch.stack(ranks.gathered(torch.cat(drawn)), 1).flatten(0, 1)  # as in `turns`
     return all_of_them[torch.tensor(order).argsort()]

@@ -50,6 +50,18 @@ def warn_of_ratio(run: Run, found: Mapping[str, float]) -> None:
         print(f"{at}: a forward with gradients differs from one without; compare --clip with it", file=sys.stderr)
 
 
+def warn_of_equal(run: Run, metrics: Mapping[str, float], equal: int, after: int = 10) -> int:
+    """Print a line once every group's rewards have been equal for `after` steps in a row -> how many it has been.
+
+    Equal rewards have no advantage (Q Eq. 4): nothing is learnt from them.
+    """
+    equal = equal + 1 if metrics["group_std"] == 0 else 0
+    if run.rank == 0 and equal == after:
+        why = "no group's rewards differ, so nothing is learnt; look at the scorers, the prompts (--stage curate), --lr"
+        print(f"warning: step {run.step + 1}: for {after} steps {why}", file=sys.stderr)
+    return equal
+
+
 def warn_of_hacking(run: Run, watched: Collection[str]) -> set[str]:
     """Print a line for each watched scorer that falls while the trained reward rises (F Fig. 2, Q 4.2) -> which."""
     names = watched if run.rank == 0 else ()

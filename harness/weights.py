@@ -33,11 +33,25 @@ def optimizers(model: FlowModel, s: Settings) -> list[torch.optim.Optimizer]:
     return found
 
 
+def poisoned(model: FlowModel) -> str:
+    """Which of a model's weights is not finite, in words: of the base, an adapter, an expert; "" if all are."""
+    named = (getattr(model, name, None) for name in ("backbone", "network", "transformer"))  # of a flow, of a judge
+    base = next((module for module in named if module), model)
+    parts = {f"the base {getattr(model, 'source', '')}": base, "the student": getattr(model, "transformer", base)}
+    parts |= {f"the expert {name}": expert.module for name, expert in getattr(model, "hosted", {}).items()}
+    for who, module in parts.items():
+        for name, value in (*module.named_parameters(), *module.named_buffers()):
+            if value.is_floating_point() and not own(value.detach()).isfinite().all():
+                adapter = next((a for a in getattr(model, "adapters", ()) if f".{a}." in name), "")
+                return f"{f'the adapter {adapter}' if adapter else who} has a number that is not finite in {name}"
+    return ""
+
+
 class Weights:
     """The trained tensors of a model by name, their average, DiffusionNFT's old policy, and the optimizers."""
 
     def __init__(self, model: FlowModel, s: Settings):
-        self.s = s
+        self.s, self.model = s, model
         self.parameters = model.trainable()
         self.average = {n: p.detach().clone() for n, p in self.parameters.items()}  # the EMA: what is exported
         # DiffusionNFT's old policy, which draws (Q Eq. 7): it follows the student at a distance
@@ -57,7 +71,8 @@ class Weights:
         norm = torch.nn.utils.clip_grad_norm_(parameters, s.grad_norm)
         norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
         if not np.isfinite(norm):
-            raise FloatingPointError(f"step {step}: the gradient's norm is {norm}; lower --lr or look at the rewards")
+            why = poisoned(self.model) or f"the gradient's norm is {norm}; lower --lr or look at the rewards"
+            raise FloatingPointError(f"step {step}: {why}")
         rise = min(1.0, (step + 1) / max(s.warmup, 1))
         fall = 0.5 + 0.5 * np.cos(np.pi * step / s.steps) if s.decay else 1.0
         for optimizer in self.optimizers:

@@ -9,6 +9,7 @@ Nothing is ever unpickled, because a pickle runs its author's code.
 """
 
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -57,7 +58,7 @@ def locate(where: str | Path, patterns: Sequence[str] = (*ADAPTER_FILES, *TRANSF
     `patterns` (relative to the folder) and are no pickles are fetched. ModelError, one line that says what to do.
     """
     where = str(where)
-    path = Path(where).expanduser()
+    path = Path(os.path.expanduser(where))
     if path.is_file():
         if path.name not in ADAPTER_FILES:
             raise ModelError(f"{path}: neither a folder nor one of {', '.join(ADAPTER_FILES)}; give its folder")

@@ -1,6 +1,7 @@
 """Oracles for the settings: where each value comes from, who reads it, and which mistakes are refused in one line."""
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -152,10 +153,15 @@ def test_the_help_shows_the_flags_of_a_stage_with_the_values_it_would_have(capsy
         assert group in opd
 
 
-def test_every_number_has_a_lower_bound_that_its_default_keeps():
+def test_every_number_has_finite_bounds_that_its_default_keeps_and_what_lies_beyond_is_refused():
     for name, f in S.FIELDS.items():
         if f.type in (int, float):
-            assert f.metadata["low"] <= f.default <= f.metadata.get("high", f.default), name
+            low, high = f.metadata["low"], f.metadata["high"]
+            assert -math.inf < low <= f.default <= high < math.inf, name
+            beyond = (low - 1, 10 * high, 10**400) if f.type is int else (low - 1e-9, 10 * high, math.inf, math.nan)
+            for value in beyond:  # before anything else is asked of it
+                with pytest.raises(S.SettingsError, match=f"^--{name.replace('_', '-')} .* from {low} to {high}"):
+                    cli.resolve({"preset": "tiny", "stage": "opd", name: value})
             assert type(f.default) is f.type, name
         assert f.type is not str or f.default in f.metadata.get("choices", (f.default,)), name
 
@@ -229,7 +235,8 @@ REFUSED = [  # the flag or word that the message names first, then a command lin
     ("--stepz", "--stepz 5"), ("--estim", "--estim analytic"), ("stray", "stray"), ("--steps", "--steps 1.5"),
     ("--steps", "--steps"), ("--resume", "--resume=yes"), ("--teachers", "--teachers text"),
     ("--stage", "--stage train"), ("--stage", "--stage eval"), ("--preset", "--preset big"),
-    ("--device", "--device gpu"), ("--lr", "--lr nan"), ("--steps", "--steps -1"), ("--ema-decay", "--ema-decay 1.5"),
+    ("--device", "--device gpu"), ("--steps", "--steps 1e9"), ("--anchor", "--tasks text --teachers text=x"),
+    ("--name", ["--name", "a\nb"]), ("--name", ["--name", "x" * 300]), ("--out", ["--out", "y" * 300 + "/z"]),
     ("--name", "--name a/b"), ("--name", "--name .."), ("--resolution", f"{FLOW} --resolution 520"),
     ("--resolution", "--preset qwen-rl --source-resolution 72"),
     ("--window", "--window 3"), ("--window", "--window a:b"), ("--window", "--window 4:2"),
@@ -268,7 +275,7 @@ REFUSED = [  # the flag or word that the message names first, then a command lin
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("named", "line"), REFUSED, ids=[line for _, line in REFUSED])
+@pytest.mark.parametrize(("named", "line"), REFUSED, ids=[str(line)[:60] for _, line in REFUSED])
 def test_what_cannot_work_is_refused_in_one_line_that_names_it(named, line):
     assert refusal(line).removeprefix("unknown flag ").startswith(named)
 
@@ -282,7 +289,9 @@ CONFIGS = [
     ({"group-size": 4}, "group_size"), ({"lr": "fast"}, "lr"), ({"lr": True}, "lr"), ({"steps": 1.5}, "steps"),
     ({"steps": True}, "steps"), ({"resume": 1}, "resume"), ({"teachers": ["text=x"]}, "teachers"),
     ({"teachers": {"text": 3}}, "teachers"), ({"name": None}, "name"), ([1], "object"), ('{"lr": 1', "JSON"),
-    ('{"a":' * 100_000, "JSON"),
+    ('{"a":' * 100_000, "JSON"), ('{"lr": NaN}', "NaN"), ('{"lr": 1e999}', "1e999"),
+    ('{"lr": 1' + "0" * 999 + "}", "lr"),
+    ('{"steps": 1' + "0" * 5000 + "}", "JSON"), ('{"name": 3}', "name"),
 ]  # fmt: skip
 
 
@@ -320,7 +329,7 @@ ALLOWED = [  # each is next to one that is refused
     "--stage curate --noise-level 0",  # the first noise alone makes the samples of a prompt differ
     "--stage grpo --kernel cps --noise-level 1", "--stage grpo --prompts-per-step 8 --updates 2",
     f"{FLOW} --stage grpo --kernel cps --beta 0", "--stage nft --beta 1", "--steps 0",
-    "--tasks text --teachers text=x", f"{QWEN} --tasks t2i --teachers t2i=x --prompts-per-step 1",
+    "--tasks text --teachers text=x --anchor text", f"{QWEN} --tasks t2i --teachers t2i=x --prompts-per-step 1",
     "--preset tiny-qwen --stage grpo --task mix --mix turns --prompts-per-step 1",
     "--prompts auto=mine.jsonl text=signs.txt", f"{FLOW} --stage sft --parameters full --parallel fsdp",
     "--stage all --tasks text", f"{FLOW} --stage all", "--preset tiny-qwen --stage all", f"{QWEN} --stage all",

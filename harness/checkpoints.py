@@ -14,6 +14,7 @@ A continued run ends with the same bits on a CPU, and may go on with another num
 import contextlib
 import hashlib
 import json
+import os
 import shutil
 import sys
 import warnings
@@ -122,7 +123,7 @@ def damage(checkpoint: Path) -> str:
     if next(reversed(expected), None) != STATE:
         return f"{SUMS} is missing or cut"
     with ThreadPoolExecutor(8) as pool:
-        present = {name: (checkpoint / name).is_file() for name in expected}
+        present = {name: os.path.isfile(checkpoint / name) for name in expected}
         found = pool.map(lambda name: digest(checkpoint / name) if present[name] else "", expected)
         for (name, wanted), got in zip(expected.items(), found, strict=True):
             if got != wanted:

@@ -230,7 +230,7 @@ def discard(checkpoint: Path) -> None:
     """
     step, files = re.search(r"step-\d+", checkpoint.name)[0], listed(checkpoint)
     gone = checkpoint.with_name(f".{step}-gone")
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError):  # a ValueError is of a name, in a damaged list, that no disk has
         checkpoint.rename(gone)
         for name in (*files, CARD, SUMS):
             (gone / name).unlink(missing_ok=True)

@@ -16,6 +16,7 @@ trajectory's noise belongs to its prompt and its place in the global batch. So t
 what one rank with six does.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -248,7 +249,11 @@ class Record:
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """The lines of a run's metrics.jsonl, without one that a kill has cut."""
-    file = folder / "metrics.jsonl"
-    lines = file.read_text().splitlines() if file.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    """The lines of a run's metrics.jsonl: numbers by name, and "step". One that a kill has cut is left out."""
+    file, rows = folder / "metrics.jsonl", []
+    for line in file.read_bytes().splitlines() if file.exists() else []:
+        with contextlib.suppress(ValueError, RecursionError):
+            row = json.loads(line)
+            if isinstance(row, dict) and type(row.get("step")) is int and {*map(type, row.values())} <= {int, float}:
+                rows.append(row)
+    return rows

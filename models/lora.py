@@ -171,7 +171,7 @@ def _check_base(folder: Path, named: str, base: str, source: str, fingerprint: s
 def _targets(config: LoraConfig, state: Mapping[str, Tensor], modules: Mapping[str, nn.Module]) -> list[str]:
     """Target names that select exactly the modules that have factors: the config's own, or else their full names."""
     adapted = {key.rpartition(".lora_")[0] for key in state}
-    own = () if isinstance(config.target_modules, str | None) else tuple(config.target_modules)
+    own = tuple(map(str, config.target_modules)) if isinstance(config.target_modules, list | set | tuple) else ()
     selected = {name for name in modules if name in own or name.endswith(tuple(f".{target}" for target in own))}
     return sorted(own if selected == adapted else adapted)
 

@@ -26,7 +26,6 @@ from models import lora as adapters
 from models import qwen
 from models.experts import STUDENT
 from models.sd3 import SD35Model
-from models.tiny import TinyModel, TinyQwenModel, new_tiny
 from tests.helpers.checks import gap, refusal, relative, shown
 from tests.helpers.qwen_hub import PIPELINES, build_qwen
 from tests.helpers.sd3 import random_lora
@@ -319,29 +318,24 @@ def test_pictures_are_float32_in_0_1_on_the_cpu_and_alone_as_in_a_batch(folders,
 
 
 # ---------------------------------------------------------------------------------------------------------- time
-@pytest.mark.parametrize("side", [64, 256, 1024])
+@pytest.mark.parametrize("side", [64, 1024])
 @pytest.mark.parametrize("kind", ["sd35", ""])
-def test_the_time_grid_is_the_stock_pipelines(folders, kind, side):
+def test_the_time_grid_is_the_stock_schedulers_for_the_pictures_size(folders, kind, side):
     model = load(folders, kind, resolution=side)
-    for steps in (2, 7, 10, 40):
+    for steps in (2, 10, 40):
         scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folders[kind] / "scheduler")
-        config, tokens = scheduler.config, (side // 16) ** 2
-        if kind == "sd35":
-            scheduler.set_timesteps(steps)
-        else:
-            mu = pipeline_qwenimage.calculate_shift(
-                tokens, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift
-            )
-            pipeline_qwenimage.retrieve_timesteps(scheduler, sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
+        names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+        more = {}
+        if kind == "":
+            mu = pipeline_qwenimage.calculate_shift((side // 16) ** 2, *(scheduler.config[name] for name in names))
+            more = {"sigmas": np.linspace(1.0, 1 / steps, steps), "mu": mu}
+        pipeline_qwenimage.retrieve_timesteps(scheduler, None if more else steps, **more)
         grid = model.time_grid(steps)
-        assert torch.equal(grid, scheduler.sigmas) and grid.shape == (steps + 1,)
-        assert grid[0] == 1 and grid[-1] == 0 and (grid.diff() < 0).all()
+        assert torch.equal(grid, scheduler.sigmas) and grid[0] == 1 and grid[-1] == 0 and (grid.diff() < 0).all()
         assert kind == "sd35" or grid[-2].item() == pytest.approx(0.02, abs=1e-6), "shift_terminal"
     if kind == "sd35":
         torch.testing.assert_close(model.time_grid(10), torch.tensor(TEN_STEPS), atol=5e-4, rtol=0)
     assert model.time_grid(1).tolist() == [1, 0]
-    model.time_grid(7).zero_()
-    assert model.time_grid(7)[0] == 1, "a caller may change its copy"
 
 
 def test_training_times_are_shifted_as_the_grid_is(folders, tmp_path):
@@ -386,23 +380,13 @@ def test_what_trains_is_exactly_what_gets_a_gradient(folders, full, kind):
 
 
 # -------------------------------------------------------------------------------------------------------- loading
-def test_the_model_in_a_folder_is_loaded_as_asked(folders, tmp_path):
+def test_the_model_in_a_folder_is_loaded_as_asked_and_what_it_cannot_do_is_refused(folders):
     model = load(folders, "sd35", precision="bfloat16", resolution=96, gradient_checkpointing=True)
-    assert isinstance(model, SD35Model) and model.source == str(folders["sd35"])
-    assert (model.precision, model.latent_shape, model.text_length) == ("bfloat16", (16, 12, 12), 256)
+    assert isinstance(model, SD35Model) and model.source == str(folders["sd35"]) and model.latent_shape == (16, 12, 12)
     assert {(p.dtype, p.requires_grad) for p in model.transformer.parameters()} == {(torch.bfloat16, False)}
     assert model.transformer.is_gradient_checkpointing and re.fullmatch("[0-9a-f]{16}", model.fingerprint)
-    assert not load(folders, "sd35").transformer.is_gradient_checkpointing
-    for is_qwen, kind in ((False, TinyModel), (True, TinyQwenModel)):
-        small = new_tiny(0, width=32, layers=1, qwen=is_qwen)
-        small.save_full(tmp_path / str(is_qwen), small.transformer.state_dict())
-        found = models.load(str(tmp_path / str(is_qwen)), tiny=True, rescale=is_qwen)
-        assert type(found) is kind and getattr(found, "rescale", False) is is_qwen
     editor = load(folders, "plus", source_resolution=32, rescale=True)
     assert (editor.pipeline, editor.source_side, editor.rescale) == ("QwenImageEditPlusPipeline", 32, True)
-
-
-def test_what_a_model_cannot_do_is_refused(folders):
     for kind in ("sd35", ""):
         refusal(load(folders, kind).encode, ["a"], [shown(picture(64, 64))])  # they do not edit
     for option in ({"rescale": True}, {"tiny": True}):

@@ -64,10 +64,14 @@ def test_the_first_ratio_is_exactly_one_and_only_the_first(go, spy):
     assert lines[0]["ratio_std"] > 0 and lines[1] == pytest.approx(lines[0], rel=1e-3, abs=1e-6)
 
 
-@pytest.mark.parametrize("more", [[], ["--guard", "--kernel", "cps", "--log-prob", "sum", "--beta", "0.1"]])
-def test_a_first_ratio_that_is_not_exactly_one_is_one_line(go, monkeypatch, capsys, more):
+OPD = ["--stage", "opd", "--estimator", "sampled", "--updates", "2", "--prompts-per-step", "6", "--micro-batch", "4"]
+GUARDED = [*GRPO, "--guard", "--kernel", "cps", "--log-prob", "sum", "--beta", "0.1"]
+
+
+@pytest.mark.parametrize("stage", [GRPO, GUARDED, OPD], ids=["grpo", "guard", "opd"])
+def test_a_first_ratio_that_is_not_exactly_one_is_one_line(go, monkeypatch, capsys, stage):
     """A planted kernel: a forward with gradients has other numbers than one without."""
-    flags, real = [*GRPO, *more, "--steps", "3", "--warmup", "0", "--lr", "0.01"], flow.FlowModel._forward
+    flags, real = [*stage, "--steps", "3", "--warmup", "0", "--lr", "0.01"], flow.FlowModel._forward
     go("exact", *flags)
     assert "ratio" not in capsys.readouterr().err
     other = lambda *args: real(*args) * (1 + 1e-3 * torch.is_grad_enabled())  # noqa: E731

@@ -147,7 +147,7 @@ def train_teacher(s: Settings, load=load) -> tuple[Run, Panel]:
     rollout.prepare(run, prompts)
     update = {"grpo": update_policy, "nft": update_forward}[s.stage]
     later = scoring.Later(lambda images, some: panel.ask(images, some, s.group_size, sources(some)))
-    ahead, unsuspected, unchecked, equal = None, set(panel.watched), s.stage == "grpo", 0
+    ahead, unsuspected, first, equal = None, set(panel.watched), run.step, 0
     for step in run.steps("reward"):
         unsuspected -= warn_of_hacking(run, unsuspected)
         began = time.time()
@@ -165,9 +165,8 @@ def train_teacher(s: Settings, load=load) -> tuple[Run, Panel]:
                 own = (values.chunk(run.world)[run.rank] for values in (advantage_PG.flatten(), weight_B))
                 stats.append(update(run, share.parts, *own))  # Q Eq. 6, or Q Eq. 7-9
         run.follow()  # nft: after the step's last update, so that all of them have the old policy that drew (Q Eq. 7)
-        if unchecked:  # the first step of a run or of its continuation is not drawn ahead
+        if step == first and s.stage == "grpo":  # nothing is drawn ahead of it
             warn_of_ratio(run, stats[0])
-            unchecked = False
         metrics, joined = averaged(stats), scoring.joined(scores)
         metrics |= scoring.metrics(joined, s.group_size) | {"seconds": time.time() - began}
         run.log(metrics, scoring.histograms(joined))

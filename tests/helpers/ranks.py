@@ -51,7 +51,7 @@ def linear():
         if any(len(p.text) % 4 == 0 for p in prompts) and os.environ.get("SOME_ARE_LOST"):
             raise RewardError("no score")
         pattern = torch.linspace(-1, 1, images[0].numel()).reshape(images[0].shape).cos()
-        return (torch.tanh(2 * images - 1) * pattern).mean((1, 2, 3)).add(1).div(2).tolist()
+        return torch.sigmoid(40 * ((images - 0.5) * pattern).mean((1, 2, 3))).tolist()
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(weights, "optimizers", optimizers)

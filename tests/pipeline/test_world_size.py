@@ -30,8 +30,10 @@ def grid():
         flags = [*RL, "--advantage-std", std, "--updates", str(updates), f"--{overlap}overlap", "--task", *task]
         flags += ["--micro-batch", "3", *(["--on-reward-failure", "drop"] if lost else [])]
         yield "world", stage, flags, ("--prompts-per-step", P), lost
-    for estimator, P, micro in product(("analytic", "sampled_path"), (2, 3, 4, 5), ("0", "3")):
-        flags = ["--estimator", estimator, "--mar", "0.1", "--micro-batch", micro]
+    for estimator, (updates, P), micro in product(
+        ("analytic", "sampled_path"), ((1, 3), (1, 4), (1, 5), (2, 4), (2, 6)), ("0", "3")
+    ):
+        flags = ["--estimator", estimator, "--mar", "0.1", "--micro-batch", micro, "--updates", str(updates)]
         yield "world", "opd", flags, ("--prompts-per-step", P), False
     for world, stage, rows, micro in product(("world", "world2"), ("sft", "pretrain"), (1, 3, 4), ("0", "2")):
         yield world, stage, ["--micro-batch", micro], ("--batch-size", rows), False
@@ -64,7 +66,7 @@ SAMPLE = list(sample())
 
 def name_of(job):
     world, stage, flags, (flag, number), _ = job
-    return " ".join([world, stage, *(flag for flag in flags if flag not in RL), flag, str(number)]).replace(" --", " ")
+    return f"{world} {stage} {' '.join([*flags, flag, str(number)]).replace(' '.join(RL), '')}".replace("--", "")
 
 
 @pytest.fixture(scope="module")

@@ -135,7 +135,8 @@ class Settings:
     train_count: int = _option(4, "how many of them", (*RL, "opd"), low=1)
     cfg: float = _option(4.5, "guidance scale [w]; 1: without", ("pretrain", *LOADED), low=0.0, high=1000.0)
     guidance: str = _option("both", "what is guided. grpo, nft: rollout and objective, the rollout alone (Q 4.1's "
-                            "hybrid), or neither; opd, eval: teachers and student, the teachers (Q 4.3), or neither",
+                            "hybrid), or neither. opd, sft, eval: teachers and student, the teachers (Q 4.3), or "
+                            "neither. Other stages: their pictures, or not",
                             ("pretrain", *LOADED), choices=("both", "rollout", "teacher", "neither"))
     cfg_rescale: bool = _option(False, "Qwen-Image: give a guided velocity, token by token, the norm of the one with "
                                 "the prompt, as the stock pipeline does", LOADED)
@@ -198,6 +199,12 @@ FIELDS = {f.name: f for f in fields(Settings)}
 GIVEN = "anything but an empty value"
 TINY = {"preset": tuple(ASSETS)}  # a tiny world has its own sizes, scorers and judge
 TINY_JUDGE = {**TINY, "stage": ("reward",)}
+# What --guidance may say: a stage refuses values that differ in nothing there.
+GUIDANCE = {
+    **dict.fromkeys(RL, ("both", "rollout", "neither")),
+    **dict.fromkeys(("sft", "opd", "eval"), ("both", "teacher", "neither")),
+    **dict.fromkeys(("pretrain", "curate", "merge"), ("both", "neither")),
+}
 UNGUIDED = {"guidance": ("neither",)}, {"cfg": (1.0,)}
 NO_PICTURE = {"eval_prompts": (0,), "stage": ("pretrain", "merge")}  # these draw test pictures only
 NO_TEST = {"eval_prompts": (0,), "stage": ("pretrain", "merge", *RL, "opd")}
@@ -279,13 +286,13 @@ PRESETS: dict[str, dict[str, dict]] = {
         "": dict(
             model="Qwen/Qwen-Image-Edit-2509", tasks="t2i,edit", anchor="", mar=0.0, cfg=4.0, cfg_rescale=True,
             teachers={t: f"./runs/qwen-rl-grpo-{t}" for t in QWEN_TASKS}, text_length=512, micro_batch=4, rank=64,
-            alpha=128.0, lr=1e-4, prompts_per_step=4, group_size=12, num_steps=40, window="0:16", guidance="rollout",
+            alpha=128.0, lr=1e-4, prompts_per_step=4, group_size=12, num_steps=40, window="0:16",
             combine="normalised", train_steps="random", train_count=8, mix="joint", log_prob="mean",
         ),
         "curate": dict(train_prompts=2000),
-        "grpo": dict(steps=500, beta=0.0, updates=1),
-        "nft": dict(steps=500, beta=1e-4, updates=1, advantage_clip=1.0),
-        "sft": dict(steps=300, guidance="both"),
+        "grpo": dict(steps=500, beta=0.0, updates=1, guidance="rollout"),
+        "nft": dict(steps=500, beta=1e-4, updates=1, advantage_clip=1.0, guidance="rollout"),
+        "sft": dict(steps=300),
         "opd": dict(
             steps=500, estimator="velocity", guidance="teacher", group_size=1, prompts_per_step=8, train_steps="all",
             updates=1,
@@ -296,14 +303,14 @@ PRESETS: dict[str, dict[str, dict]] = {
     "tiny-qwen": {
         "": dict(
             model=f"{ASSETS['tiny-qwen']}/base", teachers={t: f"{ASSETS['tiny-qwen']}/teacher-{t}" for t in QWEN_TASKS},
-            tasks="t2i,edit", anchor="", mar=0.0, group_size=8, window="0:4", cfg=2.0, guidance="rollout",
+            tasks="t2i,edit", anchor="", mar=0.0, group_size=8, window="0:4", cfg=2.0,
             combine="normalised", mix="joint", train_steps="random", train_count=3, **TINY,
         ),
-        "pretrain": dict(guidance="both", **TINY_PRETRAIN),
+        "pretrain": TINY_PRETRAIN,
         "curate": dict(train_prompts=480, threshold=0.4),
-        "grpo": dict(steps=80, lr=1.5e-3),
-        "nft": dict(steps=80, lr=4e-4, beta=1e-4, advantage_clip=1.0),
-        "sft": dict(steps=100, batch_size=96, guidance="both"),
+        "grpo": dict(steps=80, lr=1.5e-3, guidance="rollout"),
+        "nft": dict(steps=80, lr=4e-4, beta=1e-4, advantage_clip=1.0, guidance="rollout"),
+        "sft": dict(steps=100, batch_size=96),
         "opd": dict(
             steps=120, lr=3e-3, decay=True, prompts_per_step=24, group_size=4, train_steps="all",
             estimator="velocity", guidance="teacher",

@@ -244,6 +244,9 @@ def _check_values(s: Settings) -> None:
         for text in value.items() if f.type is dict else [(value,)] if f.type is str else ():
             if any(map(_unusable, text)):
                 raise SettingsError(f"{_flag(name)}: a control or half a character, or a name longer than a disk takes")
+    known = settings.GUIDANCE.get(s.stage, (s.guidance,))
+    if s.guidance not in known:
+        raise SettingsError(f"--guidance {s.guidance}: --stage {s.stage} knows {', '.join(known)}")
     if not is_tiny(s) and (s.resolution % 16 or s.source_resolution % 16):
         raise SettingsError("--resolution and --source-resolution must be multiples of 16 (VAE 8 x patch 2)")
 
@@ -289,9 +292,6 @@ def _check_rollout(s: Settings) -> None:
     if s.kernel == "cps" and (s.noise_level > 1 or (start < stop == s.num_steps)):
         raise SettingsError("--kernel cps needs a --noise-level of at most 1, and has no noise in the last step: "
                             f"let --window stop at {s.num_steps - 1}")  # fmt: skip
-    known = ("both", "teacher", "neither") if s.stage == "opd" else ("both", "rollout", "neither")
-    if s.guidance not in known:
-        raise SettingsError(f"--guidance {s.guidance}: --stage {s.stage} knows {', '.join(known)}")
 
 
 def _check_objective(s: Settings) -> None:

@@ -266,8 +266,10 @@ REFUSED = [  # the flag or word that the message names first, then a command lin
     ("--log-prob", "--updates 2 --log-prob sum"), ("--advantage-clip", "--updates 2 --advantage-clip 1"),
     *((f"--estimator {path}", f"--estimator {path} {more}") for path in ("path", "sampled_path") for more in (
         "--window 1:5", "--train-steps uniform")),
-    *(("--guidance", f"--stage {stage} --guidance teacher") for stage in ("grpo", "nft", "curate")),
-    ("--guidance", "--stage opd --guidance rollout"), ("--parallel", "--parallel fsdp"),
+    *(("--guidance", f"--preset tiny-qwen --stage {stage} --guidance {value}") for stage, value in (
+        ("grpo", "teacher"), ("nft", "teacher"), ("opd", "rollout"), ("sft", "rollout"), ("curate", "rollout"),
+        ("pretrain", "teacher"), ("merge", "rollout"))),
+    ("--parallel", "--parallel fsdp"),
     # what a later part of --stage all would refuse
     ("--group-size", "--stage all --group-size 1"), ("--stage all", "--stage all --parameters full"),
     ("task 'composition'", f"{FLOW} --stage all --teachers text=x"),

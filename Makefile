@@ -1,7 +1,7 @@
 # make demo        merge + OPD from the shipped teachers, then the table and the pictures (about 4 minutes on 2 idle cores)
 # make test        the proofs, in two processes (about 4 minutes on 2 cores)
-# make test-all    the same, a kill and a full disk before every write of four short runs, and two ranks against one
-#                  under every setting
+# make test-all    the same, a kill and a full disk before every write of four short runs, two ranks against one under
+#                  every setting, and every pair of a flag and a value of another one
 # make reproduce   the learning results of docs/RESULTS.md, three seeds each (hours)
 # make bench       the speed figures of docs/RESULTS.md and the estimator table
 # make lock        renew requirements.lock from pyproject.toml's ranges, with the oldest Python that it allows
@@ -30,7 +30,7 @@ test: .venv/installed
 
 test-all: test
 	OMP_NUM_THREADS=1 $(PY) -m bench.kills
-	WHOLE_GRID=1 OMP_NUM_THREADS=1 $(PY) -m pytest tests/pipeline/test_world_size.py
+	WHOLE_GRID=1 OMP_NUM_THREADS=1 $(PY) -m pytest tests/pipeline/test_world_size.py tests/pipeline/test_flags.py
 
 reproduce: .venv/installed
 	$(PY) -m bench.flow_opd learning

@@ -199,9 +199,12 @@ def test_a_line_that_says_nothing_or_what_cannot_be_earned_is_named_with_file_li
 
 
 def test_checklists_that_can_be_earned_are_taken(tmp_path):
-    for lines in ([cat(color="red"), cat()], [cat(count=16)], [cat(), cat(count=2)], [cat(position=["left of", 0])],
-                  [cat(position=["left of", 2]), {"class": "dog", "count": 1, "position": ["right of", 1]}],
-                  [cat(position=["left of", 2]), {"class": "dog", "count": 1, "position": ["above", 1]}]):  # fmt: skip
+    for lines in (
+        [cat(color="red"), cat()], [cat(count=16)], [cat(), cat(count=2)], [cat(position=["left of", 0])],
+        [cat(color="red"), {"class": "dog", "count": 1, "color": "blue"}],
+        [cat(position=["left of", 2]), {"class": "dog", "count": 1, "position": ["right of", 1]}],
+        [cat(position=["left of", 2]), {"class": "dog", "count": 1, "position": ["above", 1]}],
+    ):  # fmt: skip
         more = {"exclude": [{"class": "cat", "count": 17}, {"class": "bus", "count": 1}]}
         assert D.read_prompts(write(tmp_path / "m.jsonl", two(*lines, **more)), "composition")
 

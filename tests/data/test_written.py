@@ -54,16 +54,8 @@ def one(name, count=1, **more):
 
 
 @pytest.mark.parametrize("entries, text", [
-    ([one("bench")], "a bench"),
-    ([one("umbrella")], "an umbrella"),
-    ([one("scissors")], "a scissors"),
-    ([one("orange", color="orange")], "an orange orange"),
-    ([one("elephant", color="blue")], "a blue elephant"),
-    ([one("bench", 3)], "three benchs"),
-    ([one("bus", 2)], "two buses"),
-    ([one("wine glass", 4)], "four wine glasses"),
-    ([one("cross", 2, color="green")], "two green crosses"),
-    ([one("tie"), one("oven")], "a tie and an oven"),
+    ([one("scissors")], "a scissors"), ([one("bench", 3)], "three benchs"), ([one("bus", 2)], "two buses"),
+    ([one("cross", 2, color="green")], "two green crosses"), ([one("tie"), one("oven")], "a tie and an oven"),
     ([one("laptop"), one("apple", position=["right of", 0])], "an apple right of a laptop"),
     ([one("laptop", position=["below", 1]), one("apple")], "a laptop below an apple"),
 ])  # fmt: skip

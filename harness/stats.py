@@ -10,18 +10,18 @@ from harness.run import Run
 from scorers import panel
 
 
-def shares_of(found_B: Mapping[str, Tensor], weight_B: Tensor) -> dict[str, float]:
-    """Values of rows, (B,), as their share of the step's mean."""
-    return {key: (value.detach() * weight_B).sum().item() for key, value in found_B.items()}
+def shares_of(found_B: Mapping[str, Tensor], weight_B: Tensor) -> dict[str, Tensor]:
+    """Values of rows, (B,), as their share of the step's mean. To read a number here would drain the device's queue."""
+    return {key: (value.detach() * weight_B).sum().double() for key, value in found_B.items()}
 
 
-def summed(stats: Sequence[Mapping[str, float]]) -> dict[str, float]:
+def summed(stats: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
     """Key by key, the sum of a step's shares."""
-    found: dict[str, float] = {}
+    found: dict[str, Tensor | float] = {}
     for row in stats:
         for key, value in row.items():
             found[key] = found.get(key, 0.0) + value
-    return found
+    return {key: float(value) for key, value in found.items()}
 
 
 def averaged(stats: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -18,6 +18,7 @@ T = torch.Tensor
 MAY_CROSS = {T.copy_, torch._foreach_copy_, T.data.__set__, T.__getitem__, T.__setitem__, T.type_as,
              torch._has_compatible_shallow_copy_type}  # fmt: skip
 READ_BY_THE_HOST = {T.numpy, T.__array__}
+WAITS = {T.item, T.tolist, T.cpu, T.nonzero, T.__bool__, T.__float__, T.__int__}  # for all that is queued
 
 
 class WrongDevice(RuntimeError):
@@ -63,7 +64,7 @@ class _Mode(TorchFunctionMode):
     def __init__(self):
         super().__init__()
         self.pinned = []  # bytes of every pinned allocation
-        self.computed = 0  # operations on the accelerator
+        self.computed = self.waits = 0  # operations on the accelerator; how often the host waits for it
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -78,8 +79,7 @@ class _Mode(TorchFunctionMode):
             with self:
                 gradient, *how = (kwargs[key] for key in ("gradient", "retain_graph", "create_graph"))
                 return torch.autograd.backward(args[0], gradient, *how, inputs=kwargs["inputs"])
-        if func == T.record_stream:
-            return None
+        self.waits += func in WAITS and place(args[0]) == CUDA
         if kwargs.pop("pin_memory", False) or func == T.pin_memory:
             found = args[0].clone() if func == T.pin_memory else func(*args, **kwargs)
             self.pinned.append(found.nbytes)

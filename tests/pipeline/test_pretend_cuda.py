@@ -61,9 +61,12 @@ SAME = [("sd35", "pretrain"), ("qwen", "pretrain"), ("world2", "reward"), ("qwen
 
 
 @pytest.mark.parametrize(("kind", "stage"), [pair for pair in product(KINDS, STAGES) if pair not in SAME])
-def test_every_stage_of_every_model_runs_on_an_accelerator(request, tmp_path, rewards, no_pictures, kind, stage):
+def test_every_stage_of_every_model_runs_on_an_accelerator(
+    request, tmp_path, rewards, no_pictures, monkeypatch, kind, stage
+):
     import eval as evaluation
     import train
+    from tiny import judge
 
     base, published = request.getfixturevalue(kind), kind in ("sd35", "qwen")
     flags = ["--out", str(tmp_path), "--name", "r", "--stage", {"full": "opd"}.get(stage, stage), *STAGES[stage]]
@@ -81,7 +84,21 @@ def test_every_stage_of_every_model_runs_on_an_accelerator(request, tmp_path, re
         model = ["--model", str(build_vlm(tmp_path / "vlm"))]
         flags += ["--data", str(root / "pairwise.jsonl"), "--objective", "pairwise", "--holdout", "0.3", *model]
         flags += ["--batch-size", "4", "--micro-batch", "2"]
+    monkeypatch.setattr(judge, "PROMPTS", 60)
     with pretend_cuda() as mode:
         argv = [*command(base.flags, *flags, stage="eval" if stage == "eval" else ""), "--device", "cuda"]
         assert (evaluation if stage == "eval" else train).main(argv) == 0
     assert mode.computed > 100, "on the accelerator, that is"
+
+
+@pytest.mark.parametrize("stage", ["grpo", "opd"])
+def test_the_host_waits_for_the_accelerator_as_often_in_a_long_trajectory_as_in_a_short_one(world, go, stage):
+    """A number that is asked for at each transition would drain the accelerator's queue each time."""
+    waits = []
+    for steps in ("3", "6"):
+        more = ["--num-steps", steps, "--train-steps", "all", "--device", "cuda"]
+        more += ["--window", f"0:{int(steps) - 1}", *(["--task", "text"] if stage == "grpo" else [])]
+        with pretend_cuda() as mode:
+            go(f"{stage}-{steps}", "--stage", stage, *more)
+        waits.append(mode.waits)
+    assert waits[0] == waits[1] > 0

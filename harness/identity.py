@@ -7,7 +7,8 @@ does not go on with other content under the old path.
     weights        of each tensor its name, dtype, shape and a sample of its bytes; neither the order in a file nor the
                    number of files counts
     pictures       size, first and last bytes
-    scorers        options and weights of --rewards, but for the way to a far one; a user's own file: all of its bytes
+    scorers        options and weights of --rewards, but for the way to a far one and for what is only watched; a user's
+                   own file: all of its bytes
 
 LIMIT: of a tensor of more than 12 KiB three pieces of 4 KiB are read, so that 40 GB take seconds. Training changes all
 of them. A change that leaves these pieces as they are is not seen.
@@ -77,7 +78,7 @@ def scorers(asked: Asked) -> str:
         entry["kind"] = [file(Path(where)) if Path(where).is_file() else where, function]
         if os.path.isdir(os.path.expanduser(str(entry.get("model") or "/dev/null"))):  # a trained judge
             entry["model"] = weights(locate(entry["model"], ()), ("*.json",))
-    return joined([json.dumps([found, asked.weights, asked.watch], sort_keys=True)])
+    return joined([json.dumps([found, asked.weights], sort_keys=True)])
 
 
 def weights(where: Path, patterns: Sequence[str]) -> str:

@@ -47,8 +47,9 @@ def load(
         model.precision, model.source = precision, where  # a Hub id stays one: adapters name their base by it
         if gradient_checkpointing:
             model.transformer.enable_gradient_checkpointing()
-    if rescale and not isinstance(model, QwenFlow):
-        raise ModelError(f"--cfg-rescale is Qwen-Image's guidance, and {where} is none: leave it out")
+    for flag, given in (("--cfg-rescale", rescale), ("--source-resolution", source_resolution)):
+        if given and not isinstance(model, QwenFlow):
+            raise ModelError(f"{flag} is for Qwen-Image, and {where} is none: leave it out")
     if rescale:
         model.rescale = True
     return model

@@ -389,7 +389,7 @@ def test_the_model_in_a_folder_is_loaded_as_asked_and_what_it_cannot_do_is_refus
     assert (editor.pipeline, editor.source_side, editor.rescale) == ("QwenImageEditPlusPipeline", 32, True)
     for kind in ("sd35", ""):
         refusal(load(folders, kind).encode, ["a"], [shown(picture(64, 64))])  # they do not edit
-    for option in ({"rescale": True}, {"tiny": True}):
+    for option in ({"rescale": True}, {"source_resolution": 32}, {"tiny": True}):
         refusal(load, folders, "sd35", **option)
 
 

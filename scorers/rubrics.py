@@ -1,7 +1,8 @@
 """Rubrics: what a vision-language judge is asked about a picture, and how its answer is read.
 
-A *rubric* is data. The same words go to a model on this machine (vlm.py) and, as OpenAI-style chat messages
-(`messages`), to one behind an endpoint (remote.py). The same rule (`read`) turns the answer of either into a number.
+A *rubric* is data, its words stand in rubrics.toml. The same words go to a model on this machine (vlm.py) and, as
+OpenAI-style chat messages (`messages`), to one behind an endpoint (remote.py). The same rule (`read`) turns the answer
+of either into a number.
 
     rubric                asks about                           the answer, read by           source
     judge                 quality, instruction, overall        three tags, `overall` counts  F App. A, Fig. 6, Table 4
@@ -24,7 +25,9 @@ scores best with that one: `rubric._replace(user=...)`.
 """
 
 import re
+import tomllib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image
@@ -62,103 +65,14 @@ ONE_TOKEN = {
     "levels": "Answer with one of the words excellent, good, fair, poor, bad and nothing else.",
 }
 
-ALIGNMENT_POINTS = """in this order of importance:
-1. objects: is everything that is named there, and as often as asked?
-2. attributes: are colors, sizes, shapes and materials right?
-3. relations: is everything where it should be relative to the rest?
-4. actions: do figures do what they should, in the pose they should?"""
-ALIGNMENT_SYSTEM = (
-    "You rate from 1 to 5 how faithfully an image shows what a prompt asks for. Beauty does not count. What is "
-    "missing, misread or contradicted does."
-)
-EDITING_POINTS = """1. core: the change itself, without which the edit has failed
-2. extra: everything else that the instruction asks for, and what it implies should stay as it was
-3. coherence: does the result hold together as one picture?"""
-EDITING_SYSTEM = (
-    "You rate from 1 to 5 how well an image was edited. You see the source, the result, and the instruction that "
-    "leads from one to the other."
-)
-ALL = (
-    Rubric(
-        "judge", "overall",
-        "You check images as a profession. You rate a generated image against the instruction that it was made from, "
-        "in three respects, each from 1 to 5.",
-        """Rate the image.
 
-1. Quality. 1-2: blurred, badly lit or a jumble. 3: sharp and well enough lit, but plain. 4-5: crisp, with rich colors
-   and a composition that impresses.
-2. Instruction. 1-2: ignored or contradicted, main elements missing. 3: followed in part, with some main element wrong.
-   4-5: every element of the instruction is there as described.
-3. Overall. The instruction comes before quality: a plain image that shows all that was asked for rates higher than a
-   beautiful one that does not.
+def _rubric(name: str, entry: dict) -> Rubric:
+    """An entry of rubrics.toml; its lists are tuples here."""
+    return Rubric(name, **{key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()})
 
-Be strict: a detail counts only where it can be seen. Go through the instruction keyword by keyword before you rate.
 
-Instruction: {prompt}
-
-Answer in this form, the analysis first:
-<Thought>analysis of quality and of each keyword</Thought>
-<QualityScore>X</QualityScore>
-<InstructionScore>Y</InstructionScore>
-<OverallScore>Z</OverallScore>""",
-        model="Qwen/Qwen3-VL-30B-A3B-Instruct",
-    ),
-    Rubric(
-        "alignment", "expected", ALIGNMENT_SYSTEM,
-        f"Prompt: {{prompt}}\n\nCompare the image with the prompt, {ALIGNMENT_POINTS}\n\nThe total is at most the "
-        "rating of the objects, at most one more than that of the attributes, at most two more than that of the "
-        "relations and at most three more than that of the actions, however good the rest is.",
-    ),
-    Rubric(
-        "alignment_checklist", "alignment", ALIGNMENT_SYSTEM,
-        f"Prompt: {{prompt}}\n\nCompare the image with the prompt, {ALIGNMENT_POINTS}\n\nExplain what you see. Then "
-        "rate each of the four from 1 to 5, or write none where the prompt asks for nothing of the kind, in this "
-        "form:\n<Verdict><Objects>X</Objects><Attributes>X</Attributes><Relations>X</Relations><Actions>X</Actions></Verdict>",
-    ),
-    Rubric(
-        "aesthetic", "expected", "You rate from 1 to 5 how good an image looks. What it shows does not count.",
-        "The image was made from this prompt: {prompt}\n\nRate its looks: balance of the composition, light that could "
-        "be real, textures and materials down to the detail, one style throughout, no artifacts such as smeared or "
-        "repeated texture.",
-    ),
-    Rubric(
-        "portrait", "expected", "You rate from 1 to 5 how good the people in an image look.",
-        "The image was made from this prompt: {prompt}\n\nRate the people in it: faces that attract and whose "
-        "proportions are right, features that belong to one person, skin and hair with real texture. Look for what "
-        "goes wrong often, wrong numbers of fingers, distorted features and impossible proportions of the body, and "
-        "rate an image with any of them 1 or 2.",
-    ),
-    Rubric(
-        "editing", "expected", EDITING_SYSTEM,
-        f"Instruction: {{prompt}}\n\nTake the instruction apart and compare the two images:\n{EDITING_POINTS}\n\nThe "
-        "total is at most the rating of the core, at most one more than that of the extra demands and at most two more "
-        "than that of the coherence, however good the rest is.",
-        images=("source", "picture"),
-    ),
-    Rubric(
-        "editing_checklist", "editing", EDITING_SYSTEM,
-        f"Instruction: {{prompt}}\n\nTake the instruction apart into single demands and compare the two images:\n"
-        f"{EDITING_POINTS}\n\nExplain what you see. Then write, for each core demand and for each extra one, a tag "
-        "with yes or no, and rate the coherence from 1 to 5, in this form:\n<Verdict><Core>yes</Core><Extra>yes</Extra>"
-        "<Extra>no</Extra><Coherence>X</Coherence></Verdict>",
-        images=("source", "picture"),
-    ),
-    Rubric(
-        "unifiedreward", "final", "You are a helpful assistant.",
-        "Here is a caption and an image that was generated from it. Rate the image by two criteria:\n1. Alignment with "
-        "the caption: are its objects, their attributes and their relations right?\n2. Quality of the image: is it "
-        "clear, detailed, right in its colors and pleasing?\nList the key elements of the caption, each as "
-        "'element (type): value' with value 1 where the image shows it and 0 where it does not. Then give one score "
-        "from 1 to 5 after 'Final Score:'.\nCaption: [{prompt}]",
-        model="CodeGoat24/UnifiedReward-7b-v1.5", side=512,
-    ),
-    Rubric(
-        "deqa", "levels", "You rate the technical quality of images.",
-        "How good is the quality of this image: sharpness, noise, exposure, colors, artifacts?",
-        model="zhiyuanyou/DeQA-Score-Mix3",
-    ),
-)  # fmt: skip
-RUBRICS = {rubric.name: rubric for rubric in ALL}
+_TEXTS = tomllib.loads(Path(__file__).with_name("rubrics.toml").read_text(encoding="utf-8"))
+RUBRICS = {name: _rubric(name, entry) for name, entry in _TEXTS.items()}
 
 
 def named(name: str) -> Rubric:

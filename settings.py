@@ -262,6 +262,7 @@ PRESETS: dict[str, dict[str, dict]] = {
     "flow-opd": {
         "": {},
         "curate": dict(train_prompts=2000),
+        "nft": dict(beta=1e-4),  # DiffusionNFT's, in the unit of Q Eq. 9
         "sft": dict(lr=1e-4, steps=300),
         "opd": dict(lr=1e-4, steps=300, prompts_per_step=3, updates=1),
         "reward": VLM_REWARD,

@@ -195,6 +195,7 @@ def test_a_trajectory_with_a_generator_of_its_own_is_the_same_in_every_batch(ker
 # --------------------------------------------------------------------------------------- grid and noise scale
 def test_time_grid_by_hand():
     torch.testing.assert_close(sde.time_grid(4), torch.tensor([1, 0.75, 0.5, 0.25, 0]))
+    assert sde.time_grid(1).tolist() == [1, 0]
     torch.testing.assert_close(sde.time_grid(2, shift=3), torch.tensor([1, 0.75, 0]))  # 3t/(1+2t) at .5 is 1.5/2
     assert sde.time_grid(2, shift=0.5).tolist() == pytest.approx([1, 1 / 3, 0])  # .25/(.25+.5)
     for steps, shift in ((0, 1.0), (3, 0.0)):

@@ -29,7 +29,7 @@ from kl import gaussian_kl
 from sde import Time, Transition, flat_reduce, full_precision, per_sample, require_noise, same_shape, transition_mean
 
 STD_MODES = ("group", "batch", "none")
-SUBSET_MODES = ("all", "first", "random", "uniform")
+SUBSET_MODES = ("all", "first", "random")
 
 # Rewards that differ by less than this share of their size are equal: it is a few float32 roundings. Divided
 # by their own std they would become full-size advantages, a gradient made of rounding errors.
@@ -249,9 +249,9 @@ def timestep_subset(
     - "all": every transition (`count` must not ask for fewer);
     - "first": the `count` noisiest (Flow-GRPO trains the first 9 of 10);
     - "random": `count` different ones from `generator`, drawn one by one with P(n) proportional to
-      num_steps - n, which prefers high noise;
-    - "uniform": `count` different ones, all sets equally likely. Every step is in with pi_n = count / num_steps, so
-      that a mean over the subset is unbiased for the mean over all steps. The two before are an emphasis.
+      num_steps - n, which prefers high noise.
+
+    Both subsets are an emphasis: a mean over them is not that over all steps.
 
     SILENT (Q 4.2): neither the subset nor its weights are given; the linear law is our choice.
     Raises ValueError for a count outside 1..num_steps and an unknown mode.
@@ -261,10 +261,9 @@ def timestep_subset(
     count = num_steps if count is None else count
     if count not in range(1, num_steps + 1) or (mode == "all" and count != num_steps):
         raise ValueError(f"mode {mode!r} cannot train {count} of {num_steps} steps")
-    if mode in ("all", "first"):
+    if mode != "random":
         return list(range(count))
     weights = torch.arange(num_steps, 0, -1, dtype=torch.float64)  # N - n for n = 0..N-1
-    weights = weights if mode == "random" else torch.ones_like(weights)
     return sorted(torch.multinomial(weights, count, replacement=False, generator=generator).tolist())
 
 

@@ -291,3 +291,52 @@ ESTIMATORS: dict[str, Estimator] = {
     f.__name__: f for f in (literal, released, analytic, sampled, path, sampled_path, velocity)
 }
 NEEDS_FUTURE = ("path", "sampled_path")  # a second pass over the stored trajectory; the others train as they walk
+
+
+# --------------------------------------------------------------------------------- which states are learnt from
+# In neither paper. The S states of a trajectory cost alike and teach differently. Of each trajectory, k are learnt
+# from: drawn with p_n and weighed by 1/p_n, so that the mean gradient stays that of all S states.
+def state_probabilities(size_S: Tensor, floor: float = 0.1) -> Tensor:
+    """p_n = (1 - floor) size_n / sum size + floor / S, (S,), float64, sum 1.
+
+    size_S >= 0: the root mean square of the gradient at each state, in any unit; 0 if it is not known, then it counts
+    as the mean of the others. The variance of a drawn state's weighted gradient is least with p_n proportional to it.
+    The floor keeps every p_n >= floor / S, so that no weight exceeds 1 / (k floor).
+    """
+    size_S = size_S.double()
+    known = size_S > 0
+    size_S = torch.where(known, size_S, size_S[known].mean() if known.any() else 1.0)
+    return (1 - floor) * size_S / size_S.sum() + floor / len(size_S)
+
+
+def state_weights(p_S: Tensor, count: int, u_B: Tensor) -> Tensor:
+    """W, (S, B), float32: for every row b, sum_n W_nb L_n has the mean over all states, 1/S sum_n L_n, as its mean.
+
+    Row b draws k = `count` of the S states at the places (u_b + j) / k, j = 0..k-1, of the cumulated p_S, with u_b
+    uniform in [0, 1) (systematic sampling). State n is drawn c_n times, the mean of c_n is k p_n, and
+    W_nb = c_n / (k S p_n). Raises ValueError for a count below 1.
+    """
+    if count < 1:
+        raise ValueError(f"count must be at least 1, got {count}")
+    p_S, places = p_S.double(), (u_B.double()[:, None] + torch.arange(count)) / count  # (B, k)
+    n = torch.bucketize(places, p_S.cumsum(0)[:-1], right=True)  # (B, k) in 0..S-1
+    c_SB = torch.nn.functional.one_hot(n, len(p_S)).sum(1).T
+    return (c_SB / (count * len(p_S) * p_S[:, None])).float()
+
+
+@torch.no_grad()
+def state_size_sq(at: Visit, v: Tensor) -> Tensor:
+    """weight(t)^2 ||v - v_target||^2 / D, (B,), no gradient: the squared gradient of KL_t by v, times D/4."""
+    kl_B = kl_t(at, v)
+    return kl_B * per_sample(time_weight(at.weight, at.step.t, at.step.dt, at.step.sigma), kl_B)
+
+
+def running_size(size_S: Tensor, total_S: Tensor, count_S: Tensor, decay: float = 0.9) -> Tensor:
+    """size <- sqrt(decay size^2 + (1 - decay) total / count), (S,), the sizes of `state_probabilities`.
+
+    total_S: sums of `state_size_sq` over count_S rows of one step. A state seen for the first time gets the root of its
+    mean, one that was not seen keeps its size.
+    """
+    mean_S = total_S / count_S
+    moved_S = torch.where(size_S > 0, decay * size_S.square() + (1 - decay) * mean_S, mean_S).sqrt()
+    return torch.where(count_S > 0, moved_S, size_S)

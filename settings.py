@@ -129,10 +129,9 @@ class Settings:
                           choices=("sde", "cps"))
     window: str = _option("0:9", "START:STOP of the transitions that are stochastic; the others are ODE steps",
                           ("curate", "grpo", "opd"))
-    train_steps: str = _option("all", "which transitions are trained: all; the first, of highest noise; random ones, "
-                               "that favour high noise (not for opd, a bias there); or a uniform draw", (*RL, "opd"),
-                               choices=("all", "first", "random", "uniform"))
-    train_count: int = _option(4, "how many of them", (*RL, "opd"), low=1)
+    train_steps: str = _option("all", "which transitions are trained: all; the first, of highest noise; or random "
+                               "ones, that favour high noise (Q 4.2)", RL, choices=("all", "first", "random"))
+    train_count: int = _option(4, "how many of them", RL, low=1)
     cfg: float = _option(4.5, "guidance scale [w]; 1: without", ("pretrain", *LOADED), low=0.0, high=1000.0)
     guidance: str = _option("both", "what is guided. grpo, nft: rollout and objective, the rollout alone (Q 4.1's "
                             "hybrid), or neither. opd, sft, eval: teachers and student, the teachers (Q 4.3), or "
@@ -179,6 +178,8 @@ class Settings:
                           choices=("kl", "kl_dt", "uniform", "dt", "ode"))
     states: str = _option("sde", "states that the student visits: of F's SDE, or of Q's ODE", ("opd",),
                           choices=("sde", "ode"))
+    drawn_states: int = _option(0, "how many states of a trajectory are learnt from [k], drawn by the size of their "
+                                "gradient and weighed by 1/p (in neither paper); 0: all", ("opd",), low=0, high=1000)
     mar: float = _option(0.02, "weight [lambda; beta in App. A] of manifold anchor regularisation", ("opd",), low=0.0)
     merge_method: str = _option("svd", "how the teachers' updates are averaged", ("merge",),
                                 choices=("cat", "svd", "ties", "factor"))
@@ -220,6 +221,7 @@ UNREAD: dict[str, tuple[dict, ...]] = {
     "noise_level": ({"states": ("ode",)},),
     "kernel": ({"noise_level": (0.0,)},),
     "window": ({"states": ("ode",)}, {"noise_level": (0.0,)}),
+    "drawn_states": ({"estimator": ("path", "sampled_path")},),
     "train_count": ({"train_steps": ("all",)},),
     "cfg": (UNGUIDED[0], NO_PICTURE), "guidance": (UNGUIDED[1], NO_PICTURE), "cfg_rescale": (*UNGUIDED, NO_PICTURE),
     "rewards": ({**TINY, "stage": ("pretrain", "merge", "sft", "opd", "eval")}, NO_SCORE),
@@ -277,7 +279,7 @@ PRESETS: dict[str, dict[str, dict]] = {
         "curate": dict(train_prompts=240),
         "grpo": dict(steps=150, lr=7e-4),
         "sft": dict(steps=100, batch_size=96, lr=1e-3),
-        "opd": dict(steps=100, lr=3e-3, decay=True, prompts_per_step=24, group_size=4, train_steps="all"),
+        "opd": dict(steps=100, lr=3e-3, decay=True, prompts_per_step=24, group_size=4),
         "reward": TINY_REWARD,
     },
     # SILENT (Q 4): the methods are named, and hardly a number. Those here are Flow-GRPO's and DiffusionNFT's, scaled to
@@ -295,7 +297,7 @@ PRESETS: dict[str, dict[str, dict]] = {
         "nft": dict(steps=500, beta=1e-4, updates=1, advantage_clip=1.0, guidance="rollout"),
         "sft": dict(steps=300),
         "opd": dict(
-            steps=500, estimator="velocity", guidance="teacher", group_size=1, prompts_per_step=8, train_steps="all",
+            steps=500, estimator="velocity", guidance="teacher", group_size=1, prompts_per_step=8,
             updates=1,
         ),
         "eval": dict(guidance="teacher"),
@@ -313,7 +315,7 @@ PRESETS: dict[str, dict[str, dict]] = {
         "nft": dict(steps=80, lr=4e-4, beta=1e-4, advantage_clip=1.0, guidance="rollout"),
         "sft": dict(steps=100, batch_size=96),
         "opd": dict(
-            steps=120, lr=3e-3, decay=True, prompts_per_step=24, group_size=4, train_steps="all",
+            steps=120, lr=3e-3, decay=True, prompts_per_step=24, group_size=4,
             estimator="velocity", guidance="teacher",
         ),
         "eval": dict(guidance="teacher"),

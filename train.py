@@ -360,17 +360,21 @@ def distil(s: Settings, load=load) -> Run:
 def distil_step(run: Run, rows: Sequence[Row], experts: Mapping[str, str]) -> list[dict[str, float]]:
     """An optimizer update for each share of a step's rows, on the mean over rows and trained transitions -> metrics."""
     s, stats, trained = run.s, [], rollout.trained_steps(run.s, run.generator("subset"))
-    # Task by task, so that a part mostly has one teacher.
-    shares = [in_step(micro_batches(share, s.micro_batch)) for share in batches(rows, len(rows) // s.updates)]
+    size_S = run.weights.state_size[trained]  # of the gradient at each state, as far as it is known
+    seen_2S = torch.zeros(2, len(trained), device=run.model.device)  # sums over rows of its square, and their number
+    drawn, shares = 0 if s.estimator in opd.NEEDS_FUTURE else s.drawn_states, []
+    for share in batches(rows, len(rows) // s.updates):  # task by task, so that a part mostly has one teacher
+        shares.append(in_step(micro_batches(rollout.draw_states(share, size_S, drawn), s.micro_batch)))
     visited = visits(run, [part for share in shares for part in share], trained, experts)
     if s.updates > 1:  # one old policy draws the rows of all updates (F Eq. 11)
         visited = iter(list(visited))
     for share in shares:
         terms, count = [], sum(row.counts for part in share for row in part)
         for part in share:
-            weight_B = torch.tensor([row.counts / (len(trained) * count) for row in part], device=run.model.device)
+            weight_SB = rollout.weights_of(part, run.model.device) / count  # 1/(S rows), or as states are drawn
             for at, v in next(visited):
-                step, (loss_B, found) = at.step, opd.ESTIMATORS[s.estimator](at, v)  # F Eq. 9-11, Q Eq. 14
+                step, n = at.step, trained.index(at.step.index)
+                loss_B, found = opd.ESTIMATORS[s.estimator](at, v)  # F Eq. 9-11, Q Eq. 14
                 found |= {"loss": loss_B, "gap": sde.flat_reduce((v - at.v_target).square(), "mean")}
                 if at.v_anchor is not None:
                     # DEVIATION (F Eq. 12): w(t) is infinite on the ODE's states; MAR has the estimator's weight.
@@ -378,10 +382,14 @@ def distil_step(run: Run, rows: Sequence[Row], experts: Mapping[str, str]) -> li
                     loss_B = loss_B + s.mar * found["mar"]  # F Eq. 12
                 if step.sigma > 0:  # F Eq. 9 in nats per dimension, for the log
                     found["kl"] = kl.velocity_kl(v, at.v_target, step.t, step.dt, step.sigma, "mean")
-                (loss_B * weight_B).sum().backward()
-                terms.append(shares_of(found, weight_B))
+                (loss_B * weight_SB[n]).sum().backward()
+                terms.append(shares_of(found, weight_SB[n]))
+                learnt_B = weight_SB[n] > 0
+                seen_2S[:, n] += torch.stack([(opd.state_size_sq(at, v) * learnt_B).sum(), learnt_B.sum()])
         found = summed(terms)
         stats.append({**(ratio_stats(found) if "off" in found else found), "grad_norm": run.update()})
+    ranks.average([seen_2S])
+    run.weights.state_size[trained] = opd.running_size(size_S, *seen_2S.double().cpu())
     return stats
 
 
@@ -406,11 +414,12 @@ def visits(
         teachers = partial(label, run, routed, experts.get("anchor"), cond, uncond)  # F Eq. 7
         x, noise = rollout.pure_noise(model, part)
         walk = sde.rollout(student, x, model.time_grid(s.num_steps), level, kernel, window, noise)  # F Eq. 5-6
-        walk = islice(walk, max(trained) + 1)  # no picture is needed: the walk ends at the last trained state
+        learnt = rollout.learnt_in(part, trained, s.parallel)
+        walk = islice(walk, max(learnt) + 1)  # no picture is needed: the walk ends at the last state that teaches
         if s.updates == 1 and s.estimator not in opd.NEEDS_FUTURE:
-            yield single_pass(walk, teachers, trained)
+            yield single_pass(walk, teachers, learnt)
         else:
-            yield replay(walk, teachers, trained, student, s.estimator)
+            yield replay(walk, teachers, learnt, student, s.estimator)
 
 
 def single_pass(walk: Iterator[sde.Transition], teachers: Callable, trained: Sequence[int]) -> Iterator:

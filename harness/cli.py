@@ -302,11 +302,9 @@ def _check_objective(s: Settings) -> None:
         raise SettingsError(f"--estimator {s.estimator} needs the density of an SDE step: use --states sde")
     if s.weight in ("kl", "kl_dt") and s.states == "ode":
         raise SettingsError(f"--weight {s.weight} is infinite without noise: use uniform, dt or ode, or --states sde")
-    if s.train_steps == "random":
-        raise SettingsError("--train-steps random would favour some steps of the KL: use uniform, first or all")
-    if s.estimator in ("path", "sampled_path") and (s.train_steps == "uniform" or settings.window_of(s)[0] > 0):
-        raise SettingsError(f"--estimator {s.estimator} is biased if a step before a trained one has no noise or does "
-                            "not train: start --window at 0, with --train-steps all or first")  # fmt: skip
+    if s.estimator in ("path", "sampled_path") and settings.window_of(s)[0] > 0:
+        raise SettingsError(f"--estimator {s.estimator} is biased if a step before a trained one has no noise: start "
+                            "--window at 0")  # fmt: skip
 
 
 def _check_reward(s: Settings) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -77,6 +78,8 @@ class CountingRun:
     def __init__(self, s: Settings, model: CountingModel, folder: Path):
         self.s, self.model, self.folder = s, model, folder
         self.rank, self.world = ranks.rank_and_world()
+        unknown = torch.zeros(s.num_steps, dtype=torch.float64)  # hence states are drawn alike
+        self.weights = SimpleNamespace(state_size=unknown)
 
     def generator(self, *what: int | str, step: int = 0) -> torch.Generator:
         return torch.Generator().manual_seed(seed_for(self.s.seed, self.s.stage, self.s.task, step, *what))

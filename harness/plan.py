@@ -229,7 +229,8 @@ def _step_lines(s: Settings) -> list[tuple[str, str]]:
         total, learnt = " at a time", ""
         if s.stage != "curate":
             total = f", {s.steps * rows:,} in {s.steps} steps"
-            learnt = f", {len(rollout.trained_steps(s, torch.Generator()))} trained ({s.train_steps})"
+            chosen = f"{s.drawn_states or 'all'} a trajectory" if s.stage == "opd" else s.train_steps
+            learnt = f", {len(rollout.trained_steps(s, torch.Generator()))} trained ({chosen})"
         shape = f"{s.prompts_per_step} prompts x {s.group_size} samples x {every}"
         found.append(("batch", f"{shape} = {rows:,} trajectories{total}; --micro-batch {s.micro_batch}"))
         noisy = f"{start}..{stop - 1} stochastic ({kernel}, level {level:g})" if level and stop > start else "an ODE"

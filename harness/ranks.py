@@ -196,17 +196,17 @@ def gathered(mine: Tensor) -> list[Tensor]:
     return parts
 
 
-def most(number: int) -> int:
-    """The largest of the ranks' numbers. All ranks call this, and all get the same answer."""
-    found = torch.tensor(number)
+def most(numbers: Sequence[int]) -> list[int]:
+    """The largest of the ranks' numbers, place by place. All ranks call this, and all get the same answer."""
+    found = torch.tensor(numbers)
     if dist.is_initialized():
         dist.all_reduce(found, dist.ReduceOp.MAX)
-    return int(found.item())
+    return found.tolist()
 
 
 def any_rank(flag: bool) -> bool:
     """Is the flag set on any rank? All ranks call this."""
-    return bool(most(int(flag)))
+    return bool(most([int(flag)])[0])
 
 
 def wait() -> None:

@@ -1,9 +1,9 @@
 """What does a reader see of a run: pictures with their prompts and scores, curves, tables, one report?
 
-    samples/*.png      grids of pictures, `save_grid`
-    samples/curves.png one curve for each key of metrics.jsonl, `plot_metrics`
-    report.md          the table, accuracies by tag and all pictures, `write_report`
-    results.json       the same numbers for programs
+samples/*.png      grids of pictures, `save_grid`
+samples/curves.png one curve for each key of metrics.jsonl, `plot_metrics`
+report.md          the table, accuracies by tag and all pictures, `write_report`
+results.json       the same numbers for programs
 """
 
 import json

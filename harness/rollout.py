@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import grpo
+import opd
 import sde
 import settings
 from data.batches import prompt_batch, seed_for
@@ -36,11 +37,16 @@ class Row(NamedTuple):
     prompt: Prompt
     seed: int
     counts: bool = True  # False: a repeat without weight, see `in_step`
+    states: tuple[float, ...] = ()  # opd: the weight of each of its S states, see `draw_states`
     x0: Tensor | None = None  # sft: latents that its teacher has drawn
 
     def generator(self) -> torch.Generator:
         """A fresh generator on the CPU: the same noise on any device, rank and micro-batch."""
         return torch.Generator().manual_seed(self.seed)
+
+    def learnt(self) -> tuple[int, ...]:
+        """Which of its S states have a weight."""
+        return tuple(n for n, weight in enumerate(self.states) if weight)
 
 
 def own_prompts(run: Run, prompts: Mapping[str, list[Prompt]], step: int) -> list[tuple[Prompt, str, int]]:
@@ -88,8 +94,9 @@ def is_edit(prompt: Prompt) -> bool:
 
 
 def micro_batches(rows: Sequence[Row], size: int) -> list[Sequence[Row]]:
-    """Rows in parts of at most `size` (0: no limit), in order; no part has both edits and others."""
-    kinds = (list(some) for _, some in groupby(rows, lambda row: is_edit(row.prompt)))
+    """Rows in parts of at most `size` (0: no limit), in order; a part has one kind, edits or others, and one draw of
+    states."""
+    kinds = (list(some) for _, some in groupby(rows, lambda row: (is_edit(row.prompt), row.learnt())))
     return [part for some in kinds for part in batches(some, size)]
 
 
@@ -99,7 +106,35 @@ def in_step(parts: Sequence[Sequence[Row]]) -> list[Sequence[Row]]:
     Edits and others may be cut into fewer parts on one rank than on another. It repeats a row, which does not count.
     """
     spare = [parts[-1][-1]._replace(counts=False)]
-    return [*parts, *[spare] * (ranks.most(len(parts)) - len(parts))]
+    return [*parts, *[spare] * (ranks.most([len(parts)])[0] - len(parts))]
+
+
+def draw_states(rows: Sequence[Row], size_S: Tensor, count: int) -> list[Row]:
+    """The rows with the weights of their S states: all alike (count 0), or of `count` drawn ones, `opd.state_weights`.
+
+    A row's draw is its own, whatever its micro-batch and rank. Rows that learn from the same states lie together, so
+    that their walk ends at the last of them.
+    """
+    if not count:
+        return [row._replace(states=(1 / len(size_S),) * len(size_S)) for row in rows]
+    u_B = torch.stack(
+        [torch.rand((), generator=Row(row.prompt, seed_for("states", row.seed)).generator()) for row in rows]
+    )
+    weights_SB = opd.state_weights(opd.state_probabilities(size_S), count, u_B)
+    rows = [row._replace(states=tuple(own)) for row, own in zip(rows, weights_SB.T.tolist(), strict=True)]
+    return sorted(rows, key=lambda row: (is_edit(row.prompt), row.learnt()))
+
+
+def weights_of(part: Sequence[Row], device: torch.device) -> Tensor:
+    """(S, B): the weight of each state in a row's mean over its states; 0 for a row that does not count."""
+    return torch.tensor([[weight * row.counts for weight in row.states] for row in part], device=device).T
+
+
+def learnt_in(part: Sequence[Row], trained: Sequence[int], parallel: str) -> list[int]:
+    """Which of the S trained transitions a row of the part learns from; under FSDP, where all ranks walk together, a
+    row of any rank's part."""
+    learnt = [int(any(row.states[n] for row in part)) for n in range(len(trained))]
+    return [n for n, on in zip(trained, learnt if parallel == "ddp" else ranks.most(learnt), strict=True) if on]
 
 
 def prompts_of(rows: Iterable[Row]) -> list[Prompt]:
@@ -158,17 +193,20 @@ def noise_of(s: Settings) -> tuple[float, tuple[int, int], str]:
 
 
 def trained_steps(s: Settings, generator: torch.Generator) -> list[int]:
-    """Indices of the transitions that are trained, ascending: a subset (Q 4.2), the same on every rank.
+    """Indices of the transitions that are trained, ascending, the same on every rank: all, or a subset (Q 4.2).
 
-    F's SDE: a subset of the stochastic ones, because an ODE step has no density, hence no ratio and no KL. The ODE (Q
-    Eq. 14, `--states ode`) and the forward process (Q Eq. 8): a subset of all.
+    F's SDE: of the stochastic ones, because an ODE step has no density, hence no ratio and no KL. The ODE (Q
+    Eq. 14, `--states ode`) and the forward process (Q Eq. 8): of all. Distillation trains all of these; `draw_states`
+    chooses among them row by row.
 
     ERRATUM (Q 4.1-4.2): Q draws with a 40-step ODE and optimises GRPO's ratio, which no deterministic step has. Two
     readings are possible, and both are here: a stochastic window at high noise (--stage grpo --window 0:16), or the
     forward-process loss, which needs only the finished picture (--stage nft).
     """
     start, stop = (0, s.num_steps) if walks_ode(s) else settings.window_of(s)
-    count = None if s.train_steps == "all" else min(s.train_count, stop - start)
+    if s.stage == "opd" or s.train_steps == "all":
+        return list(range(start, stop))
+    count = min(s.train_count, stop - start)
     return [start + n for n in grpo.timestep_subset(stop - start, count, s.train_steps, generator=generator)]
 
 

@@ -56,6 +56,8 @@ class Weights:
         self.average = {n: p.detach().clone() for n, p in self.parameters.items()}  # the EMA: what is exported
         # DiffusionNFT's old policy, which draws (Q Eq. 7): it follows the student at a distance
         self.old = {n: p.detach().clone() for n, p in self.parameters.items()} if s.stage == "nft" else {}
+        # How large the gradient is at each state, for `opd.state_probabilities`
+        self.state_size = torch.zeros(s.num_steps if s.stage == "opd" else 0, dtype=torch.float64)
         self.optimizers = optimizers(model, s) if s.stage in TRAINED else []
 
     def update(self, step: int) -> float:
@@ -119,6 +121,7 @@ class Weights:
         tensors = {f"weights.{n}": p.detach() for n, p in self.parameters.items()}
         tensors |= {f"average.{n}": a for n, a in self.average.items()}
         tensors |= {f"old.{n}": o for n, o in self.old.items()}
+        tensors |= {"state_size": self.state_size} if len(self.state_size) else {}
         updates = {}
         for name, p in self.parameters.items():
             for optimizer in self.optimizers:

@@ -7,7 +7,7 @@ hybrid of guided rollouts against densities of torch.distributions; collateral i
 
 import math
 from collections import Counter
-from itertools import combinations, islice
+from itertools import islice
 
 import pytest
 import torch
@@ -390,16 +390,6 @@ def test_random_subset_prefers_high_noise_by_the_stated_law():
     for index, weight in enumerate((4, 3, 2, 1)):
         p = weight / 10
         assert counts[index] / n == pytest.approx(p, abs=4.5 * math.sqrt(p * (1 - p) / n))
-
-
-def test_uniform_subsets_are_equally_likely_and_their_mean_is_unbiased():
-    """Q 4.2 without emphasis: pi_n = count / N, so that the mean over a subset has the mean over all steps."""
-    n, generator, value = 6000, gen(7), torch.tensor([5.0, 1.0, -2.0, 7.0])  # of all steps: 11/4
-    found = [grpo.timestep_subset(4, 2, "uniform", generator=generator) for _ in range(n)]
-    for pair in combinations(range(4), 2):
-        assert found.count(list(pair)) / n == pytest.approx(1 / 6, abs=4.5 * math.sqrt(5 / 36 / n))
-    means = torch.stack([value[subset].mean() for subset in found])
-    assert means.mean().item() == pytest.approx(2.75, abs=4.5 * means.std().item() / n**0.5)
 
 
 def test_mix_schedule_is_three_one_one_in_order_for_ever():

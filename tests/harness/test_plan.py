@@ -83,7 +83,7 @@ def observed(monkeypatch):
 
 RUNS = [
     ("go", "--stage opd"),
-    ("go", "--stage opd --estimator sampled --train-steps uniform --prompts-per-step 6 --updates 2"),
+    ("go", "--stage opd --estimator sampled --drawn-states 1 --prompts-per-step 6 --updates 2"),
     ("go", "--stage opd --cfg 2 --mar 0"), ("go", "--stage sft --cfg 2 --micro-batch 2"), ("go", "--stage pretrain"),
     ("go", "--stage grpo --task text --beta 0.1 --updates 3 --micro-batch 2"),
     ("go", "--stage nft --task mix --mix joint --beta 0.1 --cfg 2 --guidance both"),

@@ -102,7 +102,7 @@ def test_the_qwen_presets_are_qs_methods():
             assert S.window_of(s)[1] < s.num_steps and s.cfg > 1 and s.train_count < s.num_steps
         s = parse(f"--preset {preset}")
         assert (s.guidance, s.estimator, s.weight, s.states, s.mar) == ("teacher", "velocity", "uniform", "ode", 0.0)
-        assert set(s.teachers) == {"t2i", "edit"} and s.cfg > 1 and s.train_steps == "all"
+        assert set(s.teachers) == {"t2i", "edit"} and s.cfg > 1
         table = parse(f"--preset {preset}", prog="eval.py")
         assert (S.student_cfg(table), S.teacher_cfg(table)) == (1.0, s.cfg), "the table draws as the student learnt"
     assert parse("--preset qwen-rl --stage grpo").num_steps == 40 and parse(QWEN).cfg_rescale
@@ -144,7 +144,7 @@ def test_the_help_shows_the_flags_of_a_stage_with_the_values_it_would_have(capsy
     for text, s in ((opd, parse(FLOW)), (grpo, parse("--stage grpo"))):
         found, flags = set(re.findall(r" (--[a-z-]+)", text)), {n: "--" + n.replace("_", "-") for n in S.FIELDS}
         assert {flags[name] for name in S.read_by(s)} <= found, "also those that another flag would give a meaning to:"
-        assert "--train-count" in found and "train_count" not in S.read_by(parse(FLOW))
+        assert "--clip" in found and "clip" not in S.read_by(parse(FLOW))
         others = {flags[n] for n, f in S.FIELDS.items() if s.stage not in f.metadata["stages"]} - {"--weight"}
         assert not found & others and ("--precision" in found) == (s.preset == "flow-opd")
     assert "[0.0001]" in opd and "composition=jieliu/SD3.5M-FlowGRPO-GenEval" in opd and "[0.0007]" in grpo
@@ -257,11 +257,11 @@ REFUSED = [  # the flag or word that the message names first, then a command lin
     *(("--estimator velocity", f"--estimator velocity {more}") for more in ("--weight dt", "--states sde")),
     *(("--weight", f"--states ode --weight {weight}") for weight in ("kl", "kl_dt")),
     ("--estimator sampled", "--states ode --weight dt --estimator sampled"),
-    ("--train-steps", "--train-steps random"), ("--clip", "--estimator sampled --clip 0.1"),
+    ("--clip", "--estimator sampled --clip 0.1"),
     ("--clip", "--updates 2 --clip 0.1"), ("--log-prob", "--estimator path --log-prob sum"),
     ("--log-prob", "--updates 2 --log-prob sum"), ("--advantage-clip", "--updates 2 --advantage-clip 1"),
-    *((f"--estimator {path}", f"--estimator {path} {more}") for path in ("path", "sampled_path") for more in (
-        "--window 1:5", "--train-steps uniform")),
+    *((f"--estimator {path}", f"--estimator {path} --window 1:5") for path in ("path", "sampled_path")),
+    ("--drawn-states", "--estimator path --drawn-states 1"), ("--train-steps", "--stage opd --train-steps first"),
     *(("--guidance", f"--preset tiny-qwen --stage {stage} --guidance {value}") for stage, value in (
         ("grpo", "teacher"), ("nft", "teacher"), ("opd", "rollout"), ("sft", "rollout"), ("curate", "rollout"),
         ("pretrain", "teacher"), ("merge", "rollout"))),
@@ -320,8 +320,8 @@ def test_what_a_stage_reads_is_a_config_that_gives_the_same_settings(tmp_path):
 ALLOWED = [  # each is next to one that is refused
     "--states ode --weight ode",  # DiffusionOPD
     "--weight dt", "--estimator path --weight dt",  # Q Eq. 18's weight on F's states
-    "--estimator sampled_path --train-steps first --train-count 2", "--train-steps uniform",
-    "--estimator sampled --window 1:5 --train-steps uniform", "--estimator released --log-prob sum --advantage-clip 1",
+    "--estimator sampled --window 1:5 --drawn-states 2", "--drawn-states 9",
+    "--estimator released --log-prob sum --advantage-clip 1",
     "--estimator path --updates 2 --clip 0.1 --log-prob sum", "--updates 2",
     "--group-size 1",  # only GRPO, NFT and curation compare within a group
     "--stage curate --noise-level 0",  # the first noise alone makes the samples of a prompt differ

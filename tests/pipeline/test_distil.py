@@ -45,6 +45,37 @@ def test_one_pass_and_a_stored_trajectory_give_one_gradient(go, updates, monkeyp
         assert one.norm() > 0 and close(one, two, 1e-5 * one.abs().max()), estimator
 
 
+@pytest.mark.parametrize("flags", [[], ["--states", "ode", "--weight", "dt"], ["--estimator", "released"]])
+def test_the_mean_gradient_over_the_draws_of_states_is_that_of_all_states(go, updates, world, monkeypatch, flags):
+    """Each state alone with its weight 1 / (S p_n), times p_n, summed over the S states."""
+    flags = ["--mar", "0.3", "--init", str(world.teachers["text"]), *flags]
+    go("all", *flags)
+    expected, S = flat(updates[-1].grads), 3 if "ode" in flags else 2
+    p_S, total = torch.tensor([0.5, 0.2, 0.3][:S]).double() / sum([0.5, 0.2, 0.3][:S]), 0.0
+    for n, p in enumerate(p_S.tolist()):
+        u = p_S[:n].sum() + p / 2  # this place of the cumulated p is in state n
+        monkeypatch.setattr(opd, "state_probabilities", lambda size_S: p_S)
+        monkeypatch.setattr(torch, "rand", lambda *_, u=u, **__: u)
+        go(f"only-{n}", *flags, "--drawn-states", "1")
+        total = total + p * flat(updates[-1].grads)
+    assert expected.norm() > 0 and close(total, expected, 1e-5 * expected.abs().max())
+
+
+def test_states_are_drawn_by_what_they_taught_before(go, spy, world):
+    """The second step's p is of the first one's squared gradients, here told from the visits: w(t)^2 gap."""
+    asked, told = spy(opd, "state_probabilities"), spy(opd, "state_size_sq")
+    go("run", "--drawn-states", "2", "--steps", "2", "--init", str(world.teachers["text"]))
+    first, second = (call.args[0] for call in asked)
+    assert first.tolist() == [0, 0], "nothing is known yet"
+    mean = {n: [] for n in range(2)}
+    for call in told[: sum(1 for _ in told) // 2]:
+        at, v = call.args
+        w = opd.kl_weight(at.step.t, at.step.dt, at.step.sigma)
+        mean[at.step.index].append(w**2 * ((v.detach() - at.v_target) ** 2).mean((1, 2, 3)))
+    for n, found in mean.items():
+        assert second[n].item() == pytest.approx(torch.cat(found).mean().sqrt().item(), rel=1e-5)
+
+
 RATIO = [name for name in opd.ESTIMATORS if name not in ("analytic", "velocity")]
 
 
@@ -117,7 +148,7 @@ def test_every_estimator_logs_its_terms_on_states_of_its_own_kind(go, visits):
         keys = {"step", "loss", "gap", "mar", "grad_norm"} | ({"kl"} if estimator != "velocity" else set())
         keys |= {"ratio_mean", "ratio_std", "clip_fraction"} if estimator in RATIO else set()
         assert metrics(go(estimator, "--estimator", estimator))[0].keys() == keys
-        (one, _), (two, _) = visits()
+        (one, _), (two, _), *_ = visits()
         assert torch.equal(one.step.x_next, two.step.x)
         assert (one.step.sigma == two.step.sigma == 0) == (estimator == "velocity")
 
@@ -133,7 +164,7 @@ def test_each_weight_scales_every_state_by_its_own_formula(go, visits):
     of_ode = {"uniform": lambda t: 1.0, "dt": lambda t: dt, "ode": lambda t: dt**2 / 2}
     for name, expected in {**of_ode, "kl_dt": kl_dt}.items():
         states = "ode" if name in of_ode else "sde"
-        flags = ["--weight", name, "--states", states, "--train-steps", "all"]
+        flags = ["--weight", name, "--states", states]
         line = metrics(go(name, *flags))[0]
         asked = visits()
         loss = sum(expected(at.step.t) * (v - at.v_target).square().mean() for at, v in asked) / len(asked)

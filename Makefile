@@ -30,6 +30,7 @@ test: .venv/installed
 
 test-all: test
 	OMP_NUM_THREADS=1 $(PY) -m bench.kills
+	OMP_NUM_THREADS=1 $(PY) -m bench.bad_input
 	WHOLE_GRID=1 OMP_NUM_THREADS=1 $(PY) -m pytest tests/pipeline/test_world_size.py tests/pipeline/test_flags.py
 
 reproduce: .venv/installed

@@ -57,16 +57,16 @@ class Settings:
     task: str = _option("", "which teacher to train; 'mix' is the baseline that learns every task's rewards (F's "
                         "GRPO-mix, Q's Mix-RL); empty: a teacher for each of --tasks in turn", RL,
                         choices=("", *TASKS, "mix"))
-    steps: int = _option(1000, "optimizer steps (iterations) of the stage", TRAINED, low=0)
+    steps: int = _option(1000, "number of steps: each draws or reads a batch and learns from it", TRAINED, low=0)
     seed: int = _option(0, "seed of everything random: batches, noise, new weights", low=0, high=2**63 - 1)
     resume: bool = _option(True, "continue a run of this name from its last checkpoint; --no-resume starts it anew",
                            (*TRAINED, "curate", "merge"))
-    dry_run: bool = _option(False, "print what the run would do, load no weights, then stop")
+    dry_run: bool = _option(False, "print what the run would do and need, and stop; no weights are loaded")
 
     device: str = _option("auto", "accelerator or processor; auto: an accelerator if there is one",
                           choices=("auto", "cuda", "cpu"), group="where it runs")
-    precision: str = _option("bfloat16", "numbers inside the network; the SDE, losses and trained weights are float32 "
-                             "in any case", (*LOADED, "reward"), choices=("bfloat16", "float32"))
+    precision: str = _option("bfloat16", "numbers inside the network. The SDE, losses and trained weights are always "
+                             "float32", (*LOADED, "reward"), choices=("bfloat16", "float32"))
     parallel: str = _option("ddp", "ddp: every rank holds the whole student; fsdp: its parameters are sharded over "
                             "all ranks (FSDP2); hsdp: sharded within a node, replicated over nodes", LORA,
                             choices=("ddp", "fsdp", "hsdp"))
@@ -109,7 +109,7 @@ class Settings:
                               ("curate", *LORA), choices=("lora", "full"), group="optimizer")
     lr: float = _option(3e-4, "learning rate (AdamW; pretrain: Muon too)", TRAINED, low=0.0, high=10.0)
     warmup: int = _option(0, "steps over which the learning rate rises to --lr", TRAINED, low=0)
-    decay: bool = _option(False, "let the learning rate fall to zero along a cosine as long as --steps", TRAINED)
+    decay: bool = _option(False, "let the learning rate fall to zero at --steps, along a cosine", TRAINED)
     weight_decay: float = _option(1e-4, "decoupled weight decay", TRAINED, low=0.0)
     grad_norm: float = _option(1.0, "largest norm of a gradient; longer ones are scaled down to it", TRAINED, low=0.0)
     ema_decay: float = _option(0.9, "decay of the averaged weights, which are what a checkpoint exports", TRAINED,
@@ -149,12 +149,12 @@ class Settings:
                             "same step draws others, Q 4.1)", RL)
     on_reward_failure: str = _option("stop", "a score that cannot be had: stop the run, or drop its prompt's group",
                                      ("curate", *RL), choices=("stop", "drop"))
-    threshold: float = _option(0.05, "the least range of the reward within a group that is kept (Q 4.2)", ("curate",),
-                               low=0.0)
+    threshold: float = _option(0.05, "a prompt is kept if the rewards of its group differ by more than this (Q 4.2)",
+                               ("curate",), low=0.0)
     objective: str = _option("pointwise", "marks of single pictures (Q Eq. 11), or pairs (Q Eq. 10)", ("reward",),
                              choices=("pointwise", "pairwise"))
 
-    advantage_std: str = _option("group", "what advantages are divided by (--combine sum)", RL,
+    advantage_std: str = _option("group", "standard deviation that advantages are divided by", RL,
                                  choices=("group", "batch", "none"), group="objective")
     advantage_clip: float = _option(5.0, "largest absolute advantage; opd: reward of a step, in nats per dimension",
                                     (*RL, "opd"), low=0.0)
@@ -195,28 +195,31 @@ class Settings:
 
 FIELDS = {f.name: f for f in fields(Settings)}
 
-# When does a stage that reads a field not read it? Under each of the field's conditions here: every other field that a
-# condition names is read by the stage and has one of these values. A flag that is given then is refused (`unread`).
-GIVEN = "anything but an empty value"
-TINY = {"preset": tuple(ASSETS)}  # a tiny world has its own sizes, scorers and judge
-TINY_JUDGE = {**TINY, "stage": ("reward",)}
 # What --guidance may say: a stage refuses values that differ in nothing there.
 GUIDANCE = {
     **dict.fromkeys(RL, ("both", "rollout", "neither")),
     **dict.fromkeys(("sft", "opd", "eval"), ("both", "teacher", "neither")),
     **dict.fromkeys(("pretrain", "curate", "merge"), ("both", "neither")),
 }
+
+# When does a stage that reads a field not read it? Under each of the field's conditions here: every other field that a
+# condition names is read by the stage and has one of these values. A flag that is given then is refused (`unread`).
+GIVEN = "anything but an empty value"
+IN_TINY = {"preset": tuple(ASSETS)}  # a tiny world has its own sizes, scorers and judge
+TINY_JUDGE = {**IN_TINY, "stage": ("reward",)}
 UNGUIDED = {"guidance": ("neither",)}, {"cfg": (1.0,)}
 NO_PICTURE = {"eval_prompts": (0,), "stage": ("pretrain", "merge")}  # these draw test pictures only
+MERGE_ALONE = {"eval_prompts": (0,), "stage": ("merge",)}
 NO_TEST = {"eval_prompts": (0,), "stage": ("pretrain", "merge", *RL, "opd")}
 NO_SCORE = {"eval_prompts": (0,), "stage": ("pretrain", "merge", "sft", "opd")}  # these score test pictures only
 NO_RATIO = {"estimator": ("analytic", "velocity")}
 UNREAD: dict[str, tuple[dict, ...]] = {
-    **dict.fromkeys(("precision", "resolution", "text_length", "source_resolution", "gradient_checkpointing"), (TINY,)),
+    **dict.fromkeys(("precision", "resolution", "text_length", "source_resolution"), (IN_TINY,)),
+    "gradient_checkpointing": (IN_TINY,),
     "parallel": ({"parameters": ("lora",)},),
-    "model": (TINY_JUDGE,), "data": (TINY,),
+    "model": (TINY_JUDGE,), "data": (IN_TINY,),
     "anchor": ({"mar": (0.0,)},),
-    "prompts": (NO_PICTURE,),
+    "prompts": (NO_PICTURE,), **dict.fromkeys(("seed", "tasks", "micro_batch"), (MERGE_ALONE,)),
     **dict.fromkeys(("rank", "alpha"), ({"parameters": ("full",)}, {"init": GIVEN}, TINY_JUDGE)),
     "noise_level": ({"states": ("ode",)},),
     "kernel": ({"noise_level": (0.0,)},),
@@ -224,7 +227,7 @@ UNREAD: dict[str, tuple[dict, ...]] = {
     "drawn_states": ({"estimator": ("path", "sampled_path")},),
     "train_count": ({"train_steps": ("all",)},),
     "cfg": (UNGUIDED[0], NO_PICTURE), "guidance": (UNGUIDED[1], NO_PICTURE), "cfg_rescale": (*UNGUIDED, NO_PICTURE),
-    "rewards": ({**TINY, "stage": ("pretrain", "merge", "sft", "opd", "eval")}, NO_SCORE),
+    "rewards": ({**IN_TINY, "stage": ("pretrain", "merge", "sft", "opd", "eval")}, NO_SCORE),
     "advantage_std": ({"combine": ("normalised",)},),
     "advantage_clip": (NO_RATIO,),
     "clip": ({"updates": (1,), "overlap": (False,)}, {"updates": (1,), "stage": ("opd",)}, NO_RATIO),  # no ratio, or 1
@@ -382,7 +385,7 @@ def test_tasks(s: Settings) -> list[str]:
 
 
 def parts_of(s: Settings) -> tuple[str, ...]:
-    """The stages of --stage all in their order. Merging takes seconds and is needs LoRA teachers: it is first."""
+    """The stages of --stage all in their order. Merging comes before SFT: it takes seconds, and OPD begins there."""
     if known_tasks(s) == QWEN_TASKS:
         return (*(("pretrain",) if is_tiny(s) else ()), "grpo", "opd")
     return (*(("pretrain", "grpo") if is_tiny(s) else ()), "merge", "sft", "opd")

@@ -33,8 +33,8 @@ def linear():
     """Context: a step of the optimizer is linear in the gradient, and a score is a smooth function of the picture.
 
     AdamW's and Muon's own steps turn the rounding noise of a gradient that is nearly zero into whole steps, and a
-    detector turns a picture that differs in its last bits into another score. A prompt whose length is a multiple of
-    four has no score.
+    detector turns a picture that differs in its last bits into another score. A fourth of the prompts has no score if
+    SOME_ARE_LOST is set.
     """
     import pytest
     import torch
@@ -48,7 +48,7 @@ def linear():
         return [torch.optim.AdamW(model.trainable().values(), s.lr, (0.9, 0.99), eps=1.0, weight_decay=s.weight_decay)]
 
     def score(images, prompts):
-        if any(len(p.text) % 4 == 0 for p in prompts) and os.environ.get("SOME_ARE_LOST"):
+        if any(sum(map(ord, p.text)) % 4 == 0 for p in prompts) and os.environ.get("SOME_ARE_LOST"):
             raise RewardError("no score")
         pattern = torch.linspace(-1, 1, images[0].numel()).reshape(images[0].shape).cos()
         return torch.sigmoid(40 * ((images - 0.5) * pattern).mean((1, 2, 3))).tolist()

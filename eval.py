@@ -103,6 +103,7 @@ def compare(s: Settings) -> tuple[dict[str, dict], Path]:
         teachers = {task: rows[f"teacher {task}"]["scores"] for task in prompts if task in experts}
         own = [scores[task] for task, scores in teachers.items() if task in scores]
         notes = [f"Mean of the teachers' own-task scores: {sum(own) / len(own):.3f}."] if own else []
+        notes += load.seen_in_training(s)
         report.write_report(folder, f"Evaluation: {s.name}", rows, notes)
     del lock
     return rows, folder / "report.md"

@@ -512,7 +512,7 @@ def finish(run: Run, panel: Panel | None = None) -> Path:
             report.save_samples(run.folder, "final", result, prompts)
             rows = {s.name: {key: result[key] for key in ("scores", "tags")}}
             run.write_card(run.checkpoint, result["scores"])
-    return tell(run, rows)
+    return tell(run, rows, load.seen_in_training(s) if rows else ())
 
 
 def tell(run: Run, rows: Mapping[str, dict], notes: Sequence[str] = ()) -> Path:

@@ -53,7 +53,6 @@ def passes(rounds: int = 5, warmup: int = 2) -> None:
     def step(stored: bool) -> None:
         run.s = replace(s, estimator="path" if stored else "analytic")  # a path estimator stores the trajectory
         train.distil_step(run, rows, experts)
-        run.update()
 
     pairs = [[seconds_of(lambda: step(stored)) for stored in (False, True)] for _ in range(warmup + rounds)]  # noqa: B023
     single, stored = zip(*pairs[warmup:], strict=True)
@@ -194,7 +193,6 @@ def step(*flags: str, config: dict | None = None, rounds: int = 3) -> dict[str, 
 
     def once() -> None:
         train.distil_step(run, rows, experts)
-        run.update()
         if cuda:
             torch.cuda.synchronize()
 

@@ -77,6 +77,12 @@ def read_own_prompts(s: Settings, split: str) -> dict[str, list[Prompt]]:
     return found
 
 
+def seen_in_training(s: Settings) -> list[str]:
+    """A note for each of the user's prompt files that is both training and test set."""
+    said = "is no folder with a train and a test split: a model that was trained on it has seen its test prompts."
+    return [f"--prompts {task}={path} {said}" for task, path in s.prompts.items() if not Path(path).is_dir()]
+
+
 def panel_of(s: Settings) -> panel.Panel:
     """The scorers that --rewards names, or the tasks' own."""
     return panel.build(asked_of(s), ranks.start(s), s.on_reward_failure == "drop")

@@ -29,6 +29,8 @@ GRPO = ["--stage", "grpo", "--task", "text", "--rewards", "quality=1"]
 def test_own_prompts_replace_those_of_their_task_and_are_cut_for_tests_only(tmp_path):
     (tmp_path / "q.txt").write_text("a beautiful picture of a red circle\na circle\na square\n")
     s = tiny_settings(prompts={"quality": str(tmp_path / "q.txt")})
+    (note,) = load.seen_in_training(s)
+    assert "quality" in note and load.seen_in_training(tiny_settings(prompts={"quality": str(tmp_path)})) == []
     test = load.load_prompts(s, "test", 2, ["text", "quality"])
     assert [p.text for p in test["quality"]] == ["a beautiful picture of a red circle", "a circle"]
     assert test["text"] == tiny.make_prompts("text", "test", 2)

@@ -50,6 +50,7 @@ EVERY_STAGE = {
     "nft": ["--stage", "nft", *TEXT],
     "sft": ["--stage", "sft"],
     "opd": ["--stage", "opd"],
+    "opd, drawn states": ["--stage", "opd", "--drawn-states", "1"],
     "opd, all parameters": ["--stage", "opd", "--parameters", "full"],
 }
 

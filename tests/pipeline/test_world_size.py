@@ -30,10 +30,11 @@ def grid():
         flags = [*RL, "--advantage-std", std, "--updates", str(updates), f"--{overlap}overlap", "--task", *task]
         flags += ["--micro-batch", "3", *(["--on-reward-failure", "drop"] if lost else [])]
         yield "world", stage, flags, ("--prompts-per-step", P), lost
-    for estimator, (updates, P), micro in product(
-        ("analytic", "sampled_path"), ((1, 3), (1, 4), (1, 5), (2, 4), (2, 6)), ("0", "3")
-    ):
-        flags = ["--estimator", estimator, "--mar", "0.1", "--micro-batch", micro, "--updates", str(updates)]
+    for how, (updates, P), micro in product(
+        ("sampled_path", "analytic", "analytic --drawn-states 1", "released --drawn-states 2"),
+        ((1, 3), (1, 4), (1, 5), (2, 4), (2, 6)), ("0", "3"),
+    ):  # fmt: skip
+        flags = ["--estimator", *how.split(), "--mar", "0.1", "--micro-batch", micro, "--updates", str(updates)]
         yield "world", "opd", flags, ("--prompts-per-step", P), False
     for world, stage, rows, micro in product(("world", "world2"), ("sft", "pretrain"), (1, 3, 4), ("0", "2")):
         yield world, stage, ["--micro-batch", micro], ("--batch-size", rows), False

@@ -36,6 +36,7 @@ test-all: test
 reproduce: .venv/installed
 	$(PY) -m bench.flow_opd learning
 	$(PY) -m bench.flow_opd judges
+	$(PY) -m bench.flow_opd states
 	for job in merging guidance timesteps curation student nft; do $(PY) -m bench.qwen_rl $$job; done
 
 bench: .venv/installed

@@ -178,7 +178,7 @@ class Settings:
                           choices=("kl", "kl_dt", "uniform", "dt", "ode"))
     states: str = _option("sde", "states that the student visits: of F's SDE, or of Q's ODE", ("opd",),
                           choices=("sde", "ode"))
-    drawn_states: int = _option(0, "how many states of a trajectory are learnt from [k], drawn by the size of their "
+    drawn_states: int = _option(1, "how many states of a trajectory are learnt from [k], drawn by the size of their "
                                 "gradient and weighed by 1/p (in neither paper); 0: all", ("opd",), low=0, high=1000)
     mar: float = _option(0.02, "weight [lambda; beta in App. A] of manifold anchor regularisation", ("opd",), low=0.0)
     merge_method: str = _option("svd", "how the teachers' updates are averaged", ("merge",),
@@ -246,6 +246,8 @@ VELOCITY = {"weight": "uniform", "states": "ode"}  # what --estimator velocity s
 # teachers, each for the prompts of its data set, and the DeQA teacher, which belongs to no task, as the anchor.
 # The released code differs: G 16, lambda 0.04, epochs OCR 1 : GenEval 3 in turn instead of all tasks in every step, two
 # updates a rollout, rewards clamped at 5, and an OCR teacher of its own, CostaliyA/SD3.5M-FlowGRPO-OCR-3240.
+# DEVIATION (F Eq. 11, Q Eq. 14): the mean over all states of a trajectory is estimated from one that is drawn and
+# weighed by 1/p (`drawn_states`): the same mean gradient for a part of the forwards. --drawn-states 0 is the papers'.
 # DEVIATION (F's code): all ten transitions are noisy there and nine are trained. Here the last one is an ODE step.
 #
 # A reward model's falling rate averages its weights well enough: what it exports are the trained ones (ema_decay=0).
@@ -282,7 +284,7 @@ PRESETS: dict[str, dict[str, dict]] = {
         "curate": dict(train_prompts=240),
         "grpo": dict(steps=150, lr=7e-4),
         "sft": dict(steps=100, batch_size=96, lr=1e-3),
-        "opd": dict(steps=100, lr=3e-3, decay=True, prompts_per_step=24, group_size=4),
+        "opd": dict(steps=200, lr=3e-3, decay=True, prompts_per_step=24, group_size=4),
         "reward": TINY_REWARD,
     },
     # SILENT (Q 4): the methods are named, and hardly a number. Those here are Flow-GRPO's and DiffusionNFT's, scaled to

@@ -5,16 +5,18 @@
     python -m bench.flow_opd judges       pointwise and pairwise reward models (Q Fig. 2) as a reward of GRPO
     python -m bench.flow_opd learning     OPD, its estimators and GRPO-mix on the tiny world; words after it choose
                                           the recipes whose name has one of them (an hour or two on two cores)
+    python -m bench.flow_opd states       all states of a trajectory, or one that is drawn; both tiny worlds
 
     python -m bench.flow_opd picture      README's picture, docs/demo.png, from the runs of `make demo`
 
-`judges` and `learning` train three seeds. Finished runs are not repeated. Each job prints a markdown table.
+`judges`, `learning` and `states` train three seeds. Finished runs are not repeated. Each job prints a markdown table.
 """
 
 import json
 import subprocess
 import sys
 import tempfile
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -23,6 +25,7 @@ import grpo
 import sde
 from bench.runs import SEEDS, ends, parsed, run_job, scores_of, table, trained
 from harness import load, report, rollout
+from harness.run import read_metrics
 from scorers import panel
 from settings import FLOW_TASKS, window_of
 
@@ -107,6 +110,18 @@ def learning(*words: str) -> None:
     table(rows, [*COLUMNS, "gap at first", "gap at last"], "student")
 
 
+def states() -> None:
+    """--drawn-states 1 against all states, from the base: as many steps, and about as many seconds (of the steps)."""
+    for world, steps in (("tiny", 50), ("tiny-qwen", 30)):  # F's SDE, Q's ODE
+        rows: dict[str, list[dict]] = {}
+        for seed, (drawn, count) in product(SEEDS, ((0, steps), (1, steps), (1, 2 * steps))):
+            flags = ["--drawn-states", str(drawn), "--steps", str(count), "--seed", str(seed)]
+            run = trained(f"bench-states-{world}-{drawn}-{count}-{seed}", "--preset", world, "--stage", "opd", *flags)
+            found = {"average": scores_of(run)["average"], "seconds": sum(row["seconds"] for row in read_metrics(run))}
+            rows.setdefault(f"{'one drawn' if drawn else 'all states'}, {count} steps", []).append(found)
+        table(rows, ["average", "seconds"], world)
+
+
 def picture(merged: str = "runs/demo-merge", student: str = "runs/demo-opd") -> None:
     """Eight test prompts by the base, the teacher of each prompt's task, the merged adapter and the student."""
     s = parsed("--preset", "tiny", "--stage", "opd")
@@ -126,4 +141,4 @@ def picture(merged: str = "runs/demo-merge", student: str = "runs/demo-opd") -> 
 
 
 if __name__ == "__main__":
-    run_job("flow_opd", estimators, collateral, judges, learning, picture)
+    run_job("flow_opd", estimators, collateral, judges, learning, states, picture)

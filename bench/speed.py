@@ -46,7 +46,8 @@ def seconds_of(work: Callable) -> float:
 
 def passes(rounds: int = 5, warmup: int = 2) -> None:
     """Seconds of one OPD step, single pass and stored: medians, and the ratio pair by pair."""
-    s = parsed("--preset", "tiny", "--stage", "opd", "--no-resume", "--out", tempfile.mkdtemp())
+    all_states = ["--stage", "opd", "--drawn-states", "0"]
+    s = parsed("--preset", "tiny", *all_states, "--no-resume", "--out", tempfile.mkdtemp())
     prompts, run = load.load_prompts(s, "train", s.train_prompts, task_list(s)), load.student_run(s)
     experts, rows = load.load_teachers(run.model, s), rollout.rows_of(run, prompts, 0)
 
@@ -184,6 +185,7 @@ def step(*flags: str, config: dict | None = None, rounds: int = 3) -> dict[str, 
     parameters, and nothing for what gradient checkpointing computes again.
     """
     s = parsed("--stage", "opd", "--no-resume", "--out", tempfile.mkdtemp(), *flags)
+    s = replace(s, drawn_states=0)  # all states: what a step computes does not depend on a draw
     device, tasks = ranks.start(s), task_list(s)
     config = config or (plan.QWEN_IMAGE if "edit" in tasks else plan.SD35_MEDIUM)
     run, experts = random_run(s, device, config)

@@ -27,13 +27,14 @@ def counted(s):
 # ------------------------------------------------------------------------------------------------------- forwards
 STEPS = [  # by hand: F App. A's 3 x 24 trajectories are 3 micro-batches of 24, guidance doubles their rows
     # the first 9 of 10 steps train. An anchor answers for every row; if it is a teacher, that one is not asked again
-    ("--stage opd", {("student", True): (27, 1296), ("teachers", False): (27, 1296), ("anchor", False): (27, 1296)}),
-    ("--stage opd --anchor quality", {("student", True): (27, 1296), ("teachers", False): (45, 2160)}),
+    ("--stage opd --drawn-states 0",
+     {("student", True): (27, 1296), ("teachers", False): (27, 1296), ("anchor", False): (27, 1296)}),
+    ("--stage opd --drawn-states 0 --anchor quality", {("student", True): (27, 1296), ("teachers", False): (45, 2160)}),
     # a path estimator walks to the last trained state first
     ("--stage opd --estimator path --mar 0",
      {("student", True): (27, 1296), ("student", False): (27, 1296), ("teachers", False): (27, 1296)}),
     # two updates of 72: the rows of both are walked and labelled first
-    ("--stage opd --estimator sampled --mar 0 --prompts-per-step 6 --updates 2",
+    ("--stage opd --drawn-states 0 --estimator sampled --mar 0 --prompts-per-step 6 --updates 2",
      {("student", True): (54, 2592), ("student", False): (54, 2592), ("teachers", False): (54, 2592)}),
     # 6 x 24 trajectories in two updates of 72; beta asks the base at every trained state
     ("--stage grpo --task text",
@@ -42,7 +43,7 @@ STEPS = [  # by hand: F App. A's 3 x 24 trajectories are 3 micro-batches of 24, 
      {("student", True): (60, 2880), ("old policy", False): (120, 5760), ("base", False): (60, 2880)}),
     ("--stage curate", {("student", False): (60, 2880)}),
     # Q's 8 samples in two micro-batches of 4, teachers guided and the student not: every one of 40 ODE steps
-    ("--preset qwen-rl --stage opd", {("student", True): (80, 320), ("teachers", False): (80, 640)}),
+    ("--preset qwen-rl --stage opd --drawn-states 0", {("student", True): (80, 320), ("teachers", False): (80, 640)}),
     # hybrid guidance asks for the two branches one after the other: 12 micro-batches of 4, 40 steps, 8 of 16 trained
     ("--preset qwen-rl --stage grpo --task t2i", {("student", True): (96, 384), ("student", False): (960, 3840)}),
     ("--preset qwen-rl --stage nft --task mix",
@@ -113,7 +114,7 @@ def test_what_is_counted_is_what_a_real_run_computes(start, line, observed, requ
 
 
 def test_ranks_share_what_is_drawn_and_have_steps_of_their_own(monkeypatch):
-    s = parse("--stage opd --eval-prompts 3 --micro-batch 0")
+    s = parse("--stage opd --drawn-states 0 --eval-prompts 3 --micro-batch 0")
     alone = forwards(s, train.distil)
     monkeypatch.setattr(ranks, "rank_and_world", lambda: (1, 2))
     monkeypatch.setenv("RANK", "1")

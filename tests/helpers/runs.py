@@ -12,7 +12,7 @@ TASKS, QWEN_TASKS = ("composition", "text", "quality"), ("t2i", "edit")
 COMMON = [
     *("--prompts-per-step", "3", "--group-size", "2", "--batch-size", "3", "--sft-images", "6", "--rank", "4"),
     *("--num-steps", "3", "--window", "0:2", "--alpha", "8", "--train-prompts", "12", "--eval-steps", "2"),
-    *("--device", "cpu"),
+    *("--drawn-states", "0", "--device", "cpu"),
 ]
 SMALL = ["--preset", "tiny", *COMMON, "--train-steps", "first", "--train-count", "2", "--eval-prompts", "6"]
 SMALL2 = [

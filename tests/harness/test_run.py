@@ -212,6 +212,17 @@ def test_a_time_out_while_resuming_is_no_fault_of_the_checkpoint(toy, monkeypatc
 
 
 # ------------------------------------------------------------------------------------- a stop in good order
+@pytest.fixture
+def in_a_terminal():
+    """The signals as a shell hands them to what it starts in the foreground; nohup and & ignore some."""
+    hands = {sign: signal.default_int_handler if sign == signal.SIGINT else signal.SIG_DFL for sign in runtime.SIGNALS}
+    before = {sign: signal.signal(sign, hand) for sign, hand in hands.items()}
+    yield
+    for sign, hand in before.items():
+        signal.signal(sign, hand)
+
+
+@pytest.mark.usefixtures("in_a_terminal")
 @pytest.mark.parametrize("sign", runtime.SIGNALS)
 @pytest.mark.parametrize(("step", "moment"), [(0, "before"), (0, "after"), (2, "before"), (2, "after")])
 def test_a_signal_saves_the_last_whole_step_and_nothing_is_lost(toy, monkeypatch, step, moment, sign):
@@ -243,6 +254,7 @@ def test_a_signal_saves_the_last_whole_step_and_nothing_is_lost(toy, monkeypatch
     assert same(stored(run.folder), stored(whole.folder)) and metrics(run.folder) == metrics(whole.folder)
 
 
+@pytest.mark.usefixtures("in_a_terminal")
 def test_a_second_ctrl_c_does_not_wait_and_what_nohup_ignores_stays_ignored(toy):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:

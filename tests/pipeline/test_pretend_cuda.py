@@ -96,8 +96,8 @@ def test_the_host_waits_for_the_accelerator_as_often_in_a_long_trajectory_as_in_
     """A number that is asked for at each transition would drain the accelerator's queue each time."""
     waits = []
     for steps in ("3", "6"):
-        more = ["--num-steps", steps, "--train-steps", "all", "--device", "cuda"]
-        more += ["--window", f"0:{int(steps) - 1}", *(["--task", "text"] if stage == "grpo" else [])]
+        more = ["--num-steps", steps, "--device", "cuda", "--window", f"0:{int(steps) - 1}"]
+        more += ["--task", "text", "--train-steps", "all"] if stage == "grpo" else []
         with pretend_cuda() as mode:
             go(f"{stage}-{steps}", "--stage", stage, *more)
         waits.append(mode.waits)

@@ -138,7 +138,7 @@ def policy_loss(
       same state (`sde.transition_mean`), (B, ...), carries the gradient. Where the two are equal, rho is exactly 1.
     - advantage: (B,), clamped to +-advantage_clip (5 in Flow-GRPO): one lucky image must not outweigh its group.
     - guard: GRPO-Guard (arXiv 2510.22319, cited in Q §6): `guard_ratio`, and the term is divided by dt, so that every t
-      pulls alike. Literally by dt, as its code does: the term as a whole grows by about std / dt, and the KL does not.
+      of the SDE pulls alike. Literally by dt, as its code does: the term grows by about std / dt, and the KL does not.
     - mean_ref: the reference's mean, with beta. DEVIATION (Flow-GRPO's code): it divides by 2 sigma^2 where F Eq. 8 has
       2 sigma^2 dt, and by D. That is dt KL / D, i.e. the mean over D of w(t) dt ||v - v_ref||^2, and its beta (0.04;
       0.01 for PickScore) belongs to it. A true KL would count 1 / dt times as much, 3.7 to 25 times on SD3.5's grid.

@@ -111,13 +111,13 @@ class Settings:
     warmup: int = _option(0, "steps over which the learning rate rises to --lr", TRAINED, low=0)
     decay: bool = _option(False, "let the learning rate fall to zero at --steps, along a cosine", TRAINED)
     weight_decay: float = _option(1e-4, "decoupled weight decay", TRAINED, low=0.0)
-    grad_norm: float = _option(1.0, "largest norm of a gradient; longer ones are scaled down to it", TRAINED, low=0.0)
+    grad_norm: float = _option(1.0, "largest norm of a gradient; longer ones are scaled down to it", TRAINED, low=1e-9)
     ema_decay: float = _option(0.9, "decay of the averaged weights, which are what a checkpoint exports", TRAINED,
                                low=0.0, high=1.0)
     ema_every: int = _option(8, "optimizer updates between two updates of the averaged weights", TRAINED, low=1)
     rank: int = _option(32, "LoRA rank r of a new adapter", (*LORA, "reward"), low=1, high=4096)
     alpha: float = _option(64.0, "LoRA alpha of a new adapter; its update is alpha/r * B @ A", (*LORA, "reward"),
-                           low=0.0)
+                           low=1e-6)
     batch_size: int = _option(16, "images a step and process", ("pretrain", "sft", "reward"), low=1)
 
     prompts_per_step: int = _option(6, "prompts [P] a step and process", ROLLOUT, low=1, high=10_000, group="rollout")
@@ -157,14 +157,14 @@ class Settings:
     advantage_std: str = _option("group", "standard deviation that advantages are divided by", RL,
                                  choices=("group", "batch", "none"), group="objective")
     advantage_clip: float = _option(5.0, "largest absolute advantage; opd: reward of a step, in nats per dimension",
-                                    (*RL, "opd"), low=0.0)
+                                    (*RL, "opd"), low=1e-6)
     clip: float = _option(1e-4, "clip range [epsilon] of the policy ratio", ("grpo", "opd"), low=0.0)
     log_prob: str = _option("mean", "the ratio's log-probs over the D latent dimensions: mean as released, sum is "
                             "exact; it moves where the clip bites", ("grpo", "opd"), choices=("mean", "sum"))
     guard: bool = _option(False, "GRPO-Guard: its ratio normalisation, and each step's loss divided by dt", ("grpo",))
-    beta: float = _option(0.04, "grpo: weight of the KL to the base, taken as the mean over D of w(t) dt ||dv||^2: "
-                          "Flow-GRPO's unit and its 0.04 (0.01 for PickScore); nft: of Q Eq. 9's mean square distance "
-                          "of velocities", RL, low=0.0)
+    beta: float = _option(0.04, "grpo: weight of dt KL / D to the base, with the SDE the mean over D of w(t) dt "
+                          "||dv||^2: Flow-GRPO's unit and its 0.04 (0.01 for PickScore); nft: of Q Eq. 9's mean "
+                          "square distance of velocities", RL, low=0.0)
     interpolation: float = _option(1.0, "strength [beta of Q Eq. 7]; 1 / it is the length of a step", ("nft",),
                                    low=1e-6)
     updates: int = _option(2, "optimizer updates per rollout, each on its share of the prompts", (*RL, "opd"), low=1)

@@ -363,8 +363,10 @@ def distil_step(run: Run, rows: Sequence[Row], experts: Mapping[str, str]) -> li
     size_S = run.weights.state_size[trained]  # of the gradient at each state, as far as it is known
     seen_2S = torch.zeros(2, len(trained), device=run.model.device)  # sums over rows of its square, and their number
     drawn, shares = 0 if s.estimator in opd.NEEDS_FUTURE else s.drawn_states, []
-    for share in batches(rows, len(rows) // s.updates):  # task by task, so that a part mostly has one teacher
-        shares.append(in_step(micro_batches(rollout.draw_states(share, size_S, drawn), s.micro_batch)))
+    alone = bool(run.model.hosted)  # full-checkpoint teachers take turns: a part has one task, hence one teacher
+    for share in batches(rows, len(rows) // s.updates):
+        share = rollout.draw_states(share, size_S, drawn, alone)
+        shares.append(in_step(micro_batches(share, s.micro_batch, alone)))
     visited = visits(run, [part for share in shares for part in share], trained, experts)
     if s.updates > 1:  # one old policy draws the rows of all updates (F Eq. 11)
         visited = iter(list(visited))
@@ -403,11 +405,10 @@ def visits(
     """
     s, model = run.s, run.model
     level, window, kernel = rollout.noise_of(s)
-    needed = [{experts[row.prompt.task] for row in part} for part in parts]
-    for i, part in enumerate(parts):
+    for part in parts:
         run.stop_if_asked()
-        # A full-checkpoint teacher is fetched while the part before its own computes, and sent away after its last.
-        model.keep(needed[i] | needed[(i + 1) % len(parts)] | {experts.get("anchor", "")})
+        # "Only the active teacher is loaded onto the GPU" (Q 4.3): a full checkpoint is sent away after its part.
+        model.keep({experts[row.prompt.task] for row in part} | {experts.get("anchor", "")})
         cond, uncond = rollout.conditions(model, prompts_of(part), settings.teacher_cfg(s))
         student = rollout.field(model, cond, uncond, settings.student_cfg(s))  # v_theta(x, t, c)
         routed = opd.route([row.prompt.task for row in part], experts)  # k = R(c)

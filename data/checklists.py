@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from rewards import MAX_PER_CLASS
 
 NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four"}
+OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 # GenEval's own training mix. `single_object` is never trained on, so its test score is out of distribution.
 TAG_MIX = {"position": 7, "counting": 5, "color_attr": 3, "colors": 1, "two_object": 1}
 TEST_TAGS = ("single_object", *TAG_MIX)
@@ -75,6 +76,9 @@ def impossible(metadata: Mapping) -> str:
             return f"include[{i}]: the same {name!r} in {' and '.join(sorted(colors))}"
         if any(e["class"] == name and e["count"] <= count for e in exclude):
             return f"include[{i}]: {count} of {name!r}, and an exclude forbids so many"
+        places = {tuple(e["position"]) for e in entries if e["class"] == name and e.get("position")}
+        if any((OPPOSITE.get(relation), other) in places for relation, other in places):
+            return f"include[{i}]: the same {name!r} on two opposite sides of one thing"
         relation, passed = entry.get("position", [""])[0], [i]
         while entries[passed[-1]].get("position", [None])[0] == relation:  # a chain such as left of, left of, ...
             passed.append(entries[passed[-1]]["position"][1])

@@ -271,15 +271,21 @@ def _check_names(s: Settings) -> None:
     for task in (*s.teachers, *(set(s.prompts) - {"auto"}), *own, *(settings.task_list(s) or [s.tasks])):
         if task not in known:
             raise SettingsError(f"task {task!r}: choose from {', '.join(known)}")
+    if len(set(tasks := settings.task_list(s))) < len(tasks):
+        raise SettingsError(f"--tasks {s.tasks}: names a task twice")
     if s.stage == "pretrain" and not is_tiny(s):
         raise SettingsError("--stage pretrain makes a tiny world's base: add --preset tiny")
 
 
 def _check_rollout(s: Settings) -> None:
     start, stop = settings.window_of(s)
-    if (s.stage == "grpo" or (s.stage == "opd" and s.states == "sde")) and (start >= stop or s.noise_level == 0):
+    if (s.stage == "grpo" or (s.stage == "opd" and s.states == "sde")) and (start >= stop or s.noise_level < 1e-3):
         way = ", or use --states ode" if s.stage == "opd" else ""
-        raise SettingsError(f"--stage {s.stage} needs noise: widen --window and set --noise-level above 0{way}")
+        raise SettingsError(
+            f"--stage {s.stage} needs noise: widen --window and set --noise-level to 0.001 or more{way}"
+        )
+    if s.stage == "grpo" and s.guard and s.kernel == "cps":
+        raise SettingsError("--guard makes the steps of the SDE pull alike, not those of --kernel cps: leave one out")
     updates = 1 if s.stage == "curate" else s.updates
     if s.prompts_per_step % updates:
         raise SettingsError(f"--updates {s.updates} must divide --prompts-per-step {s.prompts_per_step}")

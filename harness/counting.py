@@ -33,7 +33,7 @@ class CountingModel(flow.FlowModel):
     The latents are small, because no count depends on their size.
     """
 
-    latent_shape, precision, device = (1, 2, 2), "float32", torch.device("cpu")
+    latent_shape, precision, device, hosted = (1, 2, 2), "float32", torch.device("cpu"), ()
 
     def __init__(self):
         self.who, self.moment, self.found = "student", "before", {}  # who computes, when, and what was counted

@@ -93,11 +93,14 @@ def is_edit(prompt: Prompt) -> bool:
     return "image" in prompt.metadata
 
 
-def micro_batches(rows: Sequence[Row], size: int) -> list[Sequence[Row]]:
+def micro_batches(rows: Sequence[Row], size: int, by_task: bool = False) -> list[Sequence[Row]]:
     """Rows in parts of at most `size` (0: no limit), in order; a part has one kind, edits or others, and one draw of
-    states."""
-    kinds = (list(some) for _, some in groupby(rows, lambda row: (is_edit(row.prompt), row.learnt())))
-    return [part for some in kinds for part in batches(some, size)]
+    states; by_task: one task, too."""
+
+    def kind(row: Row) -> tuple:
+        return is_edit(row.prompt), row.learnt(), by_task and row.prompt.task
+
+    return [part for _, some in groupby(rows, kind) for part in batches(list(some), size)]
 
 
 def in_step(parts: Sequence[Sequence[Row]]) -> list[Sequence[Row]]:
@@ -109,11 +112,11 @@ def in_step(parts: Sequence[Sequence[Row]]) -> list[Sequence[Row]]:
     return [*parts, *[spare] * (ranks.most([len(parts)])[0] - len(parts))]
 
 
-def draw_states(rows: Sequence[Row], size_S: Tensor, count: int) -> list[Row]:
+def draw_states(rows: Sequence[Row], size_S: Tensor, count: int, by_task: bool = False) -> list[Row]:
     """The rows with the weights of their S states: all alike (count 0), or of `count` drawn ones, `opd.state_weights`.
 
     A row's draw is its own, whatever its micro-batch and rank. Rows that learn from the same states lie together, so
-    that their walk ends at the last of them.
+    that their walk ends at the last of them; by_task: within their task.
     """
     if not count:
         return [row._replace(states=(1 / len(size_S),) * len(size_S)) for row in rows]
@@ -122,7 +125,8 @@ def draw_states(rows: Sequence[Row], size_S: Tensor, count: int) -> list[Row]:
     )
     weights_SB = opd.state_weights(opd.state_probabilities(size_S), count, u_B)
     rows = [row._replace(states=tuple(own)) for row, own in zip(rows, weights_SB.T.tolist(), strict=True)]
-    return sorted(rows, key=lambda row: (is_edit(row.prompt), row.learnt()))
+    order = {task: i for i, task in enumerate(dict.fromkeys(row.prompt.task for row in rows)) if by_task}
+    return sorted(rows, key=lambda row: (is_edit(row.prompt), order.get(row.prompt.task), row.learnt()))
 
 
 def weights_of(part: Sequence[Row], device: torch.device) -> Tensor:

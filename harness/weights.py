@@ -83,7 +83,7 @@ class Weights:
             optimizer.step()
             optimizer.zero_grad()
         done = self.updates()
-        if done % s.ema_every == 0:
+        if done % s.ema_every == 0 or step + 1 == s.steps:  # a short run would export its start, otherwise
             # With ema_decay alone the average would remember the start for long; n/(9+n) lets it follow at first.
             decay = min(s.ema_decay, done / (9 + done))
             torch._foreach_lerp_([own(a) for a in self.average.values()], self.now(), 1 - decay)

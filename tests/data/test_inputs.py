@@ -181,6 +181,7 @@ FAULTS = [  # task, the third line of a file, what its message names
     *(("composition", two(*bad), "no picture can pass") for bad in (
         [cat(color="red"), cat(color="blue")], [cat(), cat(position=["left of", 1])], [cat(count=17)],
         [cat(position=["left of", 2]), {"class": "dog", "count": 1, "position": ["left of", 1]}],
+        [{"class": "dog", "count": 1}, cat(position=["left of", 0]), cat(position=["right of", 0])],
         [cat(position=["above", 2]), {"class": "dog", "count": 1, "position": ["above", 3]},
          {"class": "bus", "count": 1, "position": ["above", 1]}],
     )),

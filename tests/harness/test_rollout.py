@@ -122,8 +122,14 @@ def test_a_batch_is_shared_evenly_and_the_first_tasks_take_the_rest():
     assert len({row.seed for row in rows}) == 9, "and each with noise of its own"
 
 
-@pytest.mark.parametrize("changes", [{}, {"stage": "grpo", "task": "text"},
-                                     *({"stage": "grpo", "task": "mix", "mix": mix} for mix in ("turns", "joint"))])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"stage": "grpo", "task": "text"},
+        *({"stage": "grpo", "task": "mix", "mix": mix} for mix in ("turns", "joint")),
+    ],
+)
 @pytest.mark.parametrize("updates", [1, 2])
 @pytest.mark.parametrize("world", [2, 3])
 @pytest.mark.parametrize("each", [4, 6, 8])  # prompts a rank: with three tasks, some remainder everywhere

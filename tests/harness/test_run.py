@@ -43,11 +43,14 @@ def checkpoints(run):
 
 
 # ------------------------------------------------------------------------------------- one optimizer update
-@pytest.mark.parametrize("decay, warmup, every, updates", [(False, 2, 1, 1), (True, 2, 1, 1), (False, 0, 2, 2)])
+@pytest.mark.parametrize(
+    "decay, warmup, every, updates", [(False, 2, 1, 1), (True, 2, 1, 1), (False, 0, 2, 2), (False, 0, 5, 1)]
+)
 def test_an_update_by_hand(toy, monkeypatch, decay, warmup, every, updates):
     # AdamW in numpy float64: m, v with betas (0.9, 0.99), bias correction, decoupled weight decay 0.5, clipped at 1.
     # lr(s) = 0.1 * min(1, (s+1)/warmup) [* (1/2 + cos(pi s/3)/2)] of step s, of which each has `updates`.
-    # EMA after n updates: decay = min(0.2, n/(9+n)) = 1/10, 2/11, 0.2, at every `every`-th *update*.
+    # EMA after n updates: decay = min(0.2, n/(9+n)) = 1/10, 2/11, 0.2, at every `every`-th *update* and in the last
+    # step.
     # The old policy: its own decay, once after the last update of a step; between them it does not move.
     run = toy(**NFT, decay=decay, warmup=warmup, weight_decay=0.5, ema_decay=0.2, ema_every=every)
     schedule = [0.6, 0.5, 0.25]
@@ -66,7 +69,7 @@ def test_an_update_by_hand(toy, monkeypatch, decay, warmup, every, updates):
         m, v = 0.9 * m + 0.1 * g, 0.99 * v + 0.01 * g**2
         w = w * (1 - lr * 0.5)
         w = w - lr * (m / (1 - 0.9**n)) / (np.sqrt(v / (1 - 0.99**n)) + 1e-8)
-        if n % every == 0:
+        if n % every == 0 or step == 2:
             follow = [1 / 10, 2 / 11, 0.2][n - 1]
             mean = follow * mean + (1 - follow) * w
         if n % updates == 0:

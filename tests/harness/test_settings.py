@@ -253,7 +253,9 @@ REFUSED = [  # the flag or word that the message names first, then a command lin
     ("--objective", "--stage reward --objective pairwise --batch-size 5"),
     # what no equation covers
     ("--kernel", "--stage curate --kernel cps --window 0:6"), ("--kernel", "--stage grpo --kernel cps --window 0:6"),
-    ("--kernel", "--stage grpo --kernel cps --noise-level 1.5"),
+    ("--kernel", "--stage grpo --kernel cps --noise-level 1.5"), ("--guard", "--stage grpo --guard --kernel cps"),
+    ("--stage opd", "--noise-level 1e-9"), ("--tasks", "--tasks text,composition,text"), ("--alpha", "--alpha 0"),
+    ("--grad-norm", "--grad-norm 0"), ("--advantage-clip", "--stage grpo --advantage-clip 0"),
     *(("--estimator velocity", f"--estimator velocity {more}") for more in ("--weight dt", "--states sde")),
     *(("--weight", f"--states ode --weight {weight}") for weight in ("kl", "kl_dt")),
     ("--estimator sampled", "--states ode --weight dt --estimator sampled"),

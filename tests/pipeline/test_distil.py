@@ -184,14 +184,14 @@ def test_sd35s_rows_are_labelled_by_their_own_teacher_whatever_its_kind(real, sd
     drawn = spy(rollout, "rows_of")
     real("run")
     rows, asked = drawn[0].result, visits()
-    assert len(asked) == 2 * 2, "two micro-batches of three rows, two trained steps"
+    assert len(asked) == 3 * 2, "a micro-batch a task, for the full teacher is alone on the device; two trained steps"
     texts = [row.prompt.text for row in rows]
     with torch.no_grad():
         v, empty, pooled, no_pooled = stock.encode_prompt(texts, None, None, max_sequence_length=16)
 
     def velocity(transformer, x, t, i):
         def branch(tokens, pooled):
-            return transformer(x, tokens, pooled, torch.full((3,), t * 1000), return_dict=False)[0]
+            return transformer(x, tokens, pooled, torch.full((2,), t * 1000), return_dict=False)[0]
 
         with torch.no_grad():
             away, toward = branch(empty[i], no_pooled[i]), branch(v[i], pooled[i])
@@ -205,7 +205,7 @@ def test_sd35s_rows_are_labelled_by_their_own_teacher_whatever_its_kind(real, sd
     composition = PeftModel.from_pretrained(fresh(), sd35.teachers["composition"])
     teachers, base = {"composition": composition, "text": stock.transformer, "quality": whole}, fresh()
     for number, (at, v_student) in enumerate(asked):
-        i, x, t = slice(0, 3) if number < 2 else slice(3, 6), at.step.x, at.step.t
+        i, x, t = slice(number // 2 * 2, number // 2 * 2 + 2), at.step.x, at.step.t
         assert close(v_student.detach(), velocity(base, x, t, i), 1e-4), "the student begins as the base"
         assert close(at.v_anchor, velocity(whole, x, t, i), 1e-4), "the anchor answers for every row"
         for row, task in enumerate([row.prompt.task for row in rows[i]]):
@@ -216,9 +216,11 @@ def test_sd35s_rows_are_labelled_by_their_own_teacher_whatever_its_kind(real, sd
 
 def test_sd35_is_distilled_without_a_vae_and_without_a_reward(real, spy, updates):
     """The evaluation alone decodes and scores, after the last step."""
-    decoded, built = spy(sd3.SD35Model, "decode"), spy(scoring, "build")
-    real("unscored", "--eval-prompts", "0")
+    decoded, built, kept = spy(sd3.SD35Model, "decode"), spy(scoring, "build"), spy(sd3.SD35Model, "keep")
+    real("unscored", "--eval-prompts", "0", "--micro-batch", "0", "--drawn-states", "2")
     assert not decoded and not built and len(updates) == 1
+    names = [{*call.args[1]} - {"", "anchor"} for call in kept]
+    assert max(map(len, names)) == 1 and set.union(*names) == {f"teacher:{t}" for t in TASKS}, "teachers take turns"
     real("scored", "--rewards", "jpeg=1")
     assert len(decoded) == 3 and len(built) == 1, "a test prompt a task"
 

@@ -104,9 +104,7 @@ def interrupt(at):
     patch.setattr(Run, "update", update)
 
 
-@pytest.mark.parametrize(
-    ("family", "objective"), [("qwen2_5_vl", "pointwise"), ("qwen3_vl", "pairwise")]
-)
+@pytest.mark.parametrize(("family", "objective"), [("qwen2_5_vl", "pointwise"), ("qwen3_vl", "pairwise")])
 def test_a_vlm_of_each_family_learns_and_resumes_to_the_same_bits(marked, tmp_path, monkeypatch, family, objective):
     monkeypatch.setattr(vlm_trained, "QUESTION", "{prompt}?")
     base = build_vlm(tmp_path / "base", family)

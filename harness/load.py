@@ -119,7 +119,9 @@ def inputs_of(s: Settings) -> dict[str, str]:
     if s.stage == "opd" and s.mar > 0:  # also if it is one of the teachers
         places["anchor"] = s.teachers.get(s.anchor, s.anchor)
     for name, where in places.items():
-        found[flag_of(name)] = identity.weights(hub.locate(where), (*hub.ADAPTER_FILES, *hub.TRANSFORMER_FILES))
+        place = hub.locate(where)
+        place = hub.lora_file(place) if hub.kind(place) == "file" else place
+        found[flag_of(name)] = identity.weights(place, (*hub.ADAPTER_FILES, *hub.TRANSFORMER_FILES))
     for task, path in read.get("prompts", {}).items():
         if data.holds_split(path, "train"):
             found[f"--prompts {task}"] = identity.data(data.prompt_file(Path(path), "train"))
@@ -144,8 +146,8 @@ def locate_all(s: Settings) -> None:
         try:
             if name in base:
                 hub.locate(where, base_files(s))
-            else:
-                hub.kind(hub.locate(where))
+            elif hub.kind(place := hub.locate(where)) != "full":
+                lora.read_factors(place)  # what is not finite is found before the base is loaded
         except hub.ModelError as fault:
             raise hub.ModelError(f"{flag_of(name)}: {fault}") from fault
     if ranks.local_rank() == 0:

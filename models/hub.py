@@ -1,7 +1,7 @@
 """Where are a model's files, what do they hold, and are they whole?
 
     locate(where)          what a user writes (a folder, a file, a run, a Hub id) -> a folder
-    kind(folder)           "peft", "diffusers" or "full": an adapter in either layout, or a whole transformer
+    kind(place)            "peft", "file" or "full": PEFT's folder, a LoRA in one file, or a whole transformer
     read_part, read_transformer  a part of a pipeline through diffusers or transformers, every weight checked
     fingerprint(folder)    a hash of the weights, by which an adapter knows its base
 
@@ -20,6 +20,7 @@ import huggingface_hub
 import torch
 import transformers
 from diffusers import QwenImageTransformer2DModel, SD3Transformer2DModel, logging
+from safetensors import safe_open
 
 from data.common import first_line
 
@@ -53,16 +54,19 @@ class ModelError(ValueError):
 def locate(where: str | Path, patterns: Sequence[str] = (*ADAPTER_FILES, *TRANSFORMER_FILES)) -> Path:
     """The folder that a user means by a model, teacher, anchor or init; the Hub's files are fetched to its cache.
 
-    A folder is itself, a run's folder stands for its last checkpoint, an adapter's weight file for its folder.
+    A folder is itself, a run's folder stands for its last checkpoint, an adapter's file of a known name for its folder.
+    Where an adapter may be, a .safetensors file of another name is itself.
     What is no path (see `hub_id`) is a Hub id, `owner/name[/folder][@revision]`. Of it, only files that match
     `patterns` (relative to the folder) and are no pickles are fetched. ModelError, one line that says what to do.
     """
     where = str(where)
     path = Path(os.path.expanduser(where))
     if path.is_file():
-        if path.name not in ADAPTER_FILES:
-            raise ModelError(f"{path}: neither a folder nor one of {', '.join(ADAPTER_FILES)}; give its folder")
-        return path.parent
+        if path.name in ADAPTER_FILES:
+            return path.parent
+        if path.suffix == ".safetensors" and LORA_FILE in patterns:
+            return path
+        raise _not_a_folder(path)
     if where and path.is_dir():
         return last_checkpoint(path) or path
     if not hub_id(where):
@@ -111,22 +115,52 @@ def _download(where: str, patterns: Sequence[str]) -> Path:
     return folder
 
 
-def kind(folder: Path) -> str:
-    """What a folder holds: "peft" (preferred if both are there), "diffusers", or "full", a whole transformer."""
-    folder = Path(folder)
-    found = [name for name in ADAPTER_FILES if (folder / name).is_file()]
-    if set(PEFT_FILES) <= set(found):
+def kind(place: Path) -> str:
+    """What is there: "peft" (preferred if several are there), "file", a LoRA in one file, or "full", a transformer."""
+    place = Path(place)
+    if all((place / name).is_file() for name in PEFT_FILES):
         return "peft"
-    if LORA_FILE in found:
-        return "diffusers"
-    file = folder / "config.json"
+    if (place / LORA_FILE).is_file():
+        return "file"
+    file = place / "config.json"
     named = str(read_json(file).get("_class_name", "")) if file.is_file() else ""
-    if (folder / "transformer" / "config.json").is_file() or named.endswith("Transformer2DModel"):
+    if (place / "transformer" / "config.json").is_file() or named.endswith("Transformer2DModel"):
         return "full"
-    raise ModelError(
-        f"{folder}: neither an adapter nor a model in safetensors; expected {' and '.join(PEFT_FILES)} (PEFT), "
-        f"{LORA_FILE} (diffusers) or transformer/config.json (a full checkpoint)"
-    )
+    if not any("lora" in key for key in _keys(lora_file(place))):
+        raise _not_a_folder(lora_file(place))
+    return "file"
+
+
+def lora_file(place: Path) -> Path:
+    """The file of a LoRA in one file: `place` itself, or diffusers' name in it, or its only .safetensors file."""
+    if place.is_file() or (place / LORA_FILE).is_file():
+        return place if place.is_file() else place / LORA_FILE
+    found = sorted(file for file in place.glob("[!.]*.safetensors") if file.name not in PEFT_FILES)
+    if len(found) > 1:
+        raise ModelError(f"{place}: holds {len(found)} safetensors files; give one of them, as {found[-1]}")
+    if not found or (place / "config.json").is_file():
+        raise ModelError(
+            f"{place}: neither an adapter nor a model in safetensors; expected {' and '.join(PEFT_FILES)} (PEFT), "
+            f"{LORA_FILE} or one other .safetensors file (a LoRA), or transformer/config.json (a full checkpoint)"
+        )
+    return found[0]
+
+
+def _keys(file: Path) -> list[str]:
+    """The names of a file's tensors, from its header."""
+    with reading(file, "safetensors"), safe_open(file, "pt") as opened:
+        return list(opened.keys())
+
+
+def _not_a_folder(file: Path) -> ModelError:
+    """Of a file that is no adapter: with the command that makes a folder of it, if it is a single-file checkpoint."""
+    keys = " ".join(_keys(file)) if file.suffix == ".safetensors" else ""
+    made = "StableDiffusion3Pipeline" if "joint_blocks." in keys else "QwenImageTransformer2DModel"
+    if "joint_blocks." not in keys and ".img_mod." not in keys or "lora" in keys:
+        return ModelError(f"{file}: neither a folder nor a LoRA in safetensors, as {', '.join(ADAPTER_FILES)}")
+    into = str(file.with_suffix("") if made.endswith("Pipeline") else file.with_suffix("") / "transformer")
+    command = f"from diffusers import {made} as M; M.from_single_file({str(file)!r}).save_pretrained({into!r})"
+    return ModelError(f'{file}: a single-file checkpoint; make a folder of it: python -c "{command}"')
 
 
 @contextmanager
@@ -189,6 +223,14 @@ def read_transformer(folder: Path, dtype: torch.dtype, like: dict | None = None)
 
 def read_weights(kind: type, folder: Path, dtype: torch.dtype, strict: bool = False):
     """A module from its own library, frozen. ValueError if its file lacks a tensor, or has one too many if `strict`."""
+    files = [file.name for file in folder.glob("*.safetensors")]
+    if files and all(".fp16" in name for name in files):
+        whole = (folder.parent / "model_index.json").is_file()
+        made, place = ("DiffusionPipeline", folder.parent) if whole else (kind.__name__, folder)
+        module = "diffusers" if whole else kind.__module__.partition(".")[0]
+        command = f"from {module} import {made} as M; M.from_pretrained({str(place)!r}, variant='fp16')"
+        command += f".save_pretrained({f'{place}-full'!r})"
+        raise ValueError(f'it holds fp16 copies only; write the usual files: python -c "{command}"')
     # low_cpu_mem_usage stays at its default: weights go straight from the file into place
     options = {"torch_dtype": dtype, "use_safetensors": True, "output_loading_info": True}
     module, found = kind.from_pretrained(folder, **options)

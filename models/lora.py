@@ -5,17 +5,21 @@ alpha / r * B @ A. A reader that loses alpha takes r for it, and the pictures ar
 
     PEFT        adapter_config.json (r, lora_alpha, targets) and adapter_model.safetensors,
                 keys `base_model.model.MODULE.lora_A.weight`. What public teachers come in.
-    diffusers   pytorch_lora_weights.safetensors, keys `transformer.MODULE.lora_A.weight`. alpha stands in the file's
-                metadata, or in entries of its own, or nowhere. What `load_lora_weights` reads.
+    one file    of any name, diffusers' is pytorch_lora_weights.safetensors, keys `transformer.MODULE.lora_A.weight`;
+                other trainers spell them otherwise (`KEY`, `PREFIXES`). alpha stands in the file's metadata, or in
+                entries of its own, or nowhere.
 
-The libraries' own readers and writers do the work. What they only warn of is an error here.
+Modules may differ in r and alpha. What is read has one of each: see `_one_scale`. What libraries only warn of is an
+error here.
 """
 
 import copy
+import json
 import math
 import re
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -23,11 +27,11 @@ from pathlib import Path
 import diffusers
 import safetensors.torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
-from peft.utils import load_peft_weights
+from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from models.hub import LORA_FILE, PEFT_FILES, ModelError, base_and_revision, hub_id, kind, reading
+from models.hub import PEFT_FILES, ModelError, base_and_revision, hub_id, kind, lora_file, reading
 
 # Every projection of SD3's (and Qwen-Image's) joint attention, as Flow-GRPO publishes its LoRAs. PEFT matches whole
 # dotted endings, so `attn.` keeps out `attn2`, the second attention of SD3.5's first blocks, which Flow-GRPO leaves be.
@@ -38,13 +42,26 @@ TARGETS = tuple(
 PREFIX = "base_model.model."  # what PEFT puts before every module name in its files
 # What a LoraConfig may say without changing the update alpha / r * B @ A of the weights that the file names.
 PLAIN = {
-    "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules",
-    "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config",
-    "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_core", "peft_version", "qalora_group_size", "r",
-    "revision", "target_modules", "task_type", "use_rslora",
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config",
+    "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform",
+    "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_core", "peft_version",
+    "qalora_group_size", "r", "rank_pattern", "revision", "target_modules", "task_type", "use_rslora",
 }  # fmt: skip
 # Other initialisations (pissa, olora, corda, loftq ...) move the base's own weights too, which no adapter file holds.
 PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
+# How trainers spell a factor or an alpha of a module: PEFT and diffusers, older PEFT, kohya, older diffusers. kohya
+# writes underscores for the dots of the module's name.
+KEY = re.compile(r"(.+)\.(lora_A|lora_B|lora_down|lora_up|lora\.down|lora\.up|alpha)(?:\.default)?(?:\.weight)?")
+PREFIXES = re.compile(r"((transformer|diffusion_model|base_model\.model)\.|lora_unet_)*")
+SPELLINGS = {"lora_down": "lora_A", "lora_up": "lora_B", "lora.down": "lora_A", "lora.up": "lora_B"}
+TEXT_ENCODERS = ("text_encoder", "lora_te")
+# Adapters that are often brought here by mistake, and how to tell: the first that is found in the names counts.
+FORMATS = {
+    r"lora_magnitude_vector|dora_scale": "DoRA", r"lokr_|hada_|oft_": "LoKr, LoHa or OFT (LyCORIS)",
+    r"joint_blocks": "SD3 under its original names (ComfyUI)", r"down_blocks|input_blocks|up_blocks": "SD 1.5 or SDXL",
+    r"double_blocks|single_(transformer_)?blocks": "FLUX", r"(img|txt)_(mlp|mod)": "Qwen-Image",
+    r"ff_context|attn2\.|norm1_context": "SD3", r"^(diffusion_model\.)?(blocks|layers)\.": "Wan or Z-Image",
+}  # fmt: skip
 
 
 def lora_config(rank: int, alpha: float, targets: Sequence[str] = TARGETS) -> LoraConfig:
@@ -86,53 +103,112 @@ def read_adapter(
 ) -> tuple[dict[str, Tensor], LoraConfig]:
     """An adapter in either layout, checked against a model: ({MODULE.lora_A.weight: (r, in), ...}, config), float32.
 
-    `modules` are the model's named modules, `source` and `fingerprint` its name and the hash of its weights. The
-    config has r, alpha and targets only: a dropout or an initialisation belongs to the training that is over.
-    ModelError, one line naming the folder, for what is not readable, another base's, has no place in the model, or
-    has an update other than alpha / r * B @ A with one alpha and r for all.
+    `folder` is what `hub.locate` finds, `modules` are the model's named modules, `source` and `fingerprint` its name
+    and the hash of its weights. The config has r, alpha and targets only: a dropout or an initialisation belongs to
+    the training that is over. ModelError, one line naming the folder, for what is not readable, another base's, has no
+    place in the model, or has an update other than alpha / r * B @ A.
     """
     folder, layout = Path(folder), kind(folder)
     if layout == "full":
         raise ModelError(f"{folder}: a full checkpoint, and an adapter is needed here; give a LoRA's folder")
+    tensors, about = read_factors(folder)
     with reading(folder, f"a plain LoRA of {source}"):
-        state, config, base = (_read_peft if layout == "peft" else _read_diffusers)(folder)
-        _check_plain(config)
-        _check_places(state, config.r, modules)
-        # Rank-stabilised LoRA divides by sqrt(r): the same update as a plain LoRA of alpha * sqrt(r).
-        alpha = config.lora_alpha * (math.sqrt(config.r) if config.use_rslora else 1)
-        if not math.isfinite(alpha):
-            raise ValueError(f"its lora_alpha is {alpha}")
+        state, alphas = _placed(tensors, modules, folder)
+        config = LoraConfig.from_pretrained(str(folder)) if layout == "peft" else _told(about)
+        if config is None:
+            scales = {key[:-14]: value.shape[0] for key, value in state.items() if key.endswith(".lora_A.weight")}
+            config = lora_config(max(scales.values(), default=1), 1)
+            scales = {name: (rank, alphas.get(name, rank)) for name, rank in scales.items()}
+            if not alphas:
+                file = lora_file(folder)
+                _warn_once(f"{file}: does not tell its alpha; read as its rank, which is what stock diffusers does")
+        else:
+            if alphas:
+                raise ValueError("it tells alpha twice, in its config and in entries of its own")
+            _check_plain(config)
+            scales = {name: _pattern(config, name) for name in (key.rpartition(".lora_")[0] for key in state)}
+        _check_places(state, scales, modules)
+        state, rank, alpha = _one_scale(state, scales)
+    base = about.get("base", "") if layout == "peft" else ""
     _check_base(folder, str(config.base_model_name_or_path or ""), base, source, fingerprint)
-    state = {key: value.float() for key, value in state.items()}
-    return state, lora_config(config.r, alpha, _targets(config, state, modules))
+    return state, lora_config(rank, alpha, _targets(config, state, modules))
 
 
-def _read_peft(folder: Path) -> tuple[dict[str, Tensor], LoraConfig, str]:
-    config = LoraConfig.from_pretrained(str(folder))
-    state = load_peft_weights(str(folder), device="cpu")
-    with safe_open(folder / PEFT_FILES[1], "pt") as opened:
-        base = (opened.metadata() or {}).get("base", "")
-    older = ".default.weight"  # what older versions of PEFT wrote
-    return {key.removeprefix(PREFIX).replace(older, ".weight"): value for key, value in state.items()}, config, base
+def read_factors(place: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors, metadata) of an adapter's file as they are in it. ModelError if a number is not finite."""
+    file = place / PEFT_FILES[1] if kind(place) == "peft" else lora_file(place)
+    with reading(place, "a LoRA in safetensors"), safe_open(file, "pt") as opened:
+        tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+        if amiss := [key for key, value in tensors.items() if not value.float().isfinite().all()]:
+            raise ValueError(f"{amiss[0]} holds numbers that are not finite")
+        return tensors, opened.metadata() or {}
 
 
-def _read_diffusers(folder: Path) -> tuple[dict[str, Tensor], LoraConfig, str]:
-    file = folder / LORA_FILE
-    # Qwen-Image's reader knows the names of other trainers too, and multiplies A by the alpha / r of its entries.
-    read = diffusers.QwenImagePipeline.lora_state_dict
-    state, told = read(str(folder), weight_name=LORA_FILE, use_safetensors=True, return_lora_metadata=True)
-    state = {re.sub(r"^(transformer\.)+", "", key): value for key, value in state.items()}
-    with safe_open(file, "pt") as opened:
-        has_alpha = any(key.endswith(".alpha") for key in opened.keys())  # noqa: SIM118
-    if told:
-        if has_alpha:
-            raise ValueError("it tells alpha twice, in its metadata and in entries of its own")
-        told = {key.removeprefix("transformer."): value for key, value in told.items()}
-        return state, LoraConfig(**told), ""
-    rank = next(value.shape[0] for key, value in state.items() if ".lora_A." in key)
-    if not has_alpha:
-        _warn_once(f"{file}: does not tell its alpha; read as {rank}, its rank, which is what stock diffusers does")
-    return state, lora_config(rank, rank), ""
+def _placed(
+    tensors: Mapping[str, Tensor], modules: Mapping[str, nn.Module], place: Path
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """({MODULE.lora_A.weight: factor}, {MODULE: its alpha}) of tensors under any trainer's names, float32."""
+    dotted = {name.replace(".", "_"): name for name in modules} | {name: name for name in modules}
+    state, alphas, lost, text = {}, {}, [], 0
+    for key, value in tensors.items():
+        bare = PREFIXES.sub("", key, count=1)
+        match = KEY.fullmatch(bare)
+        name = dotted.get(match[1]) if match else None
+        if bare.startswith(TEXT_ENCODERS):
+            text += 1
+        elif name is None:
+            lost.append(key)
+        elif match[2] == "alpha":
+            alphas[name] = float(value)
+        else:
+            state[f"{name}.{SPELLINGS.get(match[2], match[2])}.weight"] = value.float()
+    if lost:
+        known = (what for sign, what in FORMATS.items() if any(re.search(sign, key) for key in lost))
+        raise ValueError(f"{len(lost)} tensors have no place in the model, as {', '.join(lost[:3])}: its names look "
+                         f"like {next(known, 'no known format')}")  # fmt: skip
+    if len(state) + len(alphas) + text < len(tensors):
+        raise ValueError("it has a factor twice, under two names")
+    if text:
+        _warn_once(f"{place}: {text} tensors of text encoders are left out; only the transformer's are used")
+    return state, alphas
+
+
+def _told(about: Mapping[str, str]) -> LoraConfig | None:
+    """The config in the metadata that diffusers writes; None without one."""
+    told = dict(json.loads(about.get("lora_adapter_metadata", "{}")))
+    told = {key.removeprefix("transformer."): value for key, value in told.items() if "text_encoder" not in key}
+    return LoraConfig(**told) if told else None
+
+
+def _pattern(config: LoraConfig, name: str) -> tuple[int, float]:
+    """(r, alpha) of a module, such that its update is alpha / r * B @ A."""
+    ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
+    rank = ranks.get(get_pattern_key(ranks.keys(), name), config.r)
+    alpha = alphas.get(get_pattern_key(alphas.keys(), name), config.lora_alpha)
+    # Rank-stabilised LoRA divides by sqrt(r): the same update as a plain LoRA of alpha * sqrt(r).
+    return rank, alpha * (math.sqrt(rank) if config.use_rslora else 1)
+
+
+def _one_scale(
+    state: Mapping[str, Tensor], scales: Mapping[str, tuple[int, float]]
+) -> tuple[dict[str, Tensor], int, float]:
+    """The same updates with one r, the largest, and one alpha for all modules -> (state, r, alpha).
+
+    Smaller factors get rows (A) and columns (B) of zeros, which stay zeros in training: each is the other's gradient.
+    B takes up the quotient of its own alpha / r and the most frequent one.
+    """
+    if amiss := [alpha for _, alpha in scales.values() if not math.isfinite(alpha)]:
+        raise ValueError(f"its lora_alpha is {amiss[0]}")
+    if len({*scales.values()}) == 1:
+        return dict(state), *next(iter(scales.values()))
+    most = max(rank for rank, _ in scales.values())
+    common = Counter(alpha / rank for rank, alpha in scales.values()).most_common(1)[0][0] or 1.0
+    padded = {}
+    for name, (rank, alpha) in scales.items():
+        a, b = (state[f"{name}.{factor}.weight"] for factor in ("lora_A", "lora_B"))
+        padded[f"{name}.lora_A.weight"] = nn.functional.pad(a, (0, 0, 0, most - rank))
+        padded[f"{name}.lora_B.weight"] = nn.functional.pad(b, (0, most - rank)) * (alpha / rank / common)
+    return padded, most, common * most
 
 
 def _check_plain(config: LoraConfig) -> None:
@@ -144,18 +220,21 @@ def _check_plain(config: LoraConfig) -> None:
             raise ValueError(f"its {name} is {value}")
 
 
-def _check_places(state: Mapping[str, Tensor], rank: int, modules: Mapping[str, nn.Module]) -> None:
-    """ValueError unless every tensor is a finite factor of a linear layer, and every factor has its partner."""
+def _check_places(
+    state: Mapping[str, Tensor], scales: Mapping[str, tuple[int, float]], modules: Mapping[str, nn.Module]
+) -> None:
+    """ValueError unless every tensor is a factor of a linear layer, and every factor has its partner."""
     if not state:
         raise ValueError("it holds no tensor at all")
     for key, value in state.items():
         name, _, factor = key.removesuffix(".weight").rpartition(".")
         layer, partner = modules.get(name), {"lora_A": "lora_B", "lora_B": "lora_A"}.get(factor)
         wide = getattr(layer, "in_features", 0), getattr(layer, "out_features", 0)
+        rank = scales.get(name, (0, 0))[0]
         fits = tuple(value.shape) == ((rank, wide[0]) if factor == "lora_A" else (wide[1], rank))
-        if not fits or f"{name}.{partner}.weight" not in state or not value.isfinite().all():
+        if not fits or f"{name}.{partner}.weight" not in state:
             shape = f"{key}, {tuple(value.shape)},"
-            raise ValueError(f"{shape} is not one of two finite factors of rank {rank} of a linear layer of the model")
+            raise ValueError(f"{shape} is not one of two factors of rank {rank} of a linear layer of the model")
 
 
 def _check_base(folder: Path, named: str, base: str, source: str, fingerprint: str) -> None:

@@ -58,7 +58,7 @@ def prompts():
 
 @pytest.fixture(scope="session")
 def sd35(tmp_path_factory):
-    """A random SD3.5 (`base`), its `teachers` in PEFT's layout, in diffusers' and as a full checkpoint, and `flags`.
+    """A random SD3.5 (`base`), its `teachers` in PEFT's layout, as a LoRA file and as a full checkpoint, and `flags`.
 
     `lora` is a fourth one, in PEFT's layout again, for what takes adapters only.
     """
@@ -74,8 +74,10 @@ def sd35(tmp_path_factory):
         _save_lora(transformer, folder, base, number)
     state, config = random_lora(transformer, 3, 9.0, seed=2)
     StableDiffusion3Pipeline.save_lora_weights(
-        teachers["text"], transformer_lora_layers=state, transformer_lora_adapter_metadata=config.to_dict()
-    )
+        teachers["text"], transformer_lora_layers=state, transformer_lora_adapter_metadata=config.to_dict(),
+        weight_name="style_000001500.safetensors",
+    )  # fmt: skip
+    teachers["text"] /= "style_000001500.safetensors"
     _save_moved(transformer, teachers["quality"])
     flags = flags_of(root, teachers, SMALL_SD35)
     return SimpleNamespace(root=root, base=base, teachers=teachers, lora=root / "lora", flags=flags)

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import safetensors.torch
+import torch
 
 from harness import identity, load, ranks
 from models import hub
@@ -28,7 +29,7 @@ def test_teachers_and_anchor_share_one_backbone(world, stage, mar, anchor, expec
 
 
 @pytest.mark.parametrize("what", ["model", "teachers", "anchor", "init", "compare"])
-def test_everything_is_found_before_anything_is_loaded(world, monkeypatch, what):
+def test_everything_is_found_before_anything_is_loaded(world, monkeypatch, tmp_path, what):
     good = {"model": str(world.base), "teachers": {"text": str(world.teachers["text"])}, "tasks": "text"}
     monkeypatch.setattr(models, "load", lambda *_: pytest.fail("nothing may be loaded yet"))
     missing = {"teachers": {"text": "./no"}, "compare": {"x": "./no"}}.get(what, "./no")
@@ -36,6 +37,11 @@ def test_everything_is_found_before_anything_is_loaded(world, monkeypatch, what)
     stage = "eval" if what == "compare" else "opd"
     with pytest.raises(hub.ModelError, match=f"^--{what}.*: ./no"):
         load.locate_all(tiny_settings(**{**good, "stage": stage, "anchor": "text", what: missing}))
+    poisoned = str(tmp_path / "x.safetensors")
+    safetensors.torch.save_file({"x.lora_A.weight": torch.tensor([float("nan")])}, poisoned)
+    given = {"teachers": {"text": poisoned}, "compare": {"x": poisoned}}.get(what, poisoned)
+    with pytest.raises(hub.ModelError, match=f"^--{what}.*x.safetensors"):  # not finite, or no folder of a model
+        load.locate_all(tiny_settings(**{**good, "stage": stage, "anchor": "text", what: given}))
 
 
 @pytest.mark.parametrize("local, expected", [(0, ["locate"] * 4 + ["wait"]), (1, ["wait"] + ["locate"] * 4)])

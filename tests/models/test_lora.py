@@ -1,21 +1,26 @@
 """Oracles for adapters: stock diffusers and stock PEFT draw what we draw, and what they would misread is refused."""
 
 import json
+import shutil
 from pathlib import Path
 
 import peft
 import pytest
 import safetensors.torch
 import torch
-from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
-from diffusers.loaders import lora_conversion_utils
+from diffusers import (
+    QwenImageEditPlusPipeline,
+    QwenImageTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
 from safetensors import safe_open
 
 from models import hub
 from models import lora as adapters
 from models.hub import ADAPTER_FILES, LORA_FILE, PEFT_FILES, ModelError
 from tests.helpers import sd3
-from tests.helpers.checks import edit_json, edit_tensors, gap, refusal
+from tests.helpers.checks import edit_json, edit_tensors, gap, parity, refusal
 from tests.helpers.runs import same
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -148,6 +153,7 @@ STOCK_CONFIGS = {
     "some modules": {"target_modules": ["attn.to_q", "attn2.to_k"]},
     "a pattern": {"target_modules": r".*blocks\.1\.attn\.(to_q|add_v_proj)"},
     "one block": {"layers_to_transform": [1], "layers_pattern": "transformer_blocks", "lora_dropout": 0.5},
+    "ranks and alphas": {"rank_pattern": {"attn.to_k": 2}, "alpha_pattern": {"transformer_blocks.1.attn.to_q": 5.0}},
     "without one": {"exclude_modules": ["transformer_blocks.2.attn.to_q"]},
 }
 
@@ -169,8 +175,8 @@ def test_an_adapter_saved_by_stock_peft_is_read_as_stock_peft_reads_it(base, tmp
     model.save_pretrained(tmp_path)
     state, config = read(tmp_path, base)
     ours = velocity(attached(base, state, config))
-    # alpha * sqrt(r) / r and alpha / sqrt(r) may differ in the last bit; all else is the same arithmetic.
-    assert gap(ours, velocity(model)) <= (1e-5 if name == "rank-stabilised" else 0.0)
+    # alpha * sqrt(r) / r and alpha / sqrt(r) may differ in the last bit, and so may a B that takes up another scale.
+    assert gap(ours, velocity(model)) <= (1e-5 if name in ("rank-stabilised", "ranks and alphas") else 0.0)
     assert gap(ours, velocity(transformer(base))) > 1e-2
     module = attached(base, state, config)
     assert module.peft_config["default"].target_modules == config.target_modules
@@ -197,32 +203,133 @@ def test_a_lora_saved_by_stock_diffusers_is_read_as_stock_diffusers_reads_it(bas
     assert all(str(tmp_path / LORA_FILE) in line and "alpha" in line for line in warned)
 
 
-def test_alpha_entries_are_folded_into_the_factors_as_stock_diffusers_folds_them(base, lora, tmp_path, capsys):
-    """Plain names are Qwen-Image's reader's own; those with diffusers' prefix it would lose, and we do not."""
-    for prefix in ("", "transformer.", "diffusion_model."):
-        layers = {prefix + key: value for key, value in lora[0].items()}
-        layers |= {f"{name}.alpha": torch.tensor(6.0) for name in {key.rpartition(".lora_")[0] for key in layers}}
-        safetensors.torch.save_file(layers, tmp_path / LORA_FILE)
-        state, config = read(tmp_path, base)
-        stock = lora_conversion_utils._convert_non_diffusers_qwen_lora_to_diffusers(dict(layers))
-        assert {key.replace("transformer.", ""): None for key in stock} == dict.fromkeys(state)
-        assert config.lora_alpha == config.r and capsys.readouterr().err == "", "alpha was told"
-        for key, value in state.items():
-            assert torch.equal(value, lora[0][key] * (6.0 / RANK if "lora_A" in key else 1.0)), key
+# {format: (key of a module's factor, are there .alpha entries, is there metadata, who reads it in stock diffusers)}
+BOTH, QWEN = ("sd35", "plus"), ("plus",)
+SPELT = {
+    "diffusers": ("transformer.{name}.{factor}.weight", False, False, BOTH),
+    "diffusers with metadata": ("transformer.{name}.{factor}.weight", False, True, BOTH),
+    "with text encoders": ("transformer.{name}.{factor}.weight", False, True, BOTH),
+    "without a prefix": ("{name}.{factor}.default.weight", True, False, QWEN),
+    "another prefix": ("diffusion_model.{name}.{factor}.weight", True, False, QWEN),
+    "PEFT's keys in one file": ("base_model.model.{name}.{factor}.weight", True, False, ()),
+    "kohya": ("lora_unet_{flat}.{kohya}.weight", True, False, QWEN),
+    "older diffusers": ("transformer.{name}.{older}.weight", False, False, ("sd35",)),
+}  # fmt: skip
+WORDS = {"lora_A": {"kohya": "lora_down", "older": "lora.down"}, "lora_B": {"kohya": "lora_up", "older": "lora.up"}}
+STOCK = {"sd35": StableDiffusion3Pipeline, "plus": QwenImageEditPlusPipeline}
+TRANSFORMER = {"sd35": SD3Transformer2DModel, "plus": QwenImageTransformer2DModel}
 
 
-def test_names_of_other_trainers_are_read_as_stock_diffusers_reads_them(base, lora, tmp_path):
-    """kohya's: the reader of Qwen-Image knows them. SD3.5's modules have the same names."""
-    layers = {}
-    for key, value in lora[0].items():
-        name, _, factor = key.removesuffix(".weight").rpartition(".")
-        flat = f"lora_unet_{name.replace('.', '_')}"
-        layers[f"{flat}.{'lora_down' if factor == 'lora_A' else 'lora_up'}.weight"] = value
-        layers[f"{flat}.alpha"] = torch.tensor(ALPHA)
-    safetensors.torch.save_file(layers, tmp_path / LORA_FILE)
-    state, config = read(tmp_path, base)
-    assert state.keys() == lora[0].keys() and config.lora_alpha == config.r
-    assert gap(velocity(attached(base, state, config)), velocity(attached(base, *lora))) < 1e-4
+def mixed(module):
+    """Random factors of two ranks and two alphas: ({MODULE: (A, B, alpha)}, a config that tells them)."""
+    state, config = sd3.random_lora(module, RANK, ALPHA, seed=3)
+    found = {}
+    for name in sorted({key.rpartition(".lora_")[0] for key in state}):
+        rank, alpha = (RANK - 1 if "to_k" in name else RANK), (5.0 if "blocks.1.attn.to_q" in name else ALPHA)
+        found[name] = state[f"{name}.lora_A.weight"][:rank], state[f"{name}.lora_B.weight"][:, :rank], alpha
+    config.rank_pattern, config.alpha_pattern = {"attn.to_k": RANK - 1}, {"transformer_blocks.1.attn.to_q": 5.0}
+    return found, config
+
+
+def write(file, factors, config, spelling):
+    """A LoRA file as a trainer writes it."""
+    pattern, entries, metadata, _ = SPELT[spelling]
+    tensors, prefix = {}, pattern.partition("{name}")[0].partition("{kohya}")[0]
+    for name, (a, b, alpha) in factors.items():
+        flat = name.replace(".", "_")
+        for factor, value in (("lora_A", a), ("lora_B", b)):
+            key = pattern.format(name=name, flat=flat, factor=factor, **WORDS[factor])
+            tensors[key] = value.contiguous()
+        if entries:
+            tensors[f"lora_unet_{flat}.alpha" if spelling == "kohya" else f"{prefix}{name}.alpha"] = torch.tensor(alpha)
+    if spelling == "with text encoders":
+        tensors["text_encoder.q_proj.lora_A.weight"] = tensors["text_encoder.q_proj.lora_B.weight"] = torch.ones(4, 4)
+    told = {f"transformer.{key}": value for key, value in config.to_dict().items()}
+    about = {"lora_adapter_metadata": json.dumps(told, default=sorted)} if metadata else None
+    file.parent.mkdir()
+    safetensors.torch.save_file({k: v.clone() for k, v in tensors.items()}, file, metadata=about)
+
+
+@torch.no_grad()
+def output(module):
+    """What a transformer of SD3.5 or Qwen-Image makes of fixed inputs."""
+    if isinstance(module, SD3Transformer2DModel):
+        return velocity(module)
+    rng, width = torch.Generator().manual_seed(0), module.config.joint_attention_dim
+    x, texts = torch.randn(2, 16, 64, generator=rng), torch.randn(2, 5, width, generator=rng)
+    given = {"hidden_states": x, "encoder_hidden_states": texts, "timestep": torch.tensor([0.9, 0.3])}
+    mask = torch.ones(2, 5, dtype=torch.long)
+    return module(**given, encoder_hidden_states_mask=mask, img_shapes=[[(1, 4, 4)]] * 2).sample
+
+
+@pytest.mark.parametrize("model", BOTH)
+@pytest.mark.parametrize("spelling", SPELT)
+def test_a_lora_file_of_any_name_and_trainer_has_the_update_that_its_factors_say(
+    folders, tmp_path, capsys, model, spelling
+):
+    """Of two ranks and two alphas. The factors' product added to the weights, and stock diffusers where it reads it."""
+    adapters._warn_once.cache_clear()
+
+    def new():
+        return TRANSFORMER[model].from_pretrained(folders[model] / "transformer")
+
+    factors, config = mixed(new())
+    file = tmp_path / "d" / "my_style_000001500.safetensors"
+    write(file, factors, config, spelling)
+    _, entries, metadata, readers = SPELT[spelling]
+    expected = new()
+    for name, (a, b, alpha) in factors.items():
+        scale = alpha / len(a) if entries or metadata else 1.0
+        expected.get_submodule(name).weight.data += scale * b @ a
+    expected = output(expected)
+    if model in readers:
+        state, told = STOCK[model].lora_state_dict(file.parent, weight_name=file.name, return_lora_metadata=True)
+        stock = new()
+        STOCK[model].load_lora_into_transformer(state, transformer=stock, metadata=told)
+        parity("stock", output(stock), expected)
+    for where in (file, file.parent):
+        place = hub.locate(where)
+        assert hub.kind(place) == "file"
+        state, found = adapters.read_adapter(place, dict(new().named_modules()), "the model")
+        ours = new()
+        adapters.add(ours, "default", found, state)
+        parity(spelling, output(ours), expected)
+    assert gap(output(ours), output(new())) > 1e-2
+    said = capsys.readouterr().err
+    assert ("alpha" in said) == (not entries and not metadata)
+    assert ("text encoder" in said) == (spelling == "with text encoders")
+
+
+FOREIGN = {
+    "FLUX": "transformer.single_transformer_blocks.{}.attn.to_q.lora_A.weight",
+    "SD3 under its original names": "diffusion_model.joint_blocks.{}.x_block.attn.qkv.lora_A.weight",
+    "SDXL": "lora_unet_down_blocks_{}_attentions_0_proj_in.lora_down.weight",
+    "Qwen-Image": "transformer_blocks.{}.img_mlp.net.2.lora_A.default.weight",
+    "LoKr": "lora_unet_transformer_blocks_{}_attn_to_q.lokr_w1",
+    "DoRA": "transformer.transformer_blocks.{}.attn.to_q.lora_magnitude_vector",
+}
+
+
+@pytest.mark.parametrize("what", FOREIGN)
+def test_a_file_without_a_place_in_the_model_is_refused_with_three_names_and_its_format(base, tmp_path, what):
+    keys = [FOREIGN[what].format(number) for number in range(4)]
+    safetensors.torch.save_file({key: torch.ones(2, 2) for key in keys}, tmp_path / "any.safetensors")
+    said = refusal(read, tmp_path / "any.safetensors", base)
+    assert what in said and all(key in said for key in keys[:3]) and keys[3] not in said
+
+
+def test_what_is_not_a_folder_of_whole_files_is_refused_with_the_command_that_makes_one(base, tmp_path):
+    copy = shutil.copytree(base / "transformer", tmp_path / "half")
+    (weights,) = copy.glob("*.safetensors")
+    weights.rename(weights.with_suffix(".fp16.safetensors"))
+    said = refusal(hub.read_transformer, copy, torch.float32)
+    exec(said.partition('python -c "')[2].partition('"')[0], {})  # the command works
+    made = hub.read_transformer(tmp_path / "half-full", torch.float32)
+    assert same(made.state_dict(), transformer(base).state_dict())
+    single, prefix = tmp_path / "sd3.5.safetensors", "model.diffusion_model.joint_blocks.0.x_block."
+    safetensors.torch.save_file({f"{prefix}attn.qkv.weight": torch.ones(2, 2)}, single)
+    for said in (refusal(hub.locate, single, ("model_index.json",)), refusal(hub.kind, hub.locate(single))):
+        assert "from_single_file" in said and said.startswith(f"{single}: ")
 
 
 @pytest.mark.parametrize(("old", "new"), [(".weight", ".default.weight"), (adapters.PREFIX, "")])

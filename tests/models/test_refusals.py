@@ -146,6 +146,8 @@ ADAPTERS = {
         "no B": lambda t: t.pop(Q + "lora_B.weight"),
         "nan": lambda t: t[Q + "lora_A.weight"].__setitem__((2, 3), float("nan")),
         "dora": lambda t: t.update({Q + "lora_magnitude_vector": torch.ones(32)}),
+        "alpha twice": lambda t: t.update({Q + "alpha": torch.tensor(6.0)}),
+        "twice": lambda t: t.update({Q.replace(lora.PREFIX, "") + "lora_A.default.weight": torch.ones(RANK, 32)}),
         "bias": lambda t: t.update({Q + "lora_B.bias": torch.ones(32)}),
         "a saved module": lambda t: t.update({"proj_out.weight": torch.ones(64, 32)}),
         "width": lambda t: t.update({Q + "lora_A.weight": torch.ones(RANK, 31)}),
@@ -154,13 +156,12 @@ ADAPTERS = {
         "no linear layer": lambda t: rename(t, "attn.to_q", "norm1"),
     }),
     **entries("lora", PEFT_FILES[0], use_dora=True, lora_bias=True, bias="all", modules_to_save=["proj_out"],
-              rank_pattern={"to_q": 2}, alpha_pattern={"to_q": 6.0}, init_lora_weights="pissa", peft_type="LOKR",
+              rank_pattern={"to_q": 2}, init_lora_weights="pissa", peft_type="LOKR",
               layer_replication=[[0, 1]], target_parameters=["proj_out.weight"], lora_alpha=float("nan"), r=8),
     **told("no JSON", "{"), **told("a list", "[1]"),
     **told("an unknown entry", json.dumps({**TOLD, "transformer.use_xyz": True})),
     **told("dora", json.dumps({**TOLD, "transformer.use_dora": True})),
     **told("alpha twice", json.dumps(TOLD), **{"transformer.transformer_blocks.0.attn.to_q.alpha": torch.tensor(6.0)}),
-    **told("a text encoder's", json.dumps(TOLD), **{"text_encoder.q_proj.lora_A.weight": torch.ones(RANK, 16)}),
 }  # fmt: skip
 FAULTS = {**PIPELINES, **TINY, **VLM, **ADAPTERS}
 

@@ -43,10 +43,10 @@ def test_probabilities_follow_the_sizes_down_to_a_floor():
 
 
 def test_sizes_are_a_running_root_mean_square_of_the_gradient():
-    size, total, count = torch.tensor([2.0, 0.0, 3.0]), torch.tensor([54.0, 12.0, 0.0]), torch.tensor([6.0, 3.0, 0.0])
-    found = opd.running_size(size, total, count)  # .9 4 + .1 9; 12 / 3; as it was
-    assert found.tolist() == pytest.approx([4.5**0.5, 2.0, 3.0])
-    assert opd.running_size(size, 2 * total, count, 0.5).tolist() == pytest.approx([11**0.5, 8**0.5, 3.0])
+    size, total, count = torch.tensor([0.5, 0.0, 3.0]), torch.tensor([54.0, 4.0, 0.0]), torch.tensor([6.0, 1.0, 0.0])
+    found = opd.running_size(size, total, count)  # .9 .25 + .1 9; 4 / 1; as it was
+    assert found.tolist() == pytest.approx([1.125**0.5, 2.0, 3.0])
+    assert opd.running_size(size, 2 * total, count, 0.5).tolist() == pytest.approx([9.125**0.5, 8**0.5, 3.0])
     (at,) = flow.walk(5, torch.Generator().manual_seed(2), start=2, stop=3)
     v = (at.v_target + 0.3 * at.step.x).requires_grad_()
     (by_v,) = torch.autograd.grad(opd.kl_t(at, v).sum(), v)

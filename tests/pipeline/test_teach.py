@@ -65,7 +65,7 @@ def test_the_first_ratio_is_exactly_one_and_only_the_first(go, spy):
 
 
 OPD = ["--stage", "opd", "--estimator", "sampled", "--updates", "2", "--prompts-per-step", "6", "--micro-batch", "4"]
-GUARDED = [*GRPO, "--guard", "--kernel", "cps", "--log-prob", "sum", "--beta", "0.1"]
+GUARDED = [*GRPO, "--guard", "--log-prob", "sum", "--beta", "0.1"]
 
 
 @pytest.mark.parametrize("stage", [GRPO, GUARDED, OPD], ids=["grpo", "guard", "opd"])

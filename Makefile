@@ -1,5 +1,5 @@
 # make demo        merge + OPD from the shipped teachers, then the table and the pictures (4 to 6 minutes on 2 cores)
-# make test        the proofs, in two processes (about 8 minutes on 2 cores)
+# make test        the proofs, in two processes (4 minutes on 2 cores, 8 if they are busy)
 # make test-all    the same, a kill and a full disk before every write of four short runs, two ranks against one under
 #                  every setting, and every pair of a flag and a value of another one
 # make reproduce   the learning results of docs/RESULTS.md, three seeds each (hours)

@@ -301,7 +301,7 @@ def state_probabilities(size_S: Tensor, floor: float = 0.1) -> Tensor:
 
     size_S >= 0: the root mean square of the gradient at each state, in any unit; 0 if it is not known, then it counts
     as the mean of the others. The variance of a drawn state's weighted gradient is least with p_n proportional to it.
-    The floor keeps every p_n >= floor / S, so that no weight exceeds 1 / (k floor).
+    The floor keeps every p_n >= floor / S, so that no draw weighs more than 1 / (k floor).
     """
     size_S = size_S.double()
     known = size_S > 0

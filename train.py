@@ -424,6 +424,7 @@ def visits(
 
 
 def single_pass(walk: Iterator[sde.Transition], teachers: Callable, trained: Sequence[int]) -> Iterator:
+    """The rollout's own v is what learns: a visit is labelled and handed over while its graph is alive."""
     for n in range(max(trained) + 1):
         with torch.set_grad_enabled(n in trained):  # no graph where nothing is trained
             step = next(walk)

@@ -9,6 +9,7 @@
 Things that are compared take turns in one run, so that the machine's other load meets them alike.
 """
 
+import functools
 import json
 import statistics
 import tempfile
@@ -21,6 +22,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch.utils.flop_counter import FlopCounterMode
 
+import opd
 import train
 from bench.runs import parsed, run_job
 from data.files import Prompt
@@ -41,6 +43,8 @@ EDITOR = "QwenImageEditPlusPipeline"  # of Qwen-Image-Edit-2509 and later
 def seconds_of(work: Callable) -> float:
     began = time.perf_counter()
     work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter() - began
 
 
@@ -178,41 +182,60 @@ def random_run(s: Settings, device: torch.device, config: dict) -> tuple[Run, di
     return run, experts
 
 
-def step(*flags: str, config: dict | None = None, rounds: int = 3) -> dict[str, float]:
-    """OPD steps with random weights: one warm-up, then `rounds` that count. Of Q's two tasks half the rows are edits.
+def step(*flags: str, config: dict | None = None, rounds: int = 3) -> dict[int, dict[str, float]]:
+    """OPD steps with random weights, on all states (0) and on --drawn-states -> {states: its figures}.
 
-    Model FLOPs count a forward as 1, a backward as 1 for a LoRA (no gradient of frozen weights) and as 2 for full
-    parameters, and nothing for what gradient checkpointing computes again.
+    One warm-up, then `rounds` that count. Of Q's two tasks half the rows are edits. "Bare" is the time of the same
+    transformer calls alone, forwards and backwards. Model FLOPs count a forward as 1, a backward as 1 for a LoRA (no
+    gradient of frozen weights) and as 2 for full parameters, and nothing for what checkpointing computes again.
     """
     s = parsed("--stage", "opd", "--no-resume", "--out", tempfile.mkdtemp(), *flags)
-    s = replace(s, drawn_states=0)  # all states: what a step computes does not depend on a draw
     device, tasks = ranks.start(s), task_list(s)
     config = config or (plan.QWEN_IMAGE if "edit" in tasks else plan.SD35_MEDIUM)
     run, experts = random_run(s, device, config)
     picture = edits.make_prompts("edit", "train", 1)[0].metadata["image"]
     prompts = {t: [Prompt("a prompt", t, {"image": picture} if t == "edit" else {}, "bench")] for t in tasks}
     rows, cuda = rollout.rows_of(run, prompts, 0), device.type == "cuda"
-
-    def once() -> None:
-        train.distil_step(run, rows, experts)
-        if cuda:
-            torch.cuda.synchronize()
-
-    seconds = statistics.median([seconds_of(once) for _ in range(1 + rounds)][1:])
     size, backward = s.source_resolution or s.resolution, 2 if s.parameters == "full" else 1
     of = [forward_flops(config, s.resolution, text_tokens(s, config, t == "edit"), size * (t == "edit")) for t in tasks]
-    counted = counting.forwards(s, train.distil)
-    in_a_step = [(gradient, n) for (moment, _, gradient), (_, n) in counted.items() if moment == "step"]
-    flops = sum(n * statistics.mean(of) * (1 + backward * gradient) for gradient, n in in_a_step)
-    name = torch.cuda.get_device_name(device) if cuda else "processor"
-    said = f"{name}, {len(rows)} trajectories a step and rank: {seconds:.2f} s a step (of {rounds}, median), "
-    said += f"{flops / seconds / 1e12:.3g} TFLOP/s"
-    for part, peak in PEAKS.items():
-        said += f", utilisation {flops / seconds / peak:.2f} of {peak / 1e12:.0f}" if part in name else ""
-    if cuda:
-        said += f", peak memory {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB"
-    print(said)
-    return {"seconds": seconds, "flops": flops}
+    name, found = torch.cuda.get_device_name(device) if cuda else "processor", {}
+    bare = functools.cache(lambda count, learns: bare_seconds(run.model, prompts, count, learns, rounds))
+    for drawn in dict.fromkeys((0, 0 if s.estimator in opd.NEEDS_FUTURE else s.drawn_states)):
+        run.s = replace(s, drawn_states=drawn)
+        if cuda:
+            torch.cuda.reset_peak_memory_stats(device)
+        times = [seconds_of(lambda: train.distil_step(run, rows, experts)) for _ in range(1 + rounds)]
+        peak = torch.cuda.max_memory_allocated(device) / 2**30 if cuda else 0.0
+        counted = counting.forwards(run.s, train.distil)
+        calls = [(learns, *of_them) for (moment, _, learns), of_them in counted.items() if moment == "step"]
+        flops = sum(count * statistics.mean(of) * (1 + backward * learns) for learns, _, count in calls)
+        alone = sum(n * bare(round(count / n), learns) for learns, n, count in calls)
+        seconds = statistics.median(times[1:])
+        found[drawn] = {"seconds": seconds, "bare": alone, "flops": flops, "memory": peak}
+        said = f"{name}, {len(rows)} trajectories a step and rank, {drawn or 'all'} of their states: "
+        said += f"{seconds:.2f} s a step (of {rounds}, median), {seconds / alone:.2f} of its bare calls, "
+        said += f"{flops / seconds / 1e12:.3g} TFLOP/s"
+        for part, most in PEAKS.items():
+            said += f", utilisation {flops / seconds / most:.2f} of {most / 1e12:.0f}" if part in name else ""
+        print(said + (f", peak memory {peak:.1f} GiB" if cuda else ""), flush=True)
+    return found
+
+
+def bare_seconds(model: FlowModel, prompts: dict[str, list[Prompt]], count: int, learns: bool, rounds: int) -> float:
+    """Seconds of one forward of so many rows, and of its backward if it learns: the mean over tasks of medians."""
+    found = []
+    for (p,) in prompts.values():
+        cond = model.encode([p.text] * count, [p.metadata.get("image")] * count)
+        x, t = torch.randn(count, *model.latent_shape).to(model.device), torch.full((count,), 0.5, device=model.device)
+
+        def call(x=x, t=t, cond=cond) -> None:
+            with torch.set_grad_enabled(learns):
+                v = model._forward(x, t, cond)
+            if learns:
+                v.sum().backward()
+
+        found.append(statistics.median([seconds_of(call) for _ in range(1 + rounds)][1:]))
+    return statistics.mean(found)
 
 
 if __name__ == "__main__":

@@ -122,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted: nothing is kept; repeat the command", file=sys.stderr)
         return 130
     if rows:
-        print("\n".join(report.tables(rows)))
+        print("\n".join(report.lines_of(rows)))
         print(f"pictures: {where.parent / 'samples'}\nreport:   {where}")
     return 0
 

@@ -567,7 +567,7 @@ def everything(s: Settings, chosen: dict) -> Path:
     final = cli.for_stage(chosen, "eval", name=s.name, **made, compare=compared)
     rows, where = evaluation.compare(final)
     if rows:
-        print("\n".join(report.tables(rows)))
+        print("\n".join(report.lines_of(rows)))
         print(f"pictures: {where.parent / 'samples'}\nreport:   {where}")
     return where.parent
 

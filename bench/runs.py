@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import train
-from harness import cli
+from harness import cli, tables
 from settings import Settings
 
 SEEDS = (0, 1, 2)
@@ -37,17 +37,10 @@ def ends(run: Path, key: str) -> tuple[float, float]:
     return first, last
 
 
-def spread(values: Sequence[float]) -> str:
-    """Mean and sample standard deviation over seeds; a single number has no spread."""
-    mean = f"{statistics.mean(values):.3f}"
-    return f"{mean} ± {statistics.stdev(values):.3f}" if len(values) > 1 else mean
-
-
-def table(rows: Mapping[str, Sequence[Mapping[str, float]]], columns: Sequence[str], first: str = "") -> None:
+def table(rows: Mapping[str, Sequence[Mapping[str, float]]], columns: Sequence[str], first: str = "model") -> None:
     """Print a markdown table. rows: {name: one dict of scores a seed}."""
-    print(f"\n| {first} | " + " | ".join(columns) + " |\n|---|" + "---:|" * len(columns))
-    for name, found in rows.items():
-        print(f"| {name} | " + " | ".join(spread([row[c] for row in found]) for c in columns) + " |")
+    found = {name: tables.over_seeds(own, columns) for name, own in rows.items()}
+    print("\n" + tables.markdown(tables.Table(found, first)))
 
 
 def run_job(module: str, *jobs: Callable) -> None:

@@ -41,7 +41,8 @@ LOCATED = ("model", "teachers", "anchor", "init", "prompts", "rewards", "data")
 # What a run writes, below its folder. config.json is ours too, but it is replaced, never set aside.
 _TASK = "|".join(TASKS)
 OURS = re.compile(
-    r"metrics\.jsonl|report\.md|results\.json|curation\.md|events\.out\.tfevents\..+|checkpoints/step-\d+"
+    r"metrics\.jsonl|report\.md|results\.json|(scores|tags)\.(md|tex|csv|json)|curation\.md"
+    r"|events\.out\.tfevents\..+|checkpoints/step-\d+"
     rf"|samples/(curves|.+-({_TASK}))\.png|ranges/rank-\d+\.jsonl|prompts/({_TASK})/train(_metadata\.jsonl|\.txt)"
 )
 IDENTITY = "identity"  # config.json's entry that is no setting

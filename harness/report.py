@@ -18,6 +18,7 @@ from torch import Tensor
 from data.common import write_atomic
 from data.files import Prompt
 from data.pictures import to_picture
+from harness import tables
 from harness.run import read_metrics
 
 
@@ -81,22 +82,16 @@ def save_samples(
 
 
 # ---------------------------------------------------------------------------------------------- table and report
-def markdown_table(rows: Mapping[str, Mapping[str, float]], digits: int = 3) -> str:
-    """{name: {column: number}} -> a markdown table of every column that some row has; missing numbers stay empty."""
-    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-    lines = [f"| model | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
-    for name, row in rows.items():
-        cells = [f"{row[c]:.{digits}f}" if c in row else "" for c in columns]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+def tables_of(rows: Mapping[str, dict]) -> dict[str, tables.Table]:
+    """{"scores": table, "tags": table}, each if some row has any; see `write_report`."""
+    return {key: tables.of_evaluation(rows, key) for key in ("scores", "tags") if any(r[key] for r in rows.values())}
 
 
-def tables(rows: Mapping[str, dict]) -> list[str]:
-    """The lines of two tables, scores and accuracies by tag, each if some row has any; see `write_report`."""
+def lines_of(rows: Mapping[str, dict]) -> list[str]:
+    """The lines of the tables in Markdown."""
     found = []
-    for key, title in (("scores", []), ("tags", ["By tag:", ""])):
-        if any(row[key] for row in rows.values()):
-            found += [*title, markdown_table({name: row[key] for name, row in rows.items()}), ""]
+    for key, table in tables_of(rows).items():
+        found += [*({"tags": ["By tag:", ""]}.get(key, [])), tables.markdown(table), ""]
     return found
 
 
@@ -106,10 +101,12 @@ def write_report(folder: Path, title: str, rows: Mapping[str, dict], notes: Sequ
     rows: {name: {"scores": {column: number}, "tags": {tag: accuracy}}}.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    parts = [f"# {title}", "", *tables(rows), *notes, ""]
+    parts = [f"# {title}", "", *lines_of(rows), *notes, ""]
     pictures = [*plot_metrics(folder), *sorted((folder / "samples").glob("*.png"))]
     for picture in dict.fromkeys(pictures):
         parts += [f"![{picture.stem}](samples/{picture.name})", ""]
     write_atomic(folder / "report.md", "\n".join(parts))
+    for key, table in tables_of(rows).items():
+        tables.write(folder, key, table)
     write_atomic(folder / "results.json", json.dumps(rows, indent=1) + "\n")
     return folder / "report.md"

@@ -18,7 +18,8 @@ def test_a_table_has_the_mean_and_sample_deviation_of_seeds_and_a_single_number_
     seeds = [{"a": 1.0, "b": 0.0}, {"a": 2.0, "b": 0.5}, {"a": 3.0, "b": 1.0}]
     runs.table({"base": [{"a": 0.25, "b": 2.0, "c": 9.0}], "trained": seeds}, ("b", "a"))
     lines = [line for line in capsys.readouterr().out.splitlines() if line]
-    assert lines[2:] == ["| base | 2.000 | 0.250 |", "| trained | 0.500 ± 0.500 | 2.000 ± 1.000 |"]
+    shown = ["| base | **2.000** | <u>0.250</u> |", "| trained | <u>0.500 ± 0.500</u> | **2.000 ± 1.000** |"]
+    assert lines[2:] == shown
 
 
 def test_what_is_trained_is_not_trained_again_once_it_was_evaluated(tmp_path, monkeypatch):

@@ -100,17 +100,7 @@ def test_each_source_stands_before_what_was_made_of_it_whole_and_undistorted(tmp
         report.save_samples(tmp_path, "s", result, prompts_of(3, "edit"))
 
 
-# ---------------------------------------------------------------------------------------------- tables and reports
-def test_a_table_is_aligned_markdown_and_missing_numbers_stay_empty():
-    rows = {"base": {"text": 0.12345, "quality": 1}, "student": {"text": 0.5, "composition": 2}}
-    assert report.markdown_table(rows).split("\n") == [
-        "| model | text | quality | composition |",
-        "|---|---:|---:|---:|",
-        "| base | 0.123 | 1.000 |  |",
-        "| student | 0.500 |  | 2.000 |",
-    ]
-
-
+# ---------------------------------------------------------------------------------------------- reports
 def test_a_report_shows_every_picture_and_every_number(tmp_path):
     images = torch.rand(5, 3, 24, 24, generator=torch.Generator().manual_seed(0))
     row = {"scores": {"text": 0.25, "average": 0.25}, "tags": {}}
@@ -125,5 +115,6 @@ def test_a_report_shows_every_picture_and_every_number(tmp_path):
     tagged = {**row, "tags": {"counting": 0.5, "recolour": 1.0}}
     text = report.write_report(tmp_path, "r", {"a": tagged, "b": row}).read_text()
     assert "| model | counting | recolour |\n" in text and "| a | 0.500 | 1.000 |\n| b |  |  |" in text
+    assert {"scores.tex", "scores.csv", "tags.md", "tags.json"} <= {p.name for p in tmp_path.iterdir()}
     unscored = {"student": {"scores": {}, "tags": {}}}
     assert "|" not in report.write_report(tmp_path / "new", "unscored", unscored).read_text()

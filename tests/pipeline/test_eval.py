@@ -7,7 +7,7 @@ import torch
 
 import eval as evaluation
 from data.pictures import sources
-from harness import cli, report
+from harness import cli, report, tables
 from tests.helpers.clip import save_clip, save_detector
 from tests.helpers.runs import TASKS, command, the_one_line, tiny_settings, with_adapter
 from tiny import drawings as tiny
@@ -62,7 +62,7 @@ def test_eval_py_scores_base_teachers_and_whatever_is_compared(world, tmp_path, 
     assert all(row.keys() == {"scores", "tags"} and list(row["scores"]) == [*TASKS, "average"] for row in rows.values())
     assert rows["a run"] == rows["adapter"] == rows["teacher text"], "a run stands for its last checkpoint"
     assert len({json.dumps(rows[name]) for name in list(rows)[:4]}) == 4, "and each model is its own"
-    table = report.markdown_table({name: row["scores"] for name, row in rows.items()})
+    table = tables.markdown(tables.of_evaluation(rows, "scores"))
     assert table in out and table in text and str(tmp_path / "table/report.md") in out
     own = sum(rows[f"teacher {task}"]["scores"][task] for task in TASKS) / 3
     assert f"Mean of the teachers' own-task scores: {own:.3f}." in text

@@ -1,0 +1,116 @@
+"""How do models compare, and how sure is it? Bootstrap intervals, an arena's ratings, diversity.
+
+Whatever is resampled are *prompts*: the pictures of one prompt are alike, so that pictures are no independent sample.
+A difference of two models is paired: both are resampled with the same prompts.
+
+P prompts, N pictures a prompt, M models.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from harness.tables import Cell
+
+RESAMPLES, LEVEL = 1000, 0.95
+
+
+def bootstrap(
+    statistic: Callable[[np.ndarray], float | np.ndarray], prompts: int, strata: Sequence[str] = (),
+    resamples: int = RESAMPLES, seed: int = 0,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
+    """(estimate, low, high) of a statistic of prompts: the percentile bootstrap, 95 %.
+
+    statistic(index (P,) of prompts) -> a number or an array. The estimate has every prompt once, each resample P drawn
+    with replacement. strata: one name a prompt (GenEval's tags): each is drawn from itself, as often as it is there.
+    Raises ValueError without a prompt.
+    """
+    if prompts < 1:
+        raise ValueError("no prompt to resample")
+    labels = np.asarray(strata if len(strata) else [""] * prompts)
+    if len(labels) != prompts:
+        raise ValueError(f"{len(labels)} strata for {prompts} prompts")
+    groups, rng = [np.flatnonzero(labels == label) for label in dict.fromkeys(labels)], np.random.default_rng(seed)
+    draws = [
+        statistic(np.concatenate([rng.choice(group, len(group)) for group in groups])) for _ in range(resamples)
+    ]
+    low, high = np.quantile(np.asarray(draws, np.float64), [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
+    return np.asarray(statistic(np.arange(prompts)), np.float64), low, high
+
+
+def mean_cell(values: Sequence[Sequence[float]] | Sequence[float], seed: int = 0) -> Cell:
+    """The mean over prompts of the means over their pictures, with its interval. values: one number or N a prompt."""
+    means_P = np.array([np.mean(own) for own in values], np.float64)
+    estimate, low, high = bootstrap(lambda index: means_P[index].mean(), len(means_P), seed=seed)
+    return Cell(float(estimate), len(means_P), float(low), float(high))
+
+
+def difference_cell(a: Sequence, b: Sequence, seed: int = 0) -> Cell:
+    """mean(a) - mean(b), paired by prompt. a, b: as in `mean_cell`, of the same P prompts in the same order."""
+    return mean_cell([np.mean(own) - np.mean(other) for own, other in zip(a, b, strict=True)], seed)
+
+
+# ------------------------------------------------------------------------------------------------------------ arena
+def bradley_terry(wins_MM: np.ndarray, prior: float = 1.0) -> np.ndarray:
+    """Log-strengths theta, (M,), of mean 0, that maximise the likelihood of an arena's votes; Q 5, Fig. 4.
+
+        P(i beats j) = sigmoid(theta_i - theta_j)
+        L(theta) = sum_ij wins_ij log P(i beats j) + prior/2 sum_i [log sigmoid(theta_i) + log sigmoid(-theta_i)]
+
+    wins_ij: how often i beat j, a tie being half a win of both. The prior is `prior` drawn games of every model against
+    an average one. With it the answer is finite and unique also for a model that wins always and for models that
+    nobody compared. prior = 0 is the plain maximum of the likelihood, and ValueError where there is none: some models
+    never lost to the others. Newton's method; a step changes no difference by more than 1, which is enough for every
+    step to raise L, because the curvature of log sigmoid changes by a factor of e at most over a distance of 1.
+    """
+    wins = np.asarray(wins_MM, np.float64)
+    if wins.ndim != 2 or wins.shape[0] != wins.shape[1] or not (np.isfinite(wins).all() and (wins >= 0).all()):
+        raise ValueError(f"wins must be (M, M), finite and not negative, got {wins.shape}")
+    wins = wins * (1 - np.eye(len(wins)))
+    games = wins + wins.T
+    if prior == 0 and not (np.linalg.matrix_power(np.eye(len(wins)) + (wins > 0), len(wins)) > 0).all():
+        raise ValueError("no finite strengths without a prior: some models never lost to the others")
+    theta = np.zeros(len(wins))
+    for _ in range(1000):
+        p_MM, p_M = 1 / (1 + np.exp(theta[None] - theta[:, None])), 1 / (1 + np.exp(-theta))
+        slope = (wins - games * p_MM).sum(1) + prior * (0.5 - p_M)  # dL/dtheta
+        pull = games * p_MM * (1 - p_MM)
+        curvature = np.diag(pull.sum(1) + prior * p_M * (1 - p_M)) - pull  # -d2L/dtheta2
+        step = np.linalg.solve(curvature + (prior == 0), slope)  # the likelihood alone leaves the mean open: keep it
+        theta += step / max(1.0, np.ptp(step), abs(step).max())
+        if abs(step).max() < 1e-10:
+            break
+    return theta - theta.mean()
+
+
+def elo(wins_PMM: np.ndarray, names: Sequence[str], categories: Sequence[str] = (), seed: int = 0) -> dict[str, dict]:
+    """{model: {"overall": Cell, category: Cell}}: ratings 1000 + 400 log10(strength), Q Fig. 4, with their intervals.
+
+    wins_PMM: of every prompt, as in `bradley_terry`, in both orders of a pair; categories: one a prompt. The mean
+    rating of all models is 1000 in every column, since a category has votes of its own only.
+    """
+    wins_PMM, rows = np.asarray(wins_PMM, np.float64), {name: {} for name in names}
+    index_of = {"overall": np.arange(len(wins_PMM))}
+    index_of |= {own: np.flatnonzero(np.asarray(categories) == own) for own in dict.fromkeys(categories)}
+    for column, own in index_of.items():
+        rating = lambda index, own=own: 1000 + 400 / math.log(10) * bradley_terry(wins_PMM[own[index]].sum(0))  # noqa: E731
+        found = bootstrap(rating, len(own), seed=seed)
+        for name, *numbers in zip(names, *found, strict=True):
+            rows[name][column] = Cell(float(numbers[0]), len(own), *map(float, numbers[1:]))
+    return rows
+
+
+# -------------------------------------------------------------------------------------------------------- diversity
+def diversity(pictures_ND: np.ndarray) -> float:
+    """Mean root mean square distance of the pairs of a prompt's pictures; 0 if the mode has collapsed. F 6.3.3.
+
+    pictures_ND: N vectors. In the tiny worlds they are pixels in [0, 1]: a drawing of 24 x 24 *is* its pixels, and no
+    network knows it. Of published models they are CLIP's image features: the pixels of two photographs of one
+    composition differ by a shift as much as those of two compositions do. Raises ValueError for fewer than two.
+    """
+    x = np.asarray(pictures_ND, np.float64).reshape(len(pictures_ND), -1)
+    if len(x) < 2:
+        raise ValueError("diversity needs two pictures of a prompt at least")
+    gaps = [np.sqrt(np.square(x[i] - x[j]).mean()) for i in range(len(x)) for j in range(i)]
+    return float(np.mean(gaps))

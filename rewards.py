@@ -57,7 +57,7 @@ class Scorer(NamedTuple):
 
     score(images, prompts, sources) -> (B,) float32 on the CPU, where images is (B, 3, H, W) in [0, 1] on the CPU,
     prompts are B `data.files.Prompt`, and sources, for editing only, are B source images (3, H', W'), else None.
-    low, high: the range that a score can have, checked by `check_scores`; infinite if there is none.
+    low, high: the range that a score can have, checked by `scorers.common.check_scores`; infinite if there is none.
     verdict: as score, 1 or 0, what an evaluation counts by tags (GenEval); None: it has the mean of score.
     check(prompt): ValueError for a prompt that it can never score well, asked before anything is drawn.
     """
@@ -403,25 +403,6 @@ def identity(source_faces: Sequence[Face], result_faces: Sequence[Face], strange
 
 
 # -------------------------------------------------------------------------------------- several scores as one
-def check_scores(
-    name: str, scores: Sequence[float], prompts: Sequence[str], low: float | None = None, high: float | None = None
-) -> np.ndarray:
-    """A scorer's answer for a batch as float64 (B,), or a RewardError naming scorer and prompt. F §6.1.
-
-    There must be one score for each of the B `prompts`, in shape (B,) exactly: a (B, 1) would later broadcast
-    against (B,) to (B, B). Every score must be finite and, if given, low <= score <= high.
-    """
-    scores_B = np.asarray(scores, dtype=np.float64)
-    if scores_B.shape != (len(prompts),):
-        raise RewardError(f"scorer {name!r}: {len(prompts)} prompts but scores of shape {scores_B.shape}")
-    for score, prompt in zip(scores_B, prompts, strict=True):
-        if not math.isfinite(score):
-            raise RewardError(f"scorer {name!r}: {score} is not finite, for the prompt {prompt!r}")
-        if (low is not None and score < low) or (high is not None and score > high):
-            raise RewardError(f"scorer {name!r}: {score} is outside [{low}, {high}], for the prompt {prompt!r}")
-    return scores_B
-
-
 def composite(scores_KB: np.ndarray, weights_KB: np.ndarray) -> np.ndarray:
     """Weighted sum of rewards: R_b = sum over k of w_kb R_kb -> float64 (B,). F §6.1, App. A; w_kb by category Q §4.2.
 

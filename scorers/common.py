@@ -4,6 +4,7 @@ Pictures are rounded to 8 bits first, as a saved PNG would be, and prepared by t
 PIL form, which need no torchvision. A batch is looked at in parts of `batch` pictures, so that memory stays bounded.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +17,7 @@ from data.common import first_line
 from data.files import Prompt
 from data.pictures import to_picture
 from models import hub
-from rewards import RewardError, Scorer, check_scores
+from rewards import RewardError, Scorer
 
 PICKLED = {  # kind -> the published file, which only `convert` opens
     "hps": "HPS_v2.1_compressed.pt of xswu/HPSv2",
@@ -26,6 +27,25 @@ PICKLED = {  # kind -> the published file, which only `convert` opens
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "model-0*.safetensors")
 PROCESSOR_FILES = ("preprocessor_config.json", "tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json")
 MODEL_FILES = ("config.json", *WEIGHTS, *PROCESSOR_FILES)
+
+
+def check_scores(
+    name: str, scores: Sequence[float], prompts: Sequence[str], low: float | None = None, high: float | None = None
+) -> np.ndarray:
+    """A scorer's answer for a batch as float64 (B,), or a RewardError naming scorer and prompt. F §6.1.
+
+    There must be one score for each of the B `prompts`, in shape (B,) exactly: a (B, 1) would later broadcast
+    against (B,) to (B, B). Every score must be finite and, if given, low <= score <= high.
+    """
+    scores_B = np.asarray(scores, dtype=np.float64)
+    if scores_B.shape != (len(prompts),):
+        raise RewardError(f"scorer {name!r}: {len(prompts)} prompts but scores of shape {scores_B.shape}")
+    for score, prompt in zip(scores_B, prompts, strict=True):
+        if not math.isfinite(score):
+            raise RewardError(f"scorer {name!r}: {score} is not finite, for the prompt {prompt!r}")
+        if (low is not None and score < low) or (high is not None and score > high):
+            raise RewardError(f"scorer {name!r}: {score} is outside [{low}, {high}], for the prompt {prompt!r}")
+    return scores_B
 
 
 def batched(name: str, rate: Callable, low: float, high: float, batch: int) -> Scorer:

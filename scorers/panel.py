@@ -32,8 +32,9 @@ from torch import Tensor
 import grpo
 from data.common import first_line
 from data.files import Prompt
-from rewards import RewardError, Scorer, check_scores, composite
+from rewards import RewardError, Scorer, composite
 from scorers import registry
+from scorers.common import check_scores
 from scorers.selftest import self_test
 
 DEFAULT = "default"  # the category whose weights serve prompts of a category that has none of its own

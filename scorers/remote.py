@@ -34,8 +34,9 @@ import torch
 
 from data.files import Prompt
 from data.pictures import png, to_picture
-from rewards import HIGHEST_RATING, LOWEST_RATING, RewardError, Scorer, check_scores
+from rewards import HIGHEST_RATING, LOWEST_RATING, RewardError, Scorer
 from scorers import rubrics
+from scorers.common import check_scores
 
 KEY_ENV = "OPENAI_API_KEY"
 TOP_LOGPROBS = 20  # the most that the API gives; all five score tokens are nearly always among them

@@ -39,8 +39,9 @@ import torch
 from PIL import Image
 
 from data.files import TASKS, Prompt
-from rewards import RewardError, Scorer, check_scores
+from rewards import RewardError, Scorer
 from scorers import registry
+from scorers.common import check_scores
 from scorers.remote import read_key
 from scorers.selftest import self_test
 

@@ -22,7 +22,8 @@ from data.preferences import Pair, Sample
 from models import hub, lora, qwen_vl
 from models.hub import ModelError
 from reward_model import HIGHEST, LOWEST, expected_score, pair_accuracy, pearson, ranked
-from rewards import RewardError, Scorer, check_scores
+from rewards import RewardError, Scorer
+from scorers.common import check_scores
 from tiny import judge as tiny_judge
 from tiny.judge import TinyJudge
 

@@ -15,6 +15,7 @@ from data.files import Prompt
 from rewards import RewardError, Scorer
 from scorers import panel as S
 from scorers import registry
+from scorers.common import check_scores
 from tiny import drawings, edits
 
 P, G = 4, 3  # prompts and their samples; with K = 3 scorers no two sizes are alike but K and G, hence:
@@ -426,3 +427,17 @@ def test_the_editing_worlds_defaults_score_both_tasks_of_one_batch():
     np.testing.assert_allclose(found.values[2:], np.where(is_edit, 1, math.nan) * np.ones((2, 1)), atol=1e-6)
     words = next(p for p in drawn if p.metadata["category"] == "typography")
     assert some.weight("preference", words) == 0.8 and some.weight("preference", drawn[0]) == 0.6
+
+
+THREE = ["a dog", "a cat", "a cow"]
+NO_ANSWER = [*([0.1, bad, 0.3] for bad in (math.nan, math.inf, -math.inf, None, 1.5, -0.5)),
+             [0.1, 0.2], [0.1] * 4, [[0.1], [0.2], [0.3]], 0.5]  # fmt: skip
+
+
+@pytest.mark.parametrize("scores", NO_ANSWER)
+def test_an_answer_is_one_finite_number_a_prompt_within_the_bounds_or_an_error_that_names_scorer_and_prompt(scores):
+    # (B, 1) times (B,) is (B, B): the shape bug of the released code starts with a score of shape (B, 1).
+    with pytest.raises(RewardError, match="scorer 'ocr': " + (".*'a cat'" if np.shape(scores) == (3,) else "")):
+        check_scores("ocr", scores, THREE, low=0, high=1)
+    assert check_scores("s", [0, 1, 0.5], THREE, low=0, high=1).tolist() == [0, 1, 0.5], "bounds are inclusive"
+    assert check_scores("s", [-9, 30, 0.5], THREE).tolist() == [-9, 30, 0.5], "and optional"

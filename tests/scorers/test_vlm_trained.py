@@ -14,8 +14,9 @@ import reward_model
 from data.files import Prompt
 from models import lora
 from models.hub import ModelError
-from rewards import RewardError, check_scores
+from rewards import RewardError
 from scorers import vlm_trained as V
+from scorers.common import check_scores
 from tests.helpers.checks import refusal
 from tests.helpers.qwen_hub import build_vlm
 from tiny.judge import TinyJudge

@@ -12,6 +12,7 @@ and the real models are scored by the very same lines.
     what does a VLM judge's written reply say?   parse_judge                        F App. A, Fig. 6, Table 4
     ... with one rating a level                  capped_alignment                   Q §3.2
     ... with one answer a demand of an edit      capped_editing                     Q §3.3
+    ... with one mark a facet of a pillar        pillar_score                       Q Table 1
     is it still the same person after an edit?   similarity, identity               Q §3.3
     several rewards as one                       composite                          F §6.1, App. A, Q §4.1
     one number for a model                       table2_average                     F Table 2
@@ -19,30 +20,28 @@ and the real models are scored by the very same lines.
 Notation: B samples, K rewards; boxes are (x0, y0, x1, y1) in pixels with y pointing *down*; a detection is a
 dict {"class", "score", "box", "color"}; metadata is one line of a GenEval file (see `data/files.py`).
 
-A score that could not be computed is an error that names its cause, never a silent 0. No gradient flows through
-rewards: they are numbers about finished images.
+A score that could not be computed is an error that names its cause, never a silent 0. Rewards have no gradient.
 """
 
 import math
 import re
 import statistics
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-# GenEval's thresholds. Counting asks for far more confidence, because a detector's weak second guesses on one
-# object would otherwise be counted as objects.
+# GenEval's thresholds. Counting asks for more: a detector's weak second guesses on one object would count as objects.
 CONFIDENCE, COUNTING_CONFIDENCE, MAX_PER_CLASS = 0.3, 0.9, 16
-# Two boxes must be this share of their summed sizes apart before "left" means anything, and the remaining
-# offset must point this much (as a cosine) along an axis.
+# Boxes must be this share of their summed sizes apart, and the rest must point this much (a cosine) along an axis.
 POSITION_MARGIN, POSITION_COSINE = 0.1, 0.5
 RELATIONS = ("left of", "right of", "above", "below")
 
 SCORE_TOKENS = {str(score): score for score in range(1, 6)}  # Q Eq. 12's S = {1, 2, 3, 4, 5}
 LEVELS = {"excellent": 5, "good": 4, "fair": 3, "poor": 2, "bad": 1}  # DeQA's words for the same
 LOWEST_RATING, HIGHEST_RATING = 1, 5  # the scale of F Fig. 6 and of DeQA's levels (bad .. excellent)
+FACET_POINTS = {"0": 0, "1": 60, "2": 100, "N/A": None}  # Q-Judger's
 PICKSCORE_SCALE = 26  # PickScore is published as about 20 to 23; 26 is the divisor that brings it near 0..1
 # Q's order of importance (§3.2 prints the first; §3.3 lists what the second is made of).
 ALIGNMENT, EDITING = ("objects", "attributes", "relations", "actions"), ("core", "extra", "coherence")
@@ -117,7 +116,7 @@ def ocr_reward(read_text: str, prompt: str, target: str = "", released: bool = F
     DEVIATION (Flow-GRPO's code): it drops white space and capitals (`released`). Here full-width letters, composed
     accents, curly apostrophes and characters of no width are one with what a reader takes them for, too.
 
-    Known weakness, as released: text around the target costs nothing.
+    As released, text around the target costs nothing.
     """
     letters = (lambda text: "".join(text.split()).lower()) if released else as_seen
     target, read = letters(target or ocr_target(prompt)), letters(read_text)
@@ -141,10 +140,9 @@ def filter_detections(detections: Sequence[dict], metadata: Mapping) -> list[dic
     """
     threshold = COUNTING_CONFIDENCE if metadata.get("tag") == "counting" else CONFIDENCE
     kept: list[dict] = []
-    seen: dict[str, int] = {}
     for found in sorted(detections, key=lambda d: d["score"], reverse=True):
-        seen[found["class"]] = seen.get(found["class"], 0) + 1
-        if found["score"] > threshold and seen[found["class"]] <= MAX_PER_CLASS:
+        same = sum(other["class"] == found["class"] for other in kept)
+        if found["score"] > threshold and same < MAX_PER_CLASS:
             kept.append(found)
     return kept
 
@@ -155,7 +153,7 @@ def relative_position(box_a: Sequence[float], box_b: Sequence[float]) -> set[str
     F §6.1 (GenEval). With o = centre(a) - centre(b), in pixels, y down:
         o' = sign(o) max(|o| - 0.1 (size(a) + size(b)), 0)      per axis: overlapping boxes have no order
         right of / below if o'_x / o'_y >  0.5 |o|,   left of / above if < -0.5 |o|
-    Compared as a product, not as the quotient o'/|o|, so that equal centres need no special case.
+    A product, not the quotient o'/|o|, is compared: equal centres need no special case.
     """
     offset, margin = [], []
     for low, high in ((0, 2), (1, 3)):  # (x0, x1), then (y0, y1)
@@ -226,8 +224,7 @@ def _checklist(metadata: Mapping) -> list[dict]:
 
 def _of_class(detections: Sequence[dict], entry: Mapping) -> list[dict]:
     """The detections of an entry's class, best score first."""
-    members = [found for found in detections if found["class"] == entry["class"]]
-    return sorted(members, key=lambda d: d["score"], reverse=True)
+    return sorted((d for d in detections if d["class"] == entry["class"]), key=lambda d: d["score"], reverse=True)
 
 
 def _relation_holds(position: Sequence, objects: Sequence[dict], groups: Sequence[Sequence[dict]]) -> bool:
@@ -250,7 +247,7 @@ def per_tag_accuracy(verdicts: Sequence[bool], tags: Sequence[str]) -> dict[str,
 def geneval_score(verdicts: Sequence[bool], tags: Sequence[str]) -> float:
     """GenEval's number, in [0, 1]: the unweighted mean of the per-tag accuracies. F Table 2.
 
-    Not the mean over images: a tag counts the same however many prompts it has. Raises ValueError without a verdict.
+    A tag counts the same however many prompts it has. Raises ValueError without a verdict.
     """
     return statistics.fmean(per_tag_accuracy(verdicts, tags).values())
 
@@ -325,6 +322,29 @@ def rating(what: str, found: Sequence[str], reply: str) -> float:
     if not LOWEST_RATING <= float(number) <= HIGHEST_RATING:
         raise RewardError(f"no {what} from {LOWEST_RATING} to {HIGHEST_RATING} in the reply: {reply}")
     return float(number)
+
+
+def pillar_score(reply: Mapping, hierarchy: Mapping[str, Sequence[str]]) -> float | None:
+    """Q Table 1: a picture's score in a pillar of Qwen-Image-Bench, in [0, 100], by Q-Judger; None if all is N/A.
+
+        reply {level 2: {level 3: {"score": s}}};  s = 0, 1, 2 -> 0, 60, 100;  "N/A" is left out
+        score = mean over level 2 of the means over level 3;  a picture's total is the plain mean of its pillars
+
+    hierarchy: {level 2: its level 3}, the benchmark's own. A facet counts where the hierarchy has it, wherever the
+    reply has put it; one that the reply lacks is left out. RewardError for another facet or score, and for none.
+    """
+    found, known = dict(_facets(reply)), {facet for facets in hierarchy.values() for facet in facets}
+    if not found or not set(found) <= known or not set(found.values()) <= set(FACET_POINTS):
+        raise RewardError(f"no scores 0, 1, 2 or N/A of {', '.join(sorted(known))} alone in the reply: {reply}")
+    points = [[FACET_POINTS[found[f]] for f in facets if found.get(f, "N/A") != "N/A"] for facets in hierarchy.values()]
+    return statistics.fmean(map(statistics.fmean, filter(None, points))) if any(points) else None
+
+
+def _facets(node: Mapping) -> Iterator[tuple[str, str]]:
+    """(name, score) of everything in a reply that has a score, at any depth."""
+    for name, value in node.items():
+        if isinstance(value, Mapping):
+            yield from [(name.strip(), str(value["score"]).upper())] if "score" in value else _facets(value)
 
 
 def capped_alignment(scores: Mapping[str, float]) -> float:
@@ -406,9 +426,8 @@ def identity(source_faces: Sequence[Face], result_faces: Sequence[Face], strange
 def composite(scores_KB: np.ndarray, weights_KB: np.ndarray) -> np.ndarray:
     """Weighted sum of rewards: R_b = sum over k of w_kb R_kb -> float64 (B,). F §6.1, App. A; w_kb by category Q §4.2.
 
-    A score of weight 0 does not count, also if it is nan because its scorer was not asked. Weights are taken as given:
-    3:1:1 and 0.6:0.2:0.2 differ by a factor that group normalisation removes. This mixes *before* normalisation, so a
-    reward with a wide range dominates; Q Eq. 13 mixes after it. Raises ValueError for unequal shapes.
+    A score of weight 0 does not count, also if it is nan because its scorer was not asked. Weights are taken as given.
+    This mixes *before* normalisation, so a wide range dominates; Q Eq. 13 mixes after it. ValueError: unequal shapes.
 
     ERRATUM (F 6.1, App. A): F contradicts itself on both of its mixes. GRPO-Mix 3:1:1 is a ratio of rewards in §6.1
     but of epochs, each with one reward, in App. A; the DeQA teacher blends DeQA and PickScore 4:6 in §6.1 but 1:1

@@ -24,7 +24,9 @@ in which order and on which scale. Q prints none of its prompts. A reward model 
 scores best with that one: `rubric._replace(user=...)`.
 """
 
+import math
 import re
+import statistics
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -37,6 +39,7 @@ import rewards
 from data.pictures import PNG_URI, png, to_picture
 from rewards import ALIGNMENT, HIGHEST_RATING, LEVELS, SCORE_TOKENS, RewardError
 
+NUMBER_WORDS = "zero one two three four five six seven eight nine ten".split()
 SCALES = {"expected": SCORE_TOKENS, "levels": LEVELS}  # the words of a one-token answer
 WRITTEN_TOKENS = 1024  # how long a written answer may get
 
@@ -146,6 +149,28 @@ def score_token(tokens: Sequence[str]) -> int | None:
         if found and len(reply) - len(said) + found.start(1) < end:
             return index
     return None
+
+
+def answer_probability(logprobs: Mapping[str, float], right: str) -> float:
+    """How probable the right answer is as the first token, in [0, 1], of {token: log-prob}. GenEval 2's soft score.
+
+    Blanks, capitals and numbers in digits do not count: "four", " Four" and "4" add up. Not normalised over the other
+    answers. 0 if no token says it: servers return the likeliest few only.
+    """
+    said = {right.strip().lower()}
+    said |= {str(n) for n, word in enumerate(NUMBER_WORDS) if word in said}
+    return min(sum(math.exp(lp) for token, lp in logprobs.items() if token.strip().lower() in said), 1.0)
+
+
+def soft_tifa(probabilities: Sequence[float]) -> tuple[float, float]:
+    """GenEval 2's Soft-TIFA of one picture, (AM, GM): arithmetic and geometric mean of its atoms' soft scores.
+
+    AM says how many atoms are right, GM whether the whole prompt is: one atom at 0 makes it 0. The benchmark's numbers
+    are the means over prompts. Raises ValueError without an atom, and for a number that is no probability.
+    """
+    if not probabilities or not all(0 <= p <= 1 for p in probabilities):
+        raise ValueError(f"soft scores must be probabilities of one atom at least: {probabilities}")
+    return statistics.fmean(probabilities), math.prod(probabilities) ** (1 / len(probabilities))
 
 
 def _final(reply: str) -> float:

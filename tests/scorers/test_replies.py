@@ -167,3 +167,19 @@ def test_what_is_missing_or_cut_off_is_no_score(name):
         refusal(read, error=RewardError)
     else:
         assert 5 * read() == pytest.approx(rating)
+
+
+# ------------------------------------------------------------------------------------- GenEval 2: one token an atom
+def test_the_right_answers_probability_adds_up_its_spellings_and_no_other_answer():
+    said = {"four": math.log(0.5), " Four": math.log(0.125), "4": math.log(0.25), "40": -3.0, "five": math.log(0.1)}
+    assert J.answer_probability(said, "four") == pytest.approx(0.875)
+    assert J.answer_probability({"Yes": math.log(0.75), "No": math.log(0.25)}, "yes") == pytest.approx(0.75)
+    assert J.answer_probability({"No": 0.0}, "Yes") == 0
+
+
+def test_soft_tifa_is_the_arithmetic_and_the_geometric_mean_of_the_atoms():
+    assert J.soft_tifa([0.9, 0.4, 0.6]) == pytest.approx((1.9 / 3, 0.216 ** (1 / 3)))
+    assert J.soft_tifa([1.0, 1.0, 0.0, 1.0]) == (0.75, 0.0), "one atom that is missing fails the prompt"
+    for wrong in ([], [1.5], [math.nan, 0.5]):
+        with pytest.raises(ValueError):
+            J.soft_tifa(wrong)

@@ -1,4 +1,4 @@
-"""How do models compare, and how sure is it? Bootstrap intervals, an arena's ratings, diversity.
+"""How do models compare, and how sure is it? Bootstrap intervals, an arena's ratings.
 
 Whatever is resampled are *prompts*: the pictures of one prompt are alike, so that pictures are no independent sample.
 A difference of two models is paired: both are resampled with the same prompts.
@@ -99,18 +99,3 @@ def elo(wins_PMM: np.ndarray, names: Sequence[str], categories: Sequence[str] = 
         for name, *numbers in zip(names, *found, strict=True):
             rows[name][column] = Cell(float(numbers[0]), len(own), *map(float, numbers[1:]))
     return rows
-
-
-# -------------------------------------------------------------------------------------------------------- diversity
-def diversity(pictures_ND: np.ndarray) -> float:
-    """Mean root mean square distance of the pairs of a prompt's pictures; 0 if the mode has collapsed. F 6.3.3.
-
-    pictures_ND: N vectors. In the tiny worlds they are pixels in [0, 1]: a drawing of 24 x 24 *is* its pixels, and no
-    network knows it. Of published models they are CLIP's image features: the pixels of two photographs of one
-    composition differ by a shift as much as those of two compositions do. Raises ValueError for fewer than two.
-    """
-    x = np.asarray(pictures_ND, np.float64).reshape(len(pictures_ND), -1)
-    if len(x) < 2:
-        raise ValueError("diversity needs two pictures of a prompt at least")
-    gaps = [np.sqrt(np.square(x[i] - x[j]).mean()) for i in range(len(x)) for j in range(i)]
-    return float(np.mean(gaps))

@@ -48,6 +48,20 @@ def check_scores(
     return scores_B
 
 
+def diversity(pictures_ND: np.ndarray) -> float:
+    """Mean root mean square distance of the pairs of a prompt's pictures; 0 if the mode has collapsed. F 6.3.3.
+
+    pictures_ND: N vectors. In the tiny worlds they are pixels in [0, 1]: a drawing of 24 x 24 *is* its pixels, and no
+    network knows it. Of published models they are CLIP's image features: the pixels of two photographs of one
+    composition differ by a shift as much as those of two compositions do. Raises ValueError for fewer than two.
+    """
+    x = np.asarray(pictures_ND, np.float64).reshape(len(pictures_ND), -1)
+    if len(x) < 2:
+        raise ValueError("diversity needs two pictures of a prompt at least")
+    gaps = [np.sqrt(np.square(x[i] - x[j]).mean()) for i in range(len(x)) for j in range(i)]
+    return float(np.mean(gaps))
+
+
 def batched(name: str, rate: Callable, low: float, high: float, batch: int) -> Scorer:
     """A Scorer from rate(pixels, prompts) -> scores, which gets at most `batch` arrays (H, W, 3) of uint8 at a time.
 

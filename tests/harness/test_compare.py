@@ -1,4 +1,4 @@
-"""harness/compare.py: intervals against theory, Bradley-Terry by hand and against a gradient, distances by hand."""
+"""harness/compare.py: intervals against theory, Bradley-Terry by hand and at its slope."""
 
 import math
 
@@ -128,14 +128,3 @@ def test_elo_is_400_points_a_factor_of_ten_and_a_category_has_votes_of_its_own()
     overall = found["rl"]["overall"]  # 31 : 13 + 1/30 ... by hand: (30*10 + 10*1) : (30*1 + 10*10)
     assert overall.value - 1000 == pytest.approx(200 * math.log10(310 / 130), abs=0.01)
     assert overall.low < overall.value - 20 and overall.value + 20 < overall.high, "which prompts are drawn matters"
-
-
-# -------------------------------------------------------------------------------------------------------- diversity
-def test_diversity_is_the_mean_distance_of_pairs_and_zero_for_a_collapsed_mode():
-    x = np.array([[0.0, 0.0], [0.6, 0.8], [0.0, 0.0]])  # distances 1, 0, 1 over sqrt(2)
-    assert compare.diversity(x) == pytest.approx(2 / 3 / math.sqrt(2))
-    assert compare.diversity(np.full((4, 3, 2, 2), 0.3)) == 0
-    rng = np.random.default_rng(2)  # two independent numbers of variance s^2 are sqrt(2) s apart, in the quadratic mean
-    assert compare.diversity(rng.normal(0, 0.1, (6, 3, 40, 40))) == pytest.approx(0.1 * math.sqrt(2), rel=0.01)
-    with pytest.raises(ValueError):
-        compare.diversity(x[:1])

@@ -1,12 +1,15 @@
 """The world of published models: what an evaluation counts of a panel's answers, and F Table 2's average."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
 
 from data import written
 from data.pictures import sources
 from rewards import Scorer
-from scorers import world
+from scorers import common, world
 from scorers.panel import Panel
 from tiny import edits
 
@@ -62,3 +65,13 @@ def test_the_four_metrics_of_table_2_have_their_average():
     assert world.average(scores | {"text jpeg": 3.0}) == {"Avg": pytest.approx(0.9044, abs=5e-5)}
     for column in scores:
         assert world.average({name: scores[name] for name in scores if name != column}) == {}, "graded GenEval is none"
+
+
+def test_diversity_is_the_mean_distance_of_pairs_and_zero_for_a_collapsed_mode():
+    x = np.array([[0.0, 0.0], [0.6, 0.8], [0.0, 0.0]])  # distances 1, 0, 1 over sqrt(2)
+    assert common.diversity(x) == pytest.approx(2 / 3 / math.sqrt(2))
+    assert common.diversity(np.full((4, 3, 2, 2), 0.3)) == 0
+    rng = np.random.default_rng(2)  # two independent numbers of variance s^2 are sqrt(2) s apart, in the quadratic mean
+    assert common.diversity(rng.normal(0, 0.1, (6, 3, 40, 40))) == pytest.approx(0.1 * math.sqrt(2), rel=0.01)
+    with pytest.raises(ValueError):
+        common.diversity(x[:1])

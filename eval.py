@@ -78,6 +78,7 @@ def compare(s: Settings) -> tuple[dict[str, dict], Path]:
     lock = load.claim(s)
     device, first = ranks.start(s), ranks.rank_and_world()[0] == 0
     load.locate_all(s)
+    load.try_all(s)
     folder = ownership.of(s)
     prompts = load.load_prompts(s, "test", s.eval_prompts, settings.test_tasks(s))
     model = load.base_model(s, device)

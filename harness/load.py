@@ -1,6 +1,7 @@
 """What does a stage load? Its prompts, its scorers, the frozen base, the student and the teachers beside it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -18,7 +19,7 @@ from harness import identity, ownership, ranks
 from harness.run import Run
 from models import flow, hub, lora, qwen_vl, tiny
 from models import load as models
-from models.experts import STUDENT
+from models.experts import STUDENT, Experts
 from scorers import panel, registry, vlm_trained, world
 from settings import Settings, is_tiny, rewarded_tasks, task_list
 from tiny import drawings, edits
@@ -108,11 +109,17 @@ def claim(s: Settings) -> ownership.Lock | None:
 def inputs_of(s: Settings) -> dict[str, str]:
     """{flag: identity} of what the run reads (harness/identity.py), {} on ranks that do not need it.
 
-    Everything is found or fetched before. SettingsError if the run was made with other content.
+    Everything is found or fetched before. SettingsError if the run was made with other content, and as `try_all`.
     """
     locate_all(s)
-    if ranks.rank_and_world()[0] > 0 and s.stage != "curate":
-        return {}
+    found = _identities(s) if ranks.rank_and_world()[0] == 0 or s.stage == "curate" else {}
+    if found:
+        ownership.check_inputs(s, found)
+    try_all(s)
+    return found
+
+
+def _identities(s: Settings) -> dict[str, str]:
     found, read, places = {}, settings.read_by(s), checkpoints_of(s)
     if files := base_files(s):
         found["--model"] = identity.weights(hub.locate(s.model, files), files)
@@ -129,13 +136,12 @@ def inputs_of(s: Settings) -> dict[str, str]:
         found["--data"] = identity.data(Path(s.data))
     if s.stage in ("curate", *settings.RL):
         found["--rewards"] = identity.scorers(asked_of(s))
-    ownership.check_inputs(s, found)
     return found
 
 
 # ------------------------------------------------------------------------------------------ student and teachers
 def locate_all(s: Settings) -> None:
-    """Find or fetch every checkpoint that the run will read. ModelError names one that is not there.
+    """Find or fetch every checkpoint that the run will read. ModelError names the flag of one that is not there.
 
     One rank of each node goes first, so that a download happens once.
     """
@@ -143,15 +149,34 @@ def locate_all(s: Settings) -> None:
         ranks.wait()
     base = {"model": s.model} if base_files(s) else {}
     for name, where in (base | checkpoints_of(s)).items():
-        try:
-            if name in base:
-                hub.locate(where, base_files(s))
-            elif hub.kind(place := hub.locate(where)) != "full":
-                lora.read_factors(place)  # what is not finite is found before the base is loaded
-        except hub.ModelError as fault:
-            raise hub.ModelError(f"{flag_of(name)}: {fault}") from fault
+        with _named(name):
+            hub.locate(where, base_files(s)) if name in base else hub.kind(hub.locate(where))
     if ranks.local_rank() == 0:
         ranks.wait()
+
+
+def try_all(s: Settings) -> None:
+    """Try every checkpoint on the base's shapes, before its weights are read. ModelError names the flag of one that
+    does not fit: another base's, of other shapes, or with numbers that are not finite."""
+    if not (found := checkpoints_of(s)):
+        return
+    with _named("model"):
+        place = hub.locate(s.model, base_files(s))
+        empty = Experts(hub.empty_transformer(hub.transformer_config(place)), "meta")
+        empty.source, empty.fingerprint = s.model, hub.fingerprint(hub.transformer_in(place))
+    for name, where in found.items():
+        with _named(name):
+            lora_only = s.stage == "merge" or (name == "init" and s.parameters != "full")
+            (empty.read_adapter if lora_only else empty.check)(hub.locate(where))
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """A ModelError inside begins with the flag of the checkpoint."""
+    try:
+        yield
+    except hub.ModelError as fault:
+        raise hub.ModelError(f"{flag_of(name)}: {fault}") from fault
 
 
 def base_files(s: Settings) -> tuple[str, ...]:
@@ -205,10 +230,7 @@ def student_run(s: Settings) -> Run:
         return Run(s, model, inputs=inputs)
     state, config = None, lora.lora_config(s.rank, s.alpha)
     if s.init:
-        folder = hub.locate(s.init)
-        if hub.kind(folder) == "full":
-            raise hub.ModelError(f"{folder}: a full checkpoint: add --parameters full, or give it as --model")
-        state, config = model.read_adapter(folder)
+        state, config = model.read_adapter(hub.locate(s.init))
     with torch.random.fork_rng(devices=[]):  # the gaussian A of a new adapter
         torch.manual_seed(seed_for(s.seed, "lora"))
         model.add_adapter(STUDENT, config, state)

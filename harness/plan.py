@@ -52,16 +52,12 @@ def base_of(s: Settings) -> flow.FlowModel:
 
     ModelError for a folder that holds no transformer that is known here.
     """
-    with torch.device("meta"):
-        if s.stage == "pretrain":
+    if s.stage == "pretrain":
+        with torch.device("meta"):
             return tiny.new_tiny(s.seed, device="meta", qwen="edit" in task_list(s))
-        config = transformer_config(s.model)
-        if config.get("_class_name") not in hub.TRANSFORMERS:
-            known = ", ".join(hub.TRANSFORMERS)
-            raise hub.ModelError(f"{s.model}: its transformer is a {config.get('_class_name')}; known are {known}")
-        kind = hub.TRANSFORMERS[config["_class_name"]]
-        transformer = kind.from_config(config).requires_grad_(False)
-    return (qwen.QwenFlow if kind.__name__ == QWEN_IMAGE["_class_name"] else flow.FlowModel)(transformer, "meta")
+    config = transformer_config(s.model)
+    kind = qwen.QwenFlow if config["_class_name"] == QWEN_IMAGE["_class_name"] else flow.FlowModel
+    return kind(hub.empty_transformer(config), "meta")
 
 
 def transformer_config(where: str) -> dict:
@@ -69,10 +65,10 @@ def transformer_config(where: str) -> dict:
     if repo := hub.hub_id(where):
         revision = hub.base_and_revision(where)[1] or None
         file = huggingface_hub.try_to_load_from_cache(repo, "transformer/config.json", revision=revision)
-        return hub.read_json(Path(file)) if isinstance(file, str) else QWEN_IMAGE if "Qwen" in repo else SD35_MEDIUM
-    folder = hub.locate(where)
-    inside = folder / "transformer" / "config.json"
-    return hub.read_json(inside if inside.is_file() else folder / "config.json")
+        if not isinstance(file, str):
+            return QWEN_IMAGE if "Qwen" in repo else SD35_MEDIUM
+        return hub.transformer_config(Path(file).parent)
+    return hub.transformer_config(hub.locate(where))
 
 
 def trained_numbers(s: Settings, base: flow.FlowModel) -> int:
@@ -316,8 +312,8 @@ def memory(s: Settings, whole: int, fixed: int, trained: int, full: Collection[s
 
     whole, fixed and trained: N parameters and F numbers in buffers (SD3's positions, a tenth of it), of which n train.
     b (N + F) of the frozen base, b bytes a number (it is absent if all train and nobody asks it); 20 n of the trained
-    ones (24 for nft, whose old policy draws), over the ranks that share them, and 4 F beside them; b (N + F) of
-    the full teacher that is on the accelerator, and of the anchor.
+    ones (4 n more for nft, whose old policy draws, and for --overlap), over the ranks that share them, and 4 F beside
+    them; b (N + F) of the full teacher that is on the accelerator, and of the anchor.
     """
     b = 4 if is_tiny(s) or s.precision == "float32" else 2
     full = {*full} - {"init"} if s.stage != "merge" else set()
@@ -326,7 +322,7 @@ def memory(s: Settings, whole: int, fixed: int, trained: int, full: Collection[s
     shards = {"fsdp": ranks.rank_and_world()[1], "hsdp": ranks.local_world()}.get(s.parallel, 1) if fully else 1
     parts = {
         "base": b * (whole + fixed) * (not fully or (asked and s.stage != "pretrain")),
-        "student": (TRAINED_BYTES + 4 * (s.stage == "nft")) * trained / shards + 4 * fixed * fully,
+        "student": (TRAINED_BYTES + 4 * (s.stage == "nft") + 4 * s.overlap) * trained / shards + 4 * fixed * fully,
         "full teachers": b * (whole + fixed) * min(len(full), 1 + ("anchor" in full)),
     }
     return {name: size for name, size in parts.items() if size}

@@ -120,6 +120,13 @@ class Experts:
         state, config = self.read_adapter(folder)
         self.add_adapter(name, config, state)
 
+    def check(self, folder: Path) -> None:
+        """ModelError unless what is in a folder can be an expert here: by its config, or as `read_adapter`."""
+        if hub.kind(folder) == "full":
+            hub.transformer_config(folder, self.backbone.config)
+        else:
+            self.read_adapter(folder)
+
     def read_adapter(self, folder: Path) -> tuple[dict[str, Tensor], LoraConfig]:
         """An adapter on disk, checked against this model's backbone; see `lora.read_adapter`."""
         return lora.read_adapter(folder, dict(self.backbone.named_modules()), self.source, self.fingerprint)
@@ -219,8 +226,7 @@ class Experts:
 
     def save_full(self, folder: Path, state: dict[str, Tensor]) -> None:
         """Write the student's whole transformer, from its full state dict, as `transformer/` in diffusers' layout."""
-        with torch.device("meta"):
-            shell = self.kind.from_config(self.transformer.config)
+        shell = hub.empty_transformer({**self.transformer.config, "_class_name": self.kind.__name__})
         shell.load_state_dict({key: value.to(self._dtype()) for key, value in state.items()}, assign=True)
         shell.save_pretrained(folder / "transformer")
 

@@ -110,7 +110,7 @@ def read_adapter(
     """
     folder, layout = Path(folder), kind(folder)
     if layout == "full":
-        raise ModelError(f"{folder}: a full checkpoint, and an adapter is needed here; give a LoRA's folder")
+        raise ModelError(f"{folder}: a full checkpoint; a LoRA is needed here (--parameters full could start from it)")
     tensors, about = read_factors(folder)
     with reading(folder, f"a plain LoRA of {source}"):
         state, alphas = _placed(tensors, modules, folder)

@@ -7,11 +7,14 @@ import pytest
 import safetensors.torch
 import torch
 
+import eval as evaluation
+import train
 from harness import identity, load, ranks
 from models import hub
 from models import load as models
 from models.tiny import load_tiny
-from tests.helpers.runs import TASKS, tiny_settings
+from tests.helpers.checks import edit_json, edit_tensors
+from tests.helpers.runs import TASKS, command, the_one_line, tiny_settings
 
 
 @pytest.mark.parametrize("stage, mar, anchor, expected", [
@@ -37,11 +40,41 @@ def test_everything_is_found_before_anything_is_loaded(world, monkeypatch, tmp_p
     stage = "eval" if what == "compare" else "opd"
     with pytest.raises(hub.ModelError, match=f"^--{what}.*: ./no"):
         load.locate_all(tiny_settings(**{**good, "stage": stage, "anchor": "text", what: missing}))
-    poisoned = str(tmp_path / "x.safetensors")
-    safetensors.torch.save_file({"x.lora_A.weight": torch.tensor([float("nan")])}, poisoned)
-    given = {"teachers": {"text": poisoned}, "compare": {"x": poisoned}}.get(what, poisoned)
-    with pytest.raises(hub.ModelError, match=f"^--{what}.*x.safetensors"):  # not finite, or no folder of a model
-        load.locate_all(tiny_settings(**{**good, "stage": stage, "anchor": "text", what: given}))
+
+
+# Files that do not fit: what the line says of them, and what makes one of the base's own LoRA.
+UNFIT = {
+    "nan": ("not finite", lambda t: next(iter(t.values())).fill_(torch.nan)),
+    "another rank": ("of rank", lambda t: t.update({k: v[:3].clone() for k, v in t.items() if "lora_A" in k})),
+    "another width": ("linear layer", lambda t: t.update({k: torch.ones(4, 7) for k in t if "to_q.lora_A" in k})),
+    "SDXL": ("SDXL", lambda t: (t.clear(), t.update({"lora_unet_down_blocks_1_proj_in.alpha": torch.ones(())}))),
+    "FLUX": ("FLUX", lambda t: (t.clear(), t.update({"transformer.single_blocks.1.lora_A.weight": torch.ones(2)}))),
+    "another base's": ("another base", None), "another architecture": ("layers", None), "the other model's": ("", None),
+}  # fmt: skip
+FLAGS = {"teachers": "{task}=", "init": "", "anchor": "", "compare": "x="}
+
+
+@pytest.mark.parametrize("what", UNFIT)
+@pytest.mark.parametrize("world", ["sd35", "qwen"])
+def test_an_expert_that_does_not_fit_is_found_before_the_base_is_read(
+    request, world, what, tmp_path, monkeypatch, capsys
+):
+    other, world = (request.getfixturevalue(name) for name in ({"sd35": "qwen", "qwen": "sd35"}[world], world))
+    task, copy, (said, change) = next(iter(world.teachers)), tmp_path / "copy", UNFIT[what]
+    if what == "another architecture":
+        shutil.copytree(world.base / "transformer", copy / "transformer")
+        edit_json(copy / "transformer/config.json", num_layers=9)
+    else:
+        shutil.copytree(next(iter((other if what == "the other model's" else world).teachers.values())), copy)
+        edit_tensors(copy / "adapter_model.safetensors", change or dict, base="0" * 16)
+    monkeypatch.setattr(models, "load", lambda *_: pytest.fail("the base is read"))
+    flag = [*FLAGS][([*UNFIT].index(what) + (other.base < world.base)) % 4]
+    main, stage = (evaluation.main, "eval") if flag == "compare" else (train.main, "opd")
+    words = [*world.flags, "--out", str(tmp_path), "--name", "n", "--eval-prompts", "1"]
+    words += ["--mar", str(float(flag == "anchor"))]
+    assert main(command(words, f"--{flag}", FLAGS[flag].format(task=task) + str(copy), stage=stage)) == 2
+    line = the_one_line(capsys)
+    assert line.startswith(f"error: --{flag}") and str(copy) in line and said in line
 
 
 @pytest.mark.parametrize("local, expected", [(0, ["locate"] * 4 + ["wait"]), (1, ["wait"] + ["locate"] * 4)])

@@ -60,10 +60,10 @@ def parity(what: str, found, expected) -> None:
     assert gap(found, expected) < 1e-5 * size
 
 
-def edit_tensors(file, change) -> None:
-    """Rewrite a weight file: `change` edits {key: tensor} in place; the metadata stays."""
+def edit_tensors(file, change, **more) -> None:
+    """Rewrite a weight file: `change` edits {key: tensor} in place; the metadata stays, but for `more`."""
     with safe_open(file, "pt") as opened:
-        metadata = opened.metadata()
+        metadata = {**(opened.metadata() or {}), **more}
     tensors = safetensors.torch.load_file(file)
     change(tensors)
     safetensors.torch.save_file(tensors, file, metadata=metadata)

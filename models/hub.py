@@ -11,7 +11,7 @@ Nothing is ever unpickled, because a pickle runs its author's code.
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
@@ -20,6 +20,7 @@ import huggingface_hub
 import torch
 import transformers
 from diffusers import QwenImageTransformer2DModel, SD3Transformer2DModel, logging
+from huggingface_hub.errors import DryRunError
 from safetensors import safe_open
 
 from data.common import first_line
@@ -38,8 +39,8 @@ TRANSFORMER_FILES = tuple(
                  "diffusion_pytorch_model-0*.safetensors")
 )  # fmt: skip
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
-# A Hub id: owner/name, maybe a folder inside, maybe @revision. Names may hold dots (SD3.5M-...), so a dot alone does
-# not make a file, but these endings do.
+# A Hub id: owner/name, maybe a folder or a LoRA inside, maybe @revision. Names may hold dots (SD3.5M-...), so a dot
+# alone does not make a file, but these endings do.
 HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(?P<inside>(/\w[\w.-]*)*)(@(?P<revision>[\w./-]+))?", re.ASCII)
 FILE_ENDINGS = (".safetensors", ".json", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf", ".zip")
 Transformer = SD3Transformer2DModel | QwenImageTransformer2DModel
@@ -56,8 +57,9 @@ def locate(where: str | Path, patterns: Sequence[str] = (*ADAPTER_FILES, *TRANSF
 
     A folder is itself, a run's folder stands for its last checkpoint, an adapter's file of a known name for its folder.
     Where an adapter may be, a .safetensors file of another name is itself.
-    What is no path (see `hub_id`) is a Hub id, `owner/name[/folder][@revision]`. Of it, only files that match
-    `patterns` (relative to the folder) and are no pickles are fetched. ModelError, one line that says what to do.
+    What is no path (see `hub_id`) is a Hub id, `owner/name[/folder][/file.safetensors][@revision]`. Of it, only files
+    that match `patterns` (relative to the folder) and are no pickles are fetched, or if there are none and an adapter
+    may be there, its only .safetensors file. ModelError, one line that says what to do.
     """
     where = str(where)
     path = Path(os.path.expanduser(where))
@@ -87,8 +89,10 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 def hub_id(text: str) -> str:
     """The `owner/name` that a text names on the Hub; "" if it is a path, or can be neither."""
-    match = HUB_ID.fullmatch(text)
-    if match is None or Path(text).suffix in FILE_ENDINGS or Path(Path(text).parts[0]).exists():
+    match, suffix = HUB_ID.fullmatch(text), Path(text).suffix
+    if match is None or Path(Path(text).parts[0]).exists():
+        return ""
+    if suffix in FILE_ENDINGS and not (suffix == ".safetensors" and match["inside"]):
         return ""
     return match["repo"]
 
@@ -101,18 +105,32 @@ def base_and_revision(source: str) -> tuple[str, str]:
 
 def _download(where: str, patterns: Sequence[str]) -> Path:
     match = HUB_ID.fullmatch(where)
-    repo, inside = match["repo"], match["inside"].strip("/")
-    wanted = [f"{inside}/{pattern}" if inside else pattern for pattern in patterns]
-    try:
-        options = {"allow_patterns": wanted, "ignore_patterns": list(PICKLES)}
-        root = huggingface_hub.snapshot_download(repo, revision=match["revision"], **options)
-    except Exception as fault:  # not there, gated, no network, a full disk: the library's own words, on one line
-        reason = " ".join(str(fault).split()) or type(fault).__name__
-        raise ModelError(f"{where}: no such path here, and not fetched from the Hub ({reason})") from fault
-    folder = Path(root, inside)
+    repo, inside = match["repo"], Path(match["inside"].strip("/"))
+    file = inside.name if inside.suffix == ".safetensors" else ""  # one LoRA of several
+    inside = inside.parent if file else inside
+
+    def fetch(patterns: Sequence[str], ignored: Sequence[str] = (), **more):
+        wanted, unwanted = ([(inside / pattern).as_posix() for pattern in some] for some in (patterns, ignored))
+        options = {"allow_patterns": wanted, "ignore_patterns": [*PICKLES, *unwanted], **more}
+        try:
+            return huggingface_hub.snapshot_download(repo, revision=match["revision"], **options)
+        except DryRunError:
+            return []
+        except Exception as fault:  # not there, gated, no network, a full disk: the library's own words, on one line
+            reason = " ".join(str(fault).split()) or type(fault).__name__
+            raise ModelError(f"{where}: no such path here, and not fetched from the Hub ({reason})") from fault
+
+    patterns = [file] if file else patterns
+    folder = Path(fetch(patterns), inside)
+    if LORA_FILE in patterns and not any(any(folder.glob(pattern)) for pattern in patterns):  # a LoRA of another name
+        patterns = [*patterns, "*.safetensors"]
+        names = [found.filename for found in fetch(patterns[-1:], ["*/*"], dry_run=True)]
+        if len(names) > 1:
+            raise ModelError(f"{where}: holds {len(names)} safetensors files; give one of them, as {repo}/{names[-1]}")
+        fetch(patterns[-1:], ["*/*"])
     if not any(any(folder.glob(pattern)) for pattern in patterns):
-        raise ModelError(f"{where}: holds none of {', '.join(patterns)}; name the folder inside, {repo}/FOLDER")
-    return folder
+        raise ModelError(f"{where}: holds none of {', '.join(patterns)}; name what is inside, {repo}/FOLDER_OR_FILE")
+    return folder / file
 
 
 def kind(place: Path) -> str:
@@ -205,20 +223,35 @@ def read_part(kind: type, folder: Path, dtype: torch.dtype | None = None):
         return kind.from_pretrained(folder) if dtype is None else read_weights(kind, folder, dtype)
 
 
-def read_transformer(folder: Path, dtype: torch.dtype, like: dict | None = None) -> Transformer:
-    """`folder/transformer` (or `folder` itself) in diffusers' layout, frozen, on the CPU.
+def transformer_in(folder: Path) -> Path:
+    """The folder of a transformer in diffusers' layout: `transformer` in `folder`, or `folder` itself."""
+    return folder / "transformer" if (folder / "transformer").is_dir() else folder
 
-    ModelError names the folder if it cannot be read, or the entry in which its config differs from `like`.
-    """
-    folder = folder / "transformer" if (folder / "transformer").is_dir() else folder
-    config = read_json(folder / "config.json")
+
+def transformer_config(folder: Path, like: Mapping | None = None) -> dict:
+    """The config of the transformer in a folder. ModelError if it is no such, or has an entry other than in `like`."""
+    file = transformer_in(folder) / "config.json"
+    config = {"_class_name": SD3Transformer2DModel.__name__, **read_json(file)}
     like = json.loads(json.dumps(dict(like or {}), default=str))  # a file's lists are a new model's tuples
     for key, ours in like.items():
         if key in config and config[key] != ours and (key[0] != "_" or key == "_class_name") and key != "sample_size":
-            raise ModelError(f"{folder / 'config.json'}: another architecture: {key} is {config[key]}, not {ours}")
+            raise ModelError(f"{file}: another architecture: {key} is {config[key]}, not {ours}")
+    if config["_class_name"] not in TRANSFORMERS:
+        raise ModelError(f"{file}: a {config['_class_name']}; the known transformers are {', '.join(TRANSFORMERS)}")
+    return config
+
+
+def read_transformer(folder: Path, dtype: torch.dtype, like: Mapping | None = None) -> Transformer:
+    """The transformer in a folder, frozen, on the CPU. ModelError if it cannot be read, and as `transformer_config`."""
+    kind, folder = TRANSFORMERS[transformer_config(folder, like)["_class_name"]], transformer_in(folder)
     with reading(folder, "a transformer"):
-        kind = TRANSFORMERS[config.get("_class_name", SD3Transformer2DModel.__name__)]
         return read_weights(kind, folder, dtype, strict=True)
+
+
+def empty_transformer(config: Mapping) -> Transformer:
+    """The transformer that a config describes, on torch's meta device: it has shapes and no numbers."""
+    with torch.device("meta"):
+        return TRANSFORMERS[config["_class_name"]].from_config(config).requires_grad_(False)
 
 
 def read_weights(kind: type, folder: Path, dtype: torch.dtype, strict: bool = False):

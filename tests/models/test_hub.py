@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
+import safetensors.torch
 import torch
 
 from models import hub
@@ -40,7 +41,7 @@ def fetched(monkeypatch, tmp_path):
         found.calls.append((repo, options))
         if isinstance(found.answer, Exception):
             raise found.answer
-        return str(found.answer)
+        return [] if options.get("dry_run") else str(found.answer)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     monkeypatch.chdir(tmp_path)
@@ -102,12 +103,39 @@ def test_a_hub_id_is_fetched_with_what_an_expert_may_be_and_no_pickles(fetched, 
     assert hub.base_and_revision(where) == ((where.split("@")[0], revision) if revision else (where, ""))
 
 
+@pytest.mark.parametrize("inside", ["", "styles/"])
+def test_a_hub_id_is_read_like_a_folder_whatever_its_lora_is_called(monkeypatch, tmp_path, adapter, inside):
+    """In a real cache, without a network; pictures and a base beside it are none of its files."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    repo = tmp_path / "cache/models--owner--name"
+    file = repo / f"snapshots/{'0' * 40}/{inside}my_style_1500.safetensors"
+    for path, text in ((repo / "refs/main", "0" * 40), (file.parent / "notes/x.safetensors", ""), (file, "")):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    safetensors.torch.save_file({"x.lora_A.weight": torch.ones(1)}, file)
+    for where, found in ((f"owner/name/{inside}", file.parent), (f"owner/name/{inside}{file.name}", file)):
+        assert hub.locate(where.strip("/")) == found
+        assert hub.lora_file(found) == file and hub.kind(found) == "file"
+    assert "other.safetensors" in refusal(hub.locate, f"owner/name/{inside}other.safetensors")
+    assert "owner/name" in refusal(hub.locate, "owner/name", ("vae/*.json",)), "a base has no files of any name"
+
+
+def test_of_several_loras_on_the_hub_none_is_fetched_and_one_is_named(fetched, monkeypatch, tmp_path):
+    def snapshot_download(repo, allow_patterns, dry_run=False, **_):
+        assert dry_run or "*.safetensors" not in allow_patterns
+        return [SimpleNamespace(filename=f"d/{n}.safetensors") for n in "ab"] if dry_run else str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert "as owner/name/d/b.safetensors" in refusal(hub.locate, "owner/name/d")
+
+
 def test_other_files_are_fetched_on_request_and_a_repository_without_them_is_refused(fetched, base):
     fetched.answer = base
     assert hub.locate("owner/name", ("vae/*.json",)) == base
     assert fetched.calls[-1][1]["allow_patterns"] == ["vae/*.json"]
     assert hub.locate("owner/name") == base, "a full checkpoint is an expert too"
-    fetched.answer = base / "vae"
+    fetched.answer = base / "tokenizer"
     assert "owner/name" in refusal(hub.locate, "owner/name")
 
 

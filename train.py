@@ -157,6 +157,8 @@ def train_teacher(s: Settings, load=load) -> tuple[Run, Panel]:
         more = s.overlap and step + 1 < s.steps and (step + 1) % s.save_every
         ahead = draw_shares(run, prompts, step + 1, later) if more else None
         scores, stats = collect(run, shares), []
+        if ahead:
+            run.drew()
         for share, found in zip(shares, scores, strict=True):
             if not found.lost.all():
                 advantage_PG = scoring.advantages(found, s.group_size, s.combine, s.advantage_std)  # Q Eq. 4, 13
@@ -165,7 +167,9 @@ def train_teacher(s: Settings, load=load) -> tuple[Run, Panel]:
                 own = (values.chunk(run.world)[run.rank] for values in (advantage_PG.flatten(), weight_B))
                 stats.append(update(run, share.parts, *own))  # Q Eq. 6, or Q Eq. 7-9
         run.follow()  # nft: after the step's last update, so that all of them have the old policy that drew (Q Eq. 7)
-        if step == first and s.stage == "grpo":  # nothing is drawn ahead of it
+        if not ahead:
+            run.drew()
+        if step == first and s.stage == "grpo" and not (first and s.overlap):  # else an older policy may have drawn it
             warn_of_ratio(run, stats[0])
         metrics, joined = averaged(stats), scoring.joined(scores)
         metrics |= scoring.metrics(joined, s.group_size) | {"seconds": time.time() - began}
@@ -193,7 +197,7 @@ def draw_shares(run: Run, prompts: Mapping[str, list], step: int, later: scoring
         found, waiting, asked = Share([], []), [], 0
         for some in in_step(micro_batches(share, s.micro_batch)):
             run.stop_if_asked()
-            with run.old_policy():  # nft: the old policy draws (Q Eq. 8)
+            with run.old_policy(step):  # nft: the old policy draws (Q Eq. 8)
                 part, pictures = rollout.roll_out(run.model, some, s, trained)
             found.parts.append(part)
             waiting += pictures[part.counts]
@@ -322,10 +326,7 @@ def merge_teachers(s: Settings) -> Run:
     model = load.base_model(s, device)
     states, scales = [], []
     for where in s.teachers.values():
-        folder = hub.locate(where)
-        if hub.kind(folder) == "full":
-            raise hub.ModelError(f"{folder}: a full checkpoint; --stage merge merges LoRA teachers")
-        state, config = model.read_adapter(folder)
+        state, config = model.read_adapter(hub.locate(where))
         states.append(state)
         scales.append(config.lora_alpha / config.r)
     merged = merge.merge_lora(states, method=s.merge_method, scales=scales)

@@ -89,7 +89,7 @@ class CountingRun:
         yield 0
         self.model.moment = "after"
 
-    def old_policy(self):
+    def old_policy(self, step: int):
         return self.model.adapter("old policy") if self.s.stage == "nft" else nullcontext()
 
     def update(self) -> float:
@@ -98,7 +98,7 @@ class CountingRun:
     def log(self, *what) -> None:
         pass
 
-    stop_if_asked = fail_together = follow = log
+    stop_if_asked = fail_together = follow = drew = log
 
 
 class CountingLoad:

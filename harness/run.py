@@ -111,6 +111,10 @@ class Run:
         """The end of a step's updates: DiffusionNFT's old policy follows the student."""
         self.weights.follow(self.step)
 
+    def drew(self) -> None:
+        """See `Weights.drew`."""
+        self.weights.drew()
+
     def log(self, metrics: dict[str, float], histograms: Mapping[str, np.ndarray] | None = None) -> dict[str, float]:
         """Record this step's metrics -> their means over ranks. The histograms are those of rank 0.
 
@@ -172,9 +176,11 @@ class Run:
         """Context: the model runs with its averaged weights, which are what a checkpoint exports."""
         return self.weights.holding(self.weights.average)
 
-    def old_policy(self) -> AbstractContextManager:
-        """Context: the model runs with DiffusionNFT's old policy. Other stages have none and run as they are."""
-        return self.weights.holding(self.weights.old) if self.weights.old else nullcontext()
+    def old_policy(self, step: int | None = None) -> AbstractContextManager:
+        """Context: the model runs with the policy that draws: DiffusionNFT's old one, else the student as it is; with
+        --overlap the present step's may be that of a step before."""
+        values = self.weights.drawer if step == self.step and self.weights.drawer else self.weights.old
+        return self.weights.holding(values) if values else nullcontext()
 
     def save(self) -> None:
         """Write the checkpoint of the present step. Every rank calls it."""

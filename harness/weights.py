@@ -56,6 +56,8 @@ class Weights:
         self.average = {n: p.detach().clone() for n, p in self.parameters.items()}  # the EMA: what is exported
         # DiffusionNFT's old policy, which draws (Q Eq. 7): it follows the student at a distance
         self.old = {n: p.detach().clone() for n, p in self.parameters.items()} if s.stage == "nft" else {}
+        # --overlap: who draws, or has drawn, the step under way. A run that is stopped has it drawn again by the same.
+        self.drawer = {n: p.detach().clone() for n, p in self.parameters.items()} if s.overlap else {}
         # How large the gradient is at each state, for `opd.state_probabilities`
         self.state_size = torch.zeros(s.num_steps if s.stage == "opd" else 0, dtype=torch.float64)
         self.optimizers = optimizers(model, s) if s.stage in TRAINED else []
@@ -103,6 +105,11 @@ class Weights:
         if self.old:
             nft.ema_update([own(o) for o in self.old.values()], self.now(), nft.old_policy_decay(step))
 
+    def drew(self) -> None:
+        """With --overlap, before a step's updates if the next one is drawn already, and after them if it is not."""
+        for name, value in self.drawer.items():
+            own(value).copy_(own((self.old or self.parameters)[name].detach()))
+
     @contextmanager
     def holding(self, values: Mapping[str, Tensor]) -> Iterator[None]:
         """Context: the parameters hold `values` inside, and their own numbers again after it."""
@@ -121,6 +128,7 @@ class Weights:
         tensors = {f"weights.{n}": p.detach() for n, p in self.parameters.items()}
         tensors |= {f"average.{n}": a for n, a in self.average.items()}
         tensors |= {f"old.{n}": o for n, o in self.old.items()}
+        tensors |= {f"drawer.{n}": d for n, d in self.drawer.items()}
         tensors |= {"state_size": self.state_size} if len(self.state_size) else {}
         updates = {}
         for name, p in self.parameters.items():

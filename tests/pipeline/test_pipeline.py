@@ -253,23 +253,30 @@ def test_the_first_ratio_is_one_unless_the_batch_was_drawn_by_the_policy_before(
     assert drawn[:5] == drawn[5:] and len(drawn) == 10, "the same prompts and noise, step by step"
 
 
-def test_an_overlapped_run_that_is_interrupted_ends_with_the_bits_of_one_that_was_not(go, monkeypatch):
-    flags = [*TEXT, "--overlap", "--rewards", "quality=1", "--steps", "5", "--save-every", "2", *NOT_WARM]
+@pytest.mark.parametrize("stage", ["grpo", "nft"])
+@pytest.mark.parametrize("every", ["2", "9"])
+def test_an_overlapped_run_that_is_stopped_ends_with_the_bits_of_one_that_was_not(go, monkeypatch, stage, every):
+    """Killed, stopped between two steps, and while a step is drawn: by the policy before the last update, if ahead."""
+    flags = ["--stage", stage, "--task", "text", "--overlap", "--rewards", "quality=1", "--steps", "5", *NOT_WARM]
+    flags += ["--save-every", every]
     whole = go("whole", *flags)
-    for step in (2, 3):
+    calls, real = iter(range(99)), rollout.roll_out
+
+    def fourth(*what):
+        if next(calls) == 3:
+            terminate()
+        return real(*what)
+
+    for name, code, at in (("killed", 130, 2), ("between", 0, 3), ("within", 0, 2)):
         with monkeypatch.context() as patch:
-            after(patch, step, interrupt)
-            cut = go(f"cut{step}", *flags, code=130)
-        go(f"cut{step}", *flags)
-        assert same(stored(cut), stored(whole)) and metrics(cut) == metrics(whole), step
-    # Stopped between checkpoints, what was drawn ahead is gone: the step begins again with the policy of now.
-    flags[flags.index("--save-every") + 1] = "9"
-    with monkeypatch.context() as patch:
-        after(patch, 3, terminate)
-        cut = go("stopped", *flags)
-    assert stored(cut)["step"] == 3
-    go("stopped", *flags)
-    assert [line["ratio_std"] > 0 for line in metrics(cut)] == [False, True, True, False, True]
+            if name == "within":
+                patch.setattr(rollout, "roll_out", fourth)
+            else:
+                after(patch, 3, interrupt if code else terminate)
+            cut = go(name, *flags, code=code)
+        assert code or stored(cut)["step"] == at
+        go(name, *flags)
+        assert same(stored(cut), stored(whole)) and metrics(cut) == metrics(whole), name
 
 
 @pytest.mark.parametrize("overlap", ["--no-overlap", "--overlap"])

@@ -151,7 +151,7 @@ def named(scorer: Scorer) -> Scorer:
                 return torch.as_tensor(ask(*batch)).detach().cpu()
             except ValueError:
                 raise
-            except Exception as fault:
+            except (Exception, SystemExit) as fault:  # its sys.exit would end the run without a checkpoint
                 raise RewardError(f"scorer {scorer.name!r}: {type(fault).__name__}: {first_line(fault)}") from fault
 
         return score
@@ -219,7 +219,7 @@ def own(where: str) -> Scorer:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as fault:
+    except (Exception, SystemExit) as fault:
         raise RewardError(f"--rewards {where}: {file}: {type(fault).__name__}: {first_line(fault)}") from fault
     if not callable(function := getattr(module, name, None)):
         raise RewardError(f"--rewards {where}: {file} has no function {name!r}")

@@ -303,6 +303,7 @@ def test_a_lora_file_of_any_name_and_trainer_has_the_update_that_its_factors_say
 FOREIGN = {
     "FLUX": "transformer.single_transformer_blocks.{}.attn.to_q.lora_A.weight",
     "SD3 under its original names": "diffusion_model.joint_blocks.{}.x_block.attn.qkv.lora_A.weight",
+    "its original names (ComfyUI)": "lora_unet_joint_blocks_{}_context_block_attn_qkv.lora_down.weight",
     "SDXL": "lora_unet_down_blocks_{}_attentions_0_proj_in.lora_down.weight",
     "Qwen-Image": "transformer_blocks.{}.img_mlp.net.2.lora_A.default.weight",
     "LoKr": "lora_unet_transformer_blocks_{}_attn_to_q.lokr_w1",

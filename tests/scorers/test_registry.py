@@ -8,12 +8,13 @@ import torch
 
 import settings
 from harness import cli, load
+from models import hub
 from rewards import RewardError, Scorer
 from scorers import registry as R
 from scorers import remote, rubrics, vlm
 from scorers import world as real
 from tests.helpers.checks import refusal as _refusal
-from tests.helpers.runs import metrics
+from tests.helpers.runs import metrics, the_error
 from tiny import drawings, edits
 
 JUDGE = {"kind": "judge", "rubric": "alignment", "model": "m", "endpoints": ["http://a:1/v1"]}
@@ -178,12 +179,16 @@ def raises(images, prompts, sources):
 def silent(images, prompts, sources):
     pass
 
+def leaves(images, prompts, sources, asked=[]):
+    asked.append(1)
+    return exit("enough") if len(asked) == 2 else images.mean((1, 2, 3))
+
 def grows(images, prompts, sources):
     return images.mean((1, 2, 3)).requires_grad_()
 """
 
 
-def test_a_users_own_function_is_a_reward(go, tmp_path):
+def test_a_users_own_function_is_a_reward(go, tmp_path, capsys):
     """A whole run by it: `reward` is its mean before the weight, and the policy of the run moves."""
     (tmp_path / "own.py").write_text(OWN)
     flags = ["--stage", "grpo", "--task", "text", "--steps", "2", "--rewards"]
@@ -191,8 +196,9 @@ def test_a_users_own_function_is_a_reward(go, tmp_path):
     lines = metrics(folder)
     assert [line["reward"] for line in lines] == pytest.approx([3 * line["reward/darkness"] for line in lines], 1e-4)
     assert all(0 < line["reward/darkness"] < 1 and line["group_std"] > 0 and line["grad_norm"] > 0 for line in lines)
-    for name in ("broken", "raises"):
-        go(name, *flags, f"{tmp_path}/own.py:{name}", code=2)
+    for name in ("broken", "raises", "leaves"):
+        folder = go(name, *flags, f"{tmp_path}/own.py:{name}", "--micro-batch", "0", "--updates", "1", code=2)
+        assert name in the_error(capsys) and hub.last_checkpoint(folder).name == f"step-{int(name == 'leaves'):06d}"
 
 
 def test_a_file_without_the_function_is_refused(tmp_path):
@@ -211,5 +217,6 @@ def test_whatever_a_scorer_or_its_file_raises_is_one_line_with_its_name(tmp_path
         assert refusal(R.make(f"{tmp_path}/own.py:{name}", {}).score, images, [None] * 3, None).startswith(said)
     found = R.make(f"{tmp_path}/own.py:grows", {}).score(images, [None] * 3, None)
     assert found.tolist() == images.mean((1, 2, 3)).tolist() and not found.requires_grad
-    (tmp_path / "bad.py").write_text("1 / 0")
-    assert "bad.py: ZeroDivisionError" in refusal(R.own, f"{tmp_path}/bad.py:x")
+    for text, said in (("1 / 0", "ZeroDivisionError"), ("exit(3)", "SystemExit: 3")):
+        (tmp_path / "bad.py").write_text(text)
+        assert f"bad.py: {said}" in refusal(R.own, f"{tmp_path}/bad.py:x")

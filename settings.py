@@ -386,6 +386,11 @@ def test_tasks(s: Settings) -> list[str]:
     return [t for t in task_list(s) if t != "edit" or pictures]
 
 
+def shows_base(s: Settings) -> bool:
+    """Is the base drawn beside what the run has made? A full student may have taken its place in memory."""
+    return s.stage in ("merge", *LORA) and s.parameters == "lora"
+
+
 def parts_of(s: Settings) -> tuple[str, ...]:
     """The stages of --stage all in their order. Merging comes before SFT: it takes seconds, and OPD begins there."""
     if known_tasks(s) == QWEN_TASKS:

@@ -501,21 +501,29 @@ def reward_loss(judge: vlm_trained.Judge, items: Sequence[Sample] | Sequence[Pai
 
 # ------------------------------------------------------------------------------------------------ the whole pipeline
 def finish(run: Run, panel: Panel | None = None) -> Path:
-    """Evaluate the exported weights, write the report, say where everything is -> the last checkpoint.
+    """Evaluate the base and the exported weights, write the report, say where everything is -> the last checkpoint.
 
     panel: the scorers that are at hand; without it, those that --rewards names are loaded, if it names any.
     """
-    s, rows = run.s, {}
+    s, rows, notes = run.s, {}, []
     run.model.keep([])
     if s.eval_prompts:
         prompts = load.load_prompts(s, "test", s.eval_prompts, settings.test_tasks(s))
-        with run.exported():
-            result = evaluation.evaluate(run.model, prompts, s, settings.student_cfg(s), panel)
-        if result:
-            report.save_samples(run.folder, "final", result, prompts)
-            rows = {s.name: {key: result[key] for key in ("scores", "tags")}}
-            run.write_card(run.checkpoint, result["scores"])
-    return tell(run, rows, load.seen_in_training(s) if rows else ())
+        panel = panel or (evaluation.named_panel(s, run.model.device) if run.rank == 0 else None)
+        before = run.model.adapter(None), settings.teacher_cfg(s)  # the base, as it comes
+        shown = {"base" if s.name != "base" else "the base": before} if settings.shows_base(s) else {}
+        for name, (weights, cfg) in {**shown, s.name: (run.exported(), settings.student_cfg(s))}.items():
+            with weights:
+                result = evaluation.evaluate(run.model, prompts, s, cfg, panel)
+            if result:
+                report.save_samples(run.folder, "final" if name == s.name else "base", result, prompts)
+                rows[name] = {key: result[key] for key in ("scores", "tags")}
+        if rows:
+            run.write_card(run.checkpoint, rows[s.name]["scores"])
+        notes = load.seen_in_training(s)
+        if not shown and s.stage != "pretrain":
+            notes.append("The base is not beside a student whose every parameter trains: eval.py shows both.")
+    return tell(run, rows, notes)
 
 
 def tell(run: Run, rows: Mapping[str, dict], notes: Sequence[str] = ()) -> Path:

@@ -145,10 +145,10 @@ def forwards(s: Settings, loop: Callable | None) -> dict[tuple[str, str, bool], 
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         if loop:
             loop(replace(s, steps=1, eval_prompts=0), CountingLoad(s, model, Path(folder)))
-    model.moment, model.who, scales = "end", "", [student_cfg(s)]
+    model.moment, scales = "end", [("base", teacher_cfg(s))] * settings.shows_base(s) + [("", student_cfg(s))]
     if s.stage == "eval":
-        scales = [student_cfg(s)] * len(s.compare) + [teacher_cfg(s)] * (1 + len(s.teachers))
-    for cfg in scales if s.stage in settings.SHOWN and s.eval_prompts else ():
+        scales = [("", student_cfg(s))] * len(s.compare) + [("", teacher_cfg(s))] * (1 + len(s.teachers))
+    for model.who, cfg in scales if s.stage in settings.SHOWN and s.eval_prompts else ():
         for task in settings.test_tasks(s):
             rollout.draw(model, stand_ins(task, s.eval_prompts), s.eval_steps, s.micro_batch, 0, cfg)
     return model.found

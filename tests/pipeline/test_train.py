@@ -229,8 +229,9 @@ def test_qs_pipeline_trains_its_own_teachers_and_distils_them(
     assert sorted(p.name for p in tmp_path.iterdir()) == parts and len(updates) == 2 * 4
     config = json.loads((tmp_path / "all-opd/config.json").read_text())
     assert config["teachers"] == {t: str(tmp_path / f"all-grpo-{t}") for t in QWEN_TASKS} and config["init"] == ""
-    # Of the parts: the base of "both", teachers of Q 4.1's hybrid, the student of Q 4.3; then the table's four.
-    assert cfgs == [2.0, 2.0, 2.0, 1.0] + [2.0, 2.0, 2.0, 1.0]
+    # Of the parts: the base of "both", teachers of Q 4.1's hybrid, the student of Q 4.3, the last three with the base
+    # beside them; then the table's four.
+    assert cfgs == [2.0] + [2.0, 2.0] + [2.0, 2.0] + [2.0, 1.0] + [2.0, 2.0, 2.0, 1.0]
 
 
 def test_the_whole_pipeline_on_sd35_merges_distils_and_compares(real, sd35, capsys):
@@ -358,11 +359,14 @@ def test_what_is_exported_draws_in_the_stock_pipeline_what_eval_draws(real, sd35
             max_sequence_length=16, output_type="latent",
         ).images  # fmt: skip
 
-    assert len(drawn) == 3 and {call.args[5] for call in drawn} == {4.5}
+    assert len(drawn) == 2 * 3 and {call.args[5] for call in drawn} == {4.5}
     calls = [(call.args[1], call.args[4], call.result) for call in drawn]
-    assert not any(close(draw(prompts, seed), latents, 1e-2) for prompts, seed, latents in calls), "the base does not"
+    for base, (prompts, seed, latents) in zip(calls[:3], calls[3:]):
+        assert base[:2] == (prompts, seed), "beside each other: the same prompts from the same noise"
+        torch.testing.assert_close(draw(prompts, seed), base[2], rtol=0, atol=1e-5)
+        assert not close(base[2], latents, 1e-2)
     stock.load_lora_weights(hub.last_checkpoint(folder))
-    for prompts, seed, latents in calls:
+    for prompts, seed, latents in calls[3:]:
         torch.testing.assert_close(draw(prompts, seed), latents, rtol=0, atol=1e-5)
 
 

@@ -79,9 +79,19 @@ def read_own_prompts(s: Settings, split: str) -> dict[str, list[Prompt]]:
 
 
 def seen_in_training(s: Settings) -> list[str]:
-    """A note for each of the user's prompt files that is both training and test set."""
-    said = "is no folder with a train and a test split: a model that was trained on it has seen its test prompts."
-    return [f"--prompts {task}={path} {said}" for task, path in s.prompts.items() if not Path(path).is_dir()]
+    """A warning for each of the user's prompt files that is both training and test set, and for each folder whose two
+    files share prompts."""
+    notes = []
+    for task, path in s.prompts.items():
+        if not Path(path).is_dir():
+            said = "is no folder with a train and a test split: a model that was trained on it has seen its tests."
+            notes.append(f"--prompts {task}={path} {said}")
+        elif all(data.holds_split(path, split) for split in data.SPLITS):
+            own = (data.read_prompts(path, "quality" if task == "auto" else task, split) for split in data.SPLITS)
+            train, test = ({(p.text, p.metadata.get("image")) for p in some} for some in own)
+            if both := len(train & test):
+                notes.append(f"--prompts {task}={path}: {both} of {len(test)} test prompts are training prompts, too.")
+    return notes
 
 
 def panel_of(s: Settings) -> panel.Panel:

@@ -29,8 +29,6 @@ GRPO = ["--stage", "grpo", "--task", "text", "--rewards", "quality=1"]
 def test_own_prompts_replace_those_of_their_task_and_are_cut_for_tests_only(tmp_path):
     (tmp_path / "q.txt").write_text("a beautiful picture of a red circle\na circle\na square\n")
     s = tiny_settings(prompts={"quality": str(tmp_path / "q.txt")})
-    (note,) = load.seen_in_training(s)
-    assert "quality" in note and load.seen_in_training(tiny_settings(prompts={"quality": str(tmp_path)})) == []
     test = load.load_prompts(s, "test", 2, ["text", "quality"])
     assert [p.text for p in test["quality"]] == ["a beautiful picture of a red circle", "a circle"]
     assert test["text"] == tiny.make_prompts("text", "test", 2)
@@ -40,6 +38,17 @@ def test_own_prompts_replace_those_of_their_task_and_are_cut_for_tests_only(tmp_
     real = cli.resolve({"prompts": {"quality": str(tmp_path / "q.txt")}})
     found = load.load_prompts(real, "train", 4, ["quality", "text"])
     assert len(found["quality"]) == 3 and found["text"] == written.make_prompts("text", "train", 4)
+
+
+def test_test_prompts_that_are_training_prompts_are_said(tmp_path):
+    files = {"q": "abc", "two/train": "abcd", "two/test": "bdx", "new/train": "ab", "new/test": "c"}
+    for name, lines in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.txt").write_text("\n".join(f"a {letter}" for letter in lines))
+    said = {name: load.seen_in_training(tiny_settings(prompts={"quality": str(tmp_path / name)}))
+            for name in ("q.txt", "two", "new")}  # fmt: skip
+    assert len(said["q.txt"]) == 1 and "quality=" in said["q.txt"][0] and said["new"] == []
+    assert len(said["two"]) == 1 and " 2 of 3 " in said["two"][0], "b and d"
 
 
 def test_prompts_without_a_task_are_routed_one_by_one(tmp_path):

@@ -2,7 +2,7 @@
 # make test        the proofs, in two processes (4 minutes on 2 cores, 8 if they are busy)
 # make test-all    the same, a kill and a full disk before every write of four short runs, two ranks against one under
 #                  every setting, and every pair of a flag and a value of another one
-# make reproduce   the learning results of docs/RESULTS.md, three seeds each (hours)
+# make reproduce   both papers' claims in miniature, three seeds, written into docs/RESULTS.md (hours; QUICK=1: minutes)
 # make bench       the speed figures of docs/RESULTS.md and the estimator table
 # make lock        renew requirements.lock from pyproject.toml's ranges, with the oldest Python that it allows
 # Each builds .venv on first use (not `lock`), from requirements.lock, and checks it before anything runs.
@@ -34,10 +34,8 @@ test-all: test
 	WHOLE_GRID=1 OMP_NUM_THREADS=1 $(PY) -m pytest tests/pipeline/test_world_size.py tests/pipeline/test_flags.py
 
 reproduce: .venv/installed
-	$(PY) -m bench.flow_opd learning
-	$(PY) -m bench.flow_opd judges
-	$(PY) -m bench.flow_opd states
-	for job in merging guidance timesteps curation student nft; do $(PY) -m bench.qwen_rl $$job; done
+	$(PY) -m bench.reproduce
+	$(PY) -m bench.qwen_rl student
 
 bench: .venv/installed
 	$(PY) -m bench.flow_opd estimators

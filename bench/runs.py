@@ -1,4 +1,4 @@
-"""What the benches share: runs that are trained once, their scores and curves, tables over seeds."""
+"""What the benches share: ends of curves, tables over seeds, the command line."""
 
 import json
 import statistics
@@ -6,28 +6,12 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import train
 from harness import cli, tables
 from settings import Settings
-
-SEEDS = (0, 1, 2)
 
 
 def parsed(*flags: str) -> Settings:
     return cli.parse(flags)[0]
-
-
-def trained(name: str, *flags: str) -> Path:
-    """The run runs/NAME, trained or trained on, unless it has been evaluated: an interrupted bench goes on."""
-    run = Path("runs", name)
-    if not (run / "results.json").exists() and train.main([*flags, "--name", name]):
-        raise SystemExit(2)  # train.py has said why
-    return run
-
-
-def scores_of(run: Path) -> dict[str, float]:
-    """What a run's own evaluation found."""
-    return json.loads((run / "results.json").read_text())[run.name]["scores"]
 
 
 def ends(run: Path, key: str) -> tuple[float, float]:

@@ -68,7 +68,9 @@ def over_seeds(found: Sequence[Mapping[str, float]], columns: Sequence[str]) -> 
 
 # -------------------------------------------------------------------------------------------------- what is printed
 def text(cell: Cell, digits: int) -> str:
-    """0.912, 0.912 ± 0.014 with a deviation, 0.912 [0.897, 0.925] with an interval."""
+    """0.912, 0.912 ± 0.014 with a deviation, 0.912 [0.897, 0.925] with an interval, - for nan."""
+    if math.isnan(cell.value):
+        return "-"
     shown = f"{cell.value:.{digits}f}"
     if not math.isnan(cell.std):
         shown += f" ± {cell.std:.{digits}f}"

@@ -1,10 +1,7 @@
-"""bench/runs.py: what is trained once, ends of curves, tables over seeds."""
+"""bench/runs.py: ends of curves, tables over seeds."""
 
 import json
 
-import pytest
-
-import train
 from bench import runs
 
 
@@ -20,18 +17,3 @@ def test_a_table_has_the_mean_and_sample_deviation_of_seeds_and_a_single_number_
     lines = [line for line in capsys.readouterr().out.splitlines() if line]
     shown = ["| base | **2.000** | <u>0.250</u> |", "| trained | <u>0.500 ± 0.500</u> | **2.000 ± 1.000** |"]
     assert lines[2:] == shown
-
-
-def test_what_is_trained_is_not_trained_again_once_it_was_evaluated(tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "main", lambda argv: asked.append(argv) or 0)
-    run = runs.trained("bench-x", "--stage", "grpo")
-    assert asked == [["--stage", "grpo", "--name", "bench-x"]]
-    run.mkdir(parents=True)  # begun, not evaluated: it is gone on with
-    assert runs.trained("bench-x") == run and len(asked) == 2
-    (run / "results.json").write_text(json.dumps({run.name: {"scores": {"t2i": 0.5}}}))
-    assert runs.trained("bench-x") == run and len(asked) == 2 and runs.scores_of(run) == {"t2i": 0.5}
-    monkeypatch.setattr(train, "main", lambda argv: 2)
-    with pytest.raises(SystemExit):  # train.py has said why
-        runs.trained("bench-y")

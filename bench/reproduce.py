@@ -1,0 +1,347 @@
+"""Both papers' claims in miniature (bench/claims.py), and the section of docs/RESULTS.md that says how each came out.
+
+    python -m bench.reproduce             every claim, in the order of bench/claims.py; says first how long it takes
+    python -m bench.reproduce 4 7a        these claims
+    python -m bench.reproduce page        nothing is run: the page is written from what has been run
+    QUICK=1 python -m bench.reproduce     one seed, an eighth of the steps, a third of the prompts, no rate tuned
+
+SEEDS=0,1 chooses seeds. A finished run is not run again, an interrupted one goes on. Every run leaves fresh.json: its
+scores on a fresh split, its command, commit and time; the page is written from these files alone.
+
+The fresh split: of each task 96 test prompts that are not among the 192 on which recipes were chosen, in noise that
+none was looked at with. Tags of composition with so few test prompts that all of them are among the 192 (all but
+color_attr) repeat them: there only the noise is new.
+"""
+
+import json
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import cycle, islice
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+import opd
+import sde
+import train
+from bench import flow_opd
+from bench.claims import CLAIMS, QUICK, RUNS, SEEDS, TEACHERS, TUNED, Claim, flags_of, folder_of, world_of
+from bench.runs import ends, parsed
+from data.batches import seed_for
+from data.common import write_atomic
+from data.files import Prompt
+from harness import load, ranks, rollout, tables
+from harness.run import Run
+from models import hub
+from scorers.common import diversity
+
+COUNT, TARGET = (30 if QUICK else 96), 0.85
+SECONDS = {"grpo": 4.8, "nft": 4.8, "opd": 1.2, "sft": 0.6, "reward": 0.15}  # a step, on one free core
+OVERHEAD = 20  # seconds of a run besides its steps: loading, and the fresh split
+PAGE, MARKS = Path("docs/RESULTS.md"), ("<!-- bench.reproduce -->\n", "<!-- /bench.reproduce -->\n")
+
+
+# --------------------------------------------------------------------------------------------------------- the runs
+def trained(name: str, seed: int) -> Path:
+    """The folder of a run that is finished, after all that it needs."""
+    folder = folder_of(name, seed)
+    for needed in re.findall(r"@([\w-]+)", RUNS[name]):
+        trained(needed, seed)
+    if not (folder / "done").exists():
+        flags = [*flags_of(name, seed), *tuned(name), "--name", folder.name]
+        with walked_by_teachers() if name == "teacher-states" else mock.patch.dict({}):
+            if train.main(flags):
+                raise SystemExit(2)  # train.py has said why
+        if "reward" in flags:
+            recipe = {"scorers": {"judge": {"kind": "trained", "model": str(folder)}},
+                      "weights": {"default": {"judge": 1.0}}}  # fmt: skip
+            write_atomic(folder / "reward.json", json.dumps(recipe))
+        write_atomic(folder / "done", f"{commit()} python train.py {' '.join(flags)}\n")
+    return folder
+
+
+def tuned(name: str) -> list[str]:
+    """--lr with the best training reward, for a run in TUNED: the reward is that of the rollouts, never of a test."""
+    if name not in TUNED or QUICK:
+        return []
+    flags, found = flags_of(name, 0), {}
+    s = parsed(*flags)
+    for factor in TUNED[name]:
+        folder = Path("runs", f"repro-{name}-lr{factor}")
+        if not (folder / "done").exists():
+            more = ["--lr", f"{s.lr * factor:.3g}", "--steps", str(s.steps // 2), "--name", folder.name]
+            if train.main([*flags, *more]):
+                raise SystemExit(2)
+            write_atomic(folder / "done", commit())
+        found[factor] = ends(folder, "reward")[1]
+    return ["--lr", f"{s.lr * max(found, key=found.get):.3g}"]
+
+
+@contextmanager
+def walked_by_teachers() -> Iterator[None]:
+    """`train.visits` with one change: the routed teacher walks, and the student learns on *its* states (off-policy)."""
+
+    def visits(run, parts, trained_steps, experts):
+        for part in parts:
+            cond, uncond = rollout.conditions(run.model, rollout.prompts_of(part), 1.0)
+            student = rollout.field(run.model, cond, uncond, 1.0)
+            routed = opd.route([row.prompt.task for row in part], experts)
+
+            def teacher(x, t, routed=routed, cond=cond):
+                def one(name, rows, x, t):
+                    with run.model.adapter(name):
+                        return run.model.velocity(x, t, cond.rows(rows), None, 1.0)
+
+                return opd.target_velocity(routed, one, x, t)
+
+            x, noise = rollout.pure_noise(run.model, part)
+            level, window, kernel = rollout.noise_of(run.s)
+            with torch.no_grad():
+                walk = sde.rollout(teacher, x, run.model.time_grid(run.s.num_steps), level, kernel, window, noise)
+                steps = [step for step in walk if step.index in trained_steps]
+            label = (step.v for step in steps)
+            about = (run.s.weight, run.s.log_prob, run.s.clip, run.s.advantage_clip)
+            yield ((opd.Visit(at, v, None, None, *about), student(at.x, at.t)) for at, v in zip(steps, label))
+
+    with mock.patch.object(train, "visits", visits):
+        yield
+
+
+def commit() -> str:
+    return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+
+
+# --------------------------------------------------------------------------------------------------- the fresh split
+def fresh(world, task: str) -> list[Prompt]:
+    """COUNT test prompts of a task, every tag as often: unseen ones, or, if a tag has none, its seen ones again."""
+    seen = {p.text for p in world.make_prompts(task, "test", 192)}
+    many = {p.text: p for p in world.make_prompts(task, "test", 3000, seed=77)}.values()
+    tags: dict[str, list[Prompt]] = {}
+    for prompt in many:
+        tags.setdefault(prompt.metadata.get("tag", "") if task == "composition" else "", []).append(prompt)
+    for own in tags.values():
+        own[:] = [p for p in own if p.text not in seen] or own
+    return list(islice((next(turn) for turn in cycle([cycle(own) for own in tags.values()])), COUNT))
+
+
+def scores_of(run: str, seed: int) -> dict:
+    """What the fresh split says of a run, of a shipped adapter (a folder) or of the base (""), from its fresh.json."""
+    run, _, guided = run.partition(" | ")
+    base = run in ("", "q-")
+    folder = trained(run, seed) if run in RUNS else folder_of(Path(run or "base").name, seed)
+    where = folder / f"fresh{'-guided' if guided else ''}.json"
+    if where.exists():
+        return json.loads(where.read_text())
+    s, began = parsed(*world_of(run), "--stage", "opd"), time.time()
+    model, world, cfg = load.base_model(s, ranks.start(s)), load.world_of(s), s.cfg if guided else 1.0
+    prompts = {task: fresh(world, task) for task in s.tasks.split(",")}
+    steps = hub.checkpoints_in(folder) if run in RUNS else [Path(run)]
+    found: dict = {"curve": {}}
+    for where_from in steps if "--keep" in RUNS.get(run, "") else steps[-1:]:
+        if not base:
+            model.add_expert(where_from.name, str(where_from))
+        with model.adapter(None if base else where_from.name):
+            scores = {}
+            for task, some in prompts.items():
+                scores |= world.score(drawn(model, s, some, seed, cfg), some, task, None)[0]
+            scores |= world.average(scores)
+            if "quality" in prompts:
+                four = [p for p in prompts["quality"][:16] for _ in range(4)]
+                groups = drawn(model, s, four, seed + 100, cfg).unflatten(0, (-1, 4))
+                scores["diversity"] = statistics.mean(diversity(group.numpy()) for group in groups)
+        found["curve"][where_from.name[5:]] = scores["average"]
+    found |= {"scores": scores, "seconds": time.time() - began, "commit": commit()}
+    if (folder / "metrics.jsonl").exists():
+        first, last = ends(folder, "gap")
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        found["scores"] |= {"gap at first": first, "gap at last": last}
+        found["scores"]["seconds"] = sum(row["seconds"] for row in rows)  # of the steps alone
+        found["seconds"] += found["scores"]["seconds"]
+        own = parsed(*flags_of(run, seed))
+        per_step = own.prompts_per_step * own.group_size
+        reached = [int(step) * per_step for step, average in found["curve"].items() if average >= TARGET]
+        found["scores"]["to 0.85"] = min(reached, default=float("nan"))
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(where, json.dumps(found))
+    return found
+
+
+def drawn(model, s, prompts, seed: int, cfg: float) -> torch.Tensor:
+    """Pictures of prompts with the noise of a seed, which is no training or test noise."""
+    return model.decode(rollout.draw(model, prompts, s.eval_steps, s.micro_batch, seed_for("fresh", seed), cfg))
+
+
+# --------------------------------------------------------------------------------- what no evaluation of a run shows
+def gradients(flags: list[str], steps: int) -> torch.Tensor:
+    """The flat gradients, (steps, M), of the first steps of distillation, the student being left as it is."""
+    kept: list[torch.Tensor] = []
+
+    def update(run: Run) -> float:
+        own = [p for p in run.model.transformer.parameters() if p.grad is not None]
+        kept.append(torch.cat([p.grad.flatten() for p in own]))
+        for p in own:
+            p.grad = None
+        return 0.0
+
+    with mock.patch.object(Run, "update", update), tempfile.TemporaryDirectory() as out:
+        train.distil(parsed(*flags, "--steps", str(steps), "--out", out, "--no-resume", "--eval-prompts", "0"))
+    return torch.stack(kept)
+
+
+def noise(name: str, seed: int) -> float:
+    """Root mean square distance of a step's gradient from the mean, over the mean's norm: 0 without variance."""
+    g = gradients([*world_of(name), *RUNS[name].split(), "--seed", str(seed)], 2 if QUICK else 8)
+    return float((g - g.mean(0)).norm(dim=1).square().sum().div(len(g) - 1).sqrt() / g.mean(0).norm())
+
+
+def cosines(seed: int) -> dict[str, dict]:
+    """Claim 5: the lowest and the mean cosine between two tasks' gradients, of policy and of distillation."""
+    flags = ["--seed", str(seed)]
+    found = {"policy, base": flow_opd.collateral(*flags),
+             "policy, mixed": flow_opd.collateral(*flags, "--init", str(trained("mix", seed)))}  # fmt: skip
+    own = [gradients([*world_of(""), "--stage", "opd", "--mar", "0", "--drawn-states", "0", "--tasks", task,
+                      "--prompts-per-step", "12", *flags], 1)[0] for task in TEACHERS]  # fmt: skip
+    found["distillation, base"] = [float(torch.cosine_similarity(a, b, 0)) for i, a in enumerate(own) for b in own[:i]]
+    shown = {row: {"lowest cosine": min(all_), "mean cosine": statistics.mean(all_)} for row, all_ in found.items()}
+    return shown | {"0": {"lowest cosine": 0.0, "mean cosine": 0.0}}
+
+
+def surpassing(seed: int) -> dict[str, dict]:
+    """Claim 8: on which share of prompts is a model above every teacher, in the mean of four pictures?"""
+    s = parsed(*world_of(""), "--stage", "opd")
+    model, world = load.base_model(s, ranks.start(s)), load.world_of(s)
+    for name, where in {**TEACHERS, "student": trained("merge-opd", seed)}.items():
+        model.add_expert(name, str(hub.last_checkpoint(where) if name == "student" else where))
+    above: dict[str, list[bool]] = {"OPD (merge)": [], "routed teacher again": []}
+    for task in TEACHERS:
+        some = [p for p in fresh(world, task) for _ in range(4)]
+
+        def means(expert, noise_seed, some=some, task=task):
+            with model.adapter(expert):
+                each = world.score(drawn(model, s, some, noise_seed, 1.0), some, task, None)[1]
+            return torch.tensor(each).reshape(-1, 4).mean(1)
+
+        best = torch.stack([means(name, seed + 200) for name in TEACHERS]).amax(0)
+        above["OPD (merge)"] += (means("student", seed + 200) > best).tolist()
+        above["routed teacher again"] += (means(task, seed + 300) > best).tolist()
+    return {row: {"share": statistics.mean(map(float, own))} for row, own in above.items()}
+
+
+MEASURED = {"5": cosines, "8": surpassing}
+
+
+def found_by(claim: Claim, seed: int, run: bool) -> dict[str, dict]:
+    """{row: scores, seconds, commit} of a claim for a seed; with `run` False what is there already."""
+    rows: dict[str, dict] = {}
+    where = Path("runs", f"{'quick' if QUICK else 'repro'}-claim-{claim.number}-{seed}.json")
+    known = json.loads(where.read_text()) if where.exists() else {}
+    if claim.number in MEASURED and run and not known:
+        began = time.time()
+        known = {row: {"scores": own, "commit": commit()} for row, own in MEASURED[claim.number](seed).items()}
+        known[next(iter(known))]["seconds"] = time.time() - began
+    for row, name in claim.rows.items():
+        if "noise" in claim.columns and run and row not in known:
+            known[row] = {"scores": {"noise": noise(name, seed)}}
+        if run or exists(name, seed):
+            rows[row] = scores_of(name, seed)
+            rows[row]["scores"] |= known.get(row, {}).get("scores", {})
+    if run and known:
+        write_atomic(where, json.dumps(known))
+    return rows or known
+
+
+def exists(name: str, seed: int) -> bool:
+    run, _, guided = name.partition(" | ")
+    folder = folder_of(run if run in RUNS else Path(run or "base").name, seed)
+    return (folder / f"fresh{'-guided' if guided else ''}.json").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------- the page
+def estimate(claim: Claim, seeds: list[int]) -> float:
+    """Hours on one free core of what a claim still needs, rates that are tuned included."""
+    needed, names, total = [name.partition(" | ")[0] for name in claim.rows.values()], [], 0.0
+    needed += {"5": ["mix"], "8": ["merge-opd"]}.get(claim.number, [])
+    while needed:
+        name = needed.pop()
+        if name in RUNS and name not in names:
+            names.append(name)
+            needed += re.findall(r"@([\w-]+)", RUNS[name])
+    for name in names:
+        s = parsed(*flags_of(name, 0))
+        cost = SECONDS.get(s.stage, 0.0) * s.steps
+        left = sum(not (folder_of(name, seed) / "done").exists() for seed in seeds)
+        half = len(TUNED.get(name, ())) / 2 * (not QUICK and left > 0)
+        total += left * (cost + OVERHEAD) + half * cost
+    return total / 3600
+
+
+def verdict(claim: Claim, seeds: Mapping[int, Mapping[str, dict]]) -> str:
+    """One plain sentence: reproduced, not reproduced, or not run."""
+    said, holds = [], []
+    for a, b, column in claim.above:
+        pairs = [(rows[a]["scores"], rows[b]["scores"]) for rows in seeds.values() if a in rows and b in rows]
+        gaps = [one[column] - other[column] for one, other in pairs if column in one and column in other]
+        if not gaps:
+            return f"**Not run**: `{a}` beside `{b}` is missing."
+        cell = tables.over_seeds([{"": gap} for gap in gaps], [""])[""]
+        holds.append(min(gaps) > 0 and not cell.value <= cell.std)
+        said.append(f"{a} - {b}, {column}: {tables.text(cell, 3)}")
+    word = "Reproduced" if all(holds) else "Not reproduced" if not any(holds) else "Reproduced in part"
+    return f"**{word}** ({'; '.join(said)}; {len(seeds)} seed{'s' * (len(seeds) > 1)})."
+
+
+def section(claim: Claim) -> list[str]:
+    seeds = {seed: rows for seed in SEEDS if (rows := found_by(claim, seed, run=False))}
+    lines = [f"**{claim.number}. {claim.title}** ({claim.source}). {verdict(claim, seeds)} {claim.note}".rstrip(), ""]
+    names = list(dict.fromkeys(row for rows in seeds.values() for row in rows))
+    if names:
+        cells = {}
+        for name in names:
+            own = [rows[name]["scores"] for rows in seeds.values() if name in rows]
+            cells[name.replace(" | both", "")] = tables.over_seeds(own, [c for c in claim.columns if c in own[0]])
+        ceilings = [name for name in cells if re.match("teacher |(t2i|edit) teacher", name)]
+        lower = ("gap at last", "noise", "to 0.85", "seconds")
+        lines += [tables.markdown(tables.Table(cells, ceilings=ceilings, lower=lower)), ""]
+    took = sum(row.get("seconds", 0.0) for rows in seeds.values() for row in rows.values()) / 60
+    commits = sorted({row["commit"] for rows in seeds.values() for row in rows.values() if "commit" in row})
+    done = f"commit {', '.join(commits)}, {took:.0f} minutes of wall time" if commits else "not run"
+    left, missing = estimate(claim, SEEDS), [row for row in claim.rows if row not in names]
+    more = f"; not run: {', '.join(missing).replace(' | both', '')}" if missing and names else ""
+    more += f"; {left:.1f} hours of one free core are left for seeds {', '.join(map(str, SEEDS))}" if left else ""
+    return [*lines, f"`{'QUICK=1 ' * QUICK}python -m bench.reproduce {claim.number}`: {done}{more}.", ""]
+
+
+def page() -> None:
+    """Write the section between the marks of docs/RESULTS.md; of QUICK, print it."""
+    text = "\n".join(line for claim in CLAIMS for line in section(claim))
+    if QUICK:
+        print(text)
+        return
+    before, _, rest = PAGE.read_text().partition(MARKS[0])
+    write_atomic(PAGE, before + MARKS[0] + text + MARKS[1] + rest.partition(MARKS[1])[2])
+
+
+def main(words: list[str]) -> None:
+    known = [claim.number for claim in CLAIMS]
+    if unknown := [word for word in words if word not in (*known, "page")]:
+        raise SystemExit(f"unknown claim {unknown[0]!r}: choose from {', '.join(known)}, page")
+    chosen = [claim for claim in CLAIMS if not words or claim.number in words]
+    if words == ["page"]:
+        return page()
+    print(f"about {sum(estimate(claim, SEEDS) for claim in chosen):.1f} hours of one free core are left", flush=True)
+    for claim in chosen:
+        for seed in SEEDS:
+            found_by(claim, seed, run=True)
+            page() if not QUICK else None
+    page()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

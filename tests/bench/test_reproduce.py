@@ -1,0 +1,63 @@
+"""bench/reproduce.py: what a verdict says of numbers by hand, what is fresh about the split, what is written where."""
+
+import json
+from collections import Counter
+
+import pytest
+
+from bench import claims, reproduce
+from tiny import drawings, edits
+
+
+def claim_of(*above):
+    return claims.Claim("x", "A beats B", "F", {"A": "opd", "B": "mix"}, above, ("text",))
+
+
+@pytest.mark.parametrize("a, b, said", [
+    ((0.9, 0.8, 0.85), (0.7, 0.65, 0.6), "**Reproduced** (A - B, text: 0.200 ± 0.050; 3 seeds)."),
+    ((0.9, 0.5, 0.85), (0.7, 0.65, 0.6), "**Not reproduced** (A - B, text: 0.100 ± 0.218; 3 seeds)."),  # a seed is not
+    ((0.9, 0.71), (0.5, 0.7), "**Not reproduced** (A - B, text: 0.205 ± 0.276; 2 seeds)."),  # the spread is larger
+    ((0.5,), (0.25,), "**Reproduced** (A - B, text: 0.250; 1 seed)."),
+])  # fmt: skip
+def test_a_claim_holds_in_every_seed_and_by_more_than_the_spread(a, b, said):
+    seeds = {i: {"A": {"scores": {"text": x}}, "B": {"scores": {"text": y}}} for i, (x, y) in enumerate(zip(a, b))}
+    assert reproduce.verdict(claim_of(("A", "B", "text")), seeds) == said
+    both = reproduce.verdict(claim_of(("A", "B", "text"), ("B", "A", "text")), seeds)
+    assert both.startswith("**Reproduced in part**" if said.startswith("**R") else "**Not reproduced**")
+
+
+@pytest.mark.parametrize("world, tasks", [(drawings, drawings.TASKS), (edits, ("t2i", "edit"))])
+def test_the_fresh_split_has_no_seen_prompt_but_of_tags_that_have_no_other(world, tasks):
+    for task in tasks:
+        seen = {p.text for p in world.make_prompts(task, "test", 192)}
+        found = reproduce.fresh(world, task)
+        assert len(found) == 96
+        tags = Counter(p.metadata["tag"] for p in found) if task == "composition" else {"": 96}
+        assert set(tags.values()) == {96 // len(tags)}
+        old = {p.metadata.get("tag") for p in found if p.text in seen}
+        assert old == ({*tags} - {"color_attr"} if task == "composition" else set())
+
+
+def test_the_page_is_written_between_its_marks_from_the_files_of_the_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(reproduce, "CLAIMS", [claim_of(("A", "B", "text"))])
+    for seed, (a, b) in enumerate(((0.75, 0.5), (0.5, 0.375))):
+        for run, value in (("opd", a), ("mix", b)):
+            folder = claims.folder_of(run, seed)
+            folder.mkdir(parents=True)
+            known = {"scores": {"text": value}, "seconds": 90.0, "commit": "abc1234"}
+            (folder / "fresh.json").write_text(json.dumps(known))
+            (folder / "done").write_text("")
+    page = tmp_path / "docs/RESULTS.md"
+    page.parent.mkdir()
+    page.write_text(f"before\n{reproduce.MARKS[0]}old\n{reproduce.MARKS[1]}after\n")
+    reproduce.main(["page"])
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert "**x. A beats B** (F). **Reproduced** (A - B, text: 0.188 ± 0.088; 2 seeds)." in text
+    assert "| A | **0.625 ± 0.177** |" in text and "commit abc1234, 6 minutes" in text
+    assert "hours of one free core are left for seeds 0, 1, 2" in text, "the third seed"
+    assert reproduce.estimate(reproduce.CLAIMS[0], [0, 1]) == 0
+    assert reproduce.estimate(reproduce.CLAIMS[0], [2]) == pytest.approx((100 * 1.2 + 50 * 4.8 + 2 * 20) / 3600)
+    with pytest.raises(SystemExit, match="nothing"):
+        reproduce.main(["nothing"])

@@ -9,11 +9,13 @@ and the merge of K teachers with weights w_k (default 1/K) is
 
     delta = sum_k w_k delta_k.     (out, in), rank at most R = r_1 + .. + r_K
 
-Four answers, all of which return one adapter whose update is B A at scale 1:
+Six answers, all of which return one adapter whose update is B A at scale 1:
 
     cat     stack the factors: exactly delta, but the rank adds up to R (and so does the cost of the student)
     svd     the best approximation of delta at a given rank (Eckart-Young): the default
     ties    TIES: trim each delta, elect a sign per entry, average those that agree; then the SVD to a rank
+    knots   KnOTS: TIES in the basis that the SVD of all deltas side by side gives; then the SVD to a rank
+    iso     Iso-C: the same directions as svd, each as strong as their mean, so that no teacher's few strong ones rule
     factor  average A and B apart, as the released code does; not a merge of the deltas, kept for comparison
 
 ERRATUM (F's code): mean(B) mean(A) is not mean(B A). It drags in the cross terms B_j A_k, j != k, which
@@ -30,7 +32,7 @@ from torch import Tensor
 
 from sde import full_precision
 
-METHODS = ("cat", "svd", "ties", "factor")
+METHODS = ("cat", "svd", "ties", "knots", "iso", "factor")
 SUFFIX_A, SUFFIX_B = ".lora_A.weight", ".lora_B.weight"
 
 
@@ -47,11 +49,11 @@ def merge_lora(
 
     adapters  K state dicts with the same modules, keys `<module>.lora_A.weight` (r, in) and
               `<module>.lora_B.weight` (out, r); ranks may differ between adapters (except under "factor").
-    weights   K finite numbers, default 1/K each. They need not sum to 1; "ties" uses their ratios only.
-    method    "cat", "svd", "ties" or "factor", see the top of this file.
-    rank      of "svd" and "ties"; default the largest rank that goes in, module by module.
+    weights   K finite numbers, default 1/K each. They need not sum to 1; "ties" and "knots" use their ratios only.
+    method    one of `METHODS`, see the top of this file.
+    rank      of all but "cat" and "factor"; default the largest rank that goes in, module by module.
     scales    K numbers alpha_k / r_k, default 1: pass them, or a teacher trained at alpha = 2 r counts half.
-    density   "ties" only: the fraction of each delta's entries that survives trimming, in (0, 1].
+    density   "ties" and "knots": the fraction of each delta's entries that survives trimming, in (0, 1].
 
     Returns a state dict with the keys of adapter 0 in its dtype; computed in float32 at least. Its update is
     B @ A at scale 1: SAVE IT WITH alpha = rank (module by module, where ranks differ). No gradient flows.
@@ -111,14 +113,18 @@ def _merge_layer(a, b, weights, method, rank, density, module) -> tuple[Tensor, 
     if method == "cat":
         return a_stack, b_stack
 
-    sizes = (b_stack.shape[0], a_stack.shape[1]) + ((len(a_stack),) if method == "svd" else ())
+    sizes = (b_stack.shape[0], a_stack.shape[1]) + (() if method == "ties" else (len(a_stack),))
     limit = min(sizes)  # no more singular values than this: beyond it come zero pairs, which never train
     if rank is None:
         rank = min(max(len(a_k) for a_k in a), limit)
     if not 1 <= rank <= limit:
         raise ValueError(f"rank={rank} is out of range: {module} allows 1 to {limit} under {method!r}")
-    if method == "svd":
-        return _truncate(*_svd_of_product(b_stack, a_stack), rank)
+    if method in ("svd", "iso"):
+        u, s, vh = _svd_of_product(b_stack, a_stack)
+        return _truncate(u, s if method == "svd" else s[:rank].mean().expand(rank), vh, rank)
+    if method == "knots":  # Stoica et al. 2024: [delta_1 .. delta_K] = U [S V_1^T .. S V_K^T], and TIES of the S V_k^T
+        u, s, vh = _svd_of_product(torch.cat(b, dim=1), torch.block_diag(*a))  # (out, R), (R,), (R, K in)
+        return _truncate(*_svd_of_product(u, _ties((s[:, None] * vh).chunk(len(a), dim=1), weights, density)), rank)
     dense = _ties([b_k @ a_k for a_k, b_k in zip(a, b)], weights, density)
     return _truncate(*torch.linalg.svd(dense, full_matrices=False), rank)
 

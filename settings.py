@@ -182,7 +182,7 @@ class Settings:
                                 "gradient and weighed by 1/p (in neither paper); 0: all", ("opd",), low=0, high=1000)
     mar: float = _option(0.02, "weight [lambda; beta in App. A] of manifold anchor regularisation", ("opd",), low=0.0)
     merge_method: str = _option("svd", "how the teachers' updates are averaged", ("merge",),
-                                choices=("cat", "svd", "ties", "factor"))
+                                choices=("cat", "svd", "ties", "knots", "iso", "factor"))
     sft_images: int = _option(960, "images sampled from the routed teachers", ("sft",), low=1)
 
     eval_prompts: int = _option(8, "test prompts per task in an evaluation; 0: none, and no picture is ever decoded",

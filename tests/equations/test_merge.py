@@ -75,7 +75,33 @@ def test_svd_works_where_the_stacked_rank_exceeds_the_layer(out, inn):
     assert relative(delta(merged), dense(adapters, [0.5, 0.5], [1, 1], "m")) < 1e-12  # the default: the unscaled mean
 
 
-@pytest.mark.parametrize("method", ["svd", "ties"])
+def test_iso_keeps_the_directions_of_svd_and_makes_them_equally_strong():
+    adapters, weights, scales = [make(5, 2), make(6, 3)], [0.3, 0.9], [2.0, 0.5]
+    merged = merge_lora(adapters, weights, "iso", rank=4, scales=scales)
+    for module in SHAPES:
+        u, s, vh = torch.linalg.svd(dense(adapters, weights, scales, module))
+        assert relative(delta(merged, module), s[:4].mean() * u[:, :4] @ vh[:4]) < 1e-12
+
+
+def test_knots_is_ties_in_the_basis_of_all_deltas_side_by_side():
+    adapters, weights = [make(5, 2), make(6, 3)], [0.3, 0.9]
+    for density in (0.3, 1.0):
+        merged = merge_lora(adapters, weights, "knots", rank=5, density=density)
+        for module, (_, inn) in SHAPES.items():
+            deltas = [dense([adapter], [1], [1], module) for adapter in adapters]
+            u, s, vh = torch.linalg.svd(torch.cat(deltas, 1), full_matrices=False)
+            parts = [(s[:, None] * vh)[:5, k * inn : (k + 1) * inn] for k in (0, 1)]  # the deltas have rank 5 together
+            kept = [p * (p.abs() >= p.abs().flatten().topk(round(density * p.numel())).values[-1]) for p in parts]
+            total = sum(w * p for w, p in zip(weights, kept))
+            agree = [(w * p * total > 0).double() for w, p in zip(weights, kept)]
+            size = sum(w * a for w, a in zip(weights, agree))
+            right = u[:, :5] @ torch.where(size > 0, sum(w * p * a for w, p, a in zip(weights, kept, agree)) / size, 0)
+            assert relative(delta(merged, module), right) < 1e-12
+    one = merge_lora(adapters[:1] * 3, method="knots", density=1.0)
+    assert relative(delta(one, "block.0.to_q"), dense(adapters, [1, 0], [1, 1], "block.0.to_q")) < 1e-12, "of equals"
+
+
+@pytest.mark.parametrize("method", ["svd", "ties", "knots"])
 def test_the_factors_are_balanced_and_their_signs_are_fixed(method):
     adapters = [make(7, 3), make(8, 2)]
     merged = merge_lora(adapters, method=method, rank=2)
@@ -162,7 +188,8 @@ def test_one_adapter_comes_back_with_its_own_delta_and_the_order_of_many_does_no
     forward = merge_lora(adapters, weights, method, scales=scales)
     backward = merge_lora(adapters[::-1], weights[::-1], method, scales=scales[::-1])
     for module in SHAPES:
-        assert relative(delta(alone, module), dense(adapters, [1], [1.5], module)) < 1e-12
+        own = dense(adapters, [1], [1.5], module)
+        assert relative(delta(alone, module), own) < 1e-12 or method == "iso"  # which changes its spectrum
         torch.testing.assert_close(delta(forward, module), delta(backward, module))
 
 
@@ -203,7 +230,8 @@ def test_options_that_fit_no_merge_are_refused():
         {"weights": [1, math.nan]},
         {"scales": [math.inf, 1]},
     ]
-    bad += [{"method": method, "rank": 2} for method in ("cat", "factor")] + [{"rank": rank} for rank in (0, 5)]
+    bad += [{"method": method, "rank": 2} for method in ("cat", "factor")] 
+    bad += [{"method": method, "rank": rank} for method in ("svd", "iso", "knots") for rank in (0, 5)]
     bad += [{"method": "ties", "rank": 6}] + [{"method": "ties", "density": density} for density in (0, 1.5)]
     for options in bad:
         with pytest.raises(ValueError):

@@ -20,11 +20,12 @@ MIX = "--stage grpo --task mix --steps 50 --save-every 10 --keep 9"  # 9,600 tra
 STACKED = "--stage grpo --task mix --mix joint --steps 50 --tasks"
 Q_GRPO, Q_OPD = "--stage grpo --steps 80", "--stage opd --steps 120"
 JUDGED = "--stage grpo --task quality --steps 60 --rewards"
+MERGES = ("svd", "cat", "ties", "knots", "iso", "factor")
 RUNS = {
-    **{f"merge-{method}": f"--stage merge --merge-method {method}" for method in ("svd", "cat", "ties", "factor")},
+    **{f"merge-{method}": f"--stage merge --merge-method {method}" for method in MERGES},
     "sft": "--stage sft", "mix": MIX, "sft-mix": f"{MIX} --init @sft", "merge-mix": f"{MIX} --init @merge-svd",
     "opd": OPD, "sft-opd": f"{OPD} --init @sft", "merge-opd": f"{OPD} --init @merge-svd",
-    **{f"{m}-opd-short": f"{SHORT} --init @merge-{m}" for m in ("svd", "cat", "ties", "factor")},
+    **{f"{m}-opd-short": f"{SHORT} --init @merge-{m}" for m in MERGES},
     "sft-opd-short": f"{SHORT} --init @sft", "opd-short": SHORT,
     "no-mar": f"{SHORT} --mar 0", "base-mar": f"{SHORT} --anchor assets/tiny/base",
     **{e: f"{SHORT} --drawn-states 0 --mar 0 --estimator {e}" for e in ("analytic", "literal", "sampled", "velocity")},
@@ -96,9 +97,9 @@ CLAIMS = (
         "all states, 30 steps": "q-all-states", "one drawn, 60 steps": "q-one-state",
     }, (("one drawn, 60 steps", "all states, 30 steps", "average"),), ("average", "seconds")),
     Claim("3", "A cold start helps, and OPD is needed", "F Fig. 4", {
-        "base": "", "SFT alone": "sft", **{f"{m} merge alone": f"merge-{m}" for m in ("svd", "cat", "ties", "factor")},
+        "base": "", "SFT alone": "sft", **{f"{m} merge alone": f"merge-{m}" for m in MERGES},
         "OPD": "opd-short", "SFT, OPD": "sft-opd-short",
-        **{f"{m} merge, OPD": f"{m}-opd-short" for m in ("svd", "cat", "ties", "factor")},
+        **{f"{m} merge, OPD": f"{m}-opd-short" for m in MERGES},
     }, (("SFT, OPD", "OPD", "average"), ("svd merge, OPD", "OPD", "average"),
         ("svd merge, OPD", "svd merge alone", "average"))),
     Claim("9", "It is the teacher, and it is on-policy", "nobody's: controls", {

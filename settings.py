@@ -74,6 +74,8 @@ class Settings:
                                "of a step at once", low=0)
     gradient_checkpointing: bool = _option(True, "recompute each block in backward: less memory, a third more work",
                                           LORA)
+    compile: bool = _option(False, "compile the transformer's blocks (torch.compile): the first steps take minutes, "
+                            "later ones less than now", LORA)
     timeout: float = _option(30.0, "minutes that a rank waits for the others, a first download included, before it "
                              "gives up", low=0.1, high=100_000)
     wandb: bool = _option(False, "log to Weights & Biases too (extra: pip install -e '.[wandb]')", TRAINED)
@@ -215,7 +217,7 @@ NO_SCORE = {"eval_prompts": (0,), "stage": ("pretrain", "merge", "sft", "opd")} 
 NO_RATIO = {"estimator": ("analytic", "velocity")}
 UNREAD: dict[str, tuple[dict, ...]] = {
     **dict.fromkeys(("precision", "resolution", "text_length", "source_resolution"), (IN_TINY,)),
-    "gradient_checkpointing": (IN_TINY,),
+    "gradient_checkpointing": (IN_TINY,), "compile": (IN_TINY,),
     "parallel": ({"parameters": ("lora",)},),
     "model": (TINY_JUDGE,), "data": (IN_TINY,),
     "anchor": ({"mar": (0.0,)},),

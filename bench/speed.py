@@ -138,6 +138,8 @@ def random_model(s: Settings, device: torch.device, config: dict) -> FlowModel:
     model.precision = s.precision
     if s.gradient_checkpointing:
         model.transformer.enable_gradient_checkpointing()
+    if s.compile:
+        model.compile()
 
     def encode(prompts, images=None):
         edit = any(images or ())

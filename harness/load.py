@@ -225,8 +225,9 @@ def new_base_run(s: Settings) -> Run:
 
 def base_model(s: Settings, device: torch.device | str = "cpu") -> flow.FlowModel:
     """The frozen base that the settings describe, on `device`."""
-    checkpointing = s.stage in settings.LORA and s.gradient_checkpointing
-    more = (s.precision, s.resolution, s.text_length, s.source_resolution, s.cfg_rescale, checkpointing)
+    trains = s.stage in settings.LORA
+    how = trains and s.gradient_checkpointing, trains and s.compile
+    more = (s.precision, s.resolution, s.text_length, s.source_resolution, s.cfg_rescale, *how)
     return models.load(s.model, device, is_tiny(s), *more)
 
 

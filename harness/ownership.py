@@ -34,7 +34,7 @@ from settings import TASKS, Settings, SettingsError, read_by
 # --overlap, `steps` and `save_every` decide before which steps nothing is drawn ahead.)
 FREE = (
     "steps", "save_every", "keep", "eval_prompts", "eval_steps", "device", "parallel", "micro_batch",
-    "prompts_per_step", "gradient_checkpointing", "timeout", "wandb", "out", "name",
+    "prompts_per_step", "gradient_checkpointing", "compile", "timeout", "wandb", "out", "name",
 )  # fmt: skip
 # Settings that say where something is: it is known by its content (`check_inputs`).
 LOCATED = ("model", "teachers", "anchor", "init", "prompts", "rewards", "data")

@@ -67,6 +67,13 @@ class HostExpert:
             tensor.data = _view(chunks[chunk], start, tensor)
 
 
+def compile_blocks(transformer: Transformer) -> None:
+    """Have torch compile each block when it first computes, once more for each kind of block, adapter and gradient."""
+    torch._dynamo.config.recompile_limit = 64  # 8 would send the ninth of these back to the interpreter without a word
+    for block in transformer.transformer_blocks:
+        block.compile()
+
+
 def _padded(tensor: Tensor) -> int:
     """Bytes of a tensor, such that the next one begins at a multiple of 64."""
     return -(-tensor.nbytes // 64) * 64
@@ -96,6 +103,7 @@ class Experts:
         self.layers: list[BaseTunerLayer] = []  # the backbone's modules that carry adapters
         self.hosted: dict[str, HostExpert] = {}
         self.trains = ""  # "", "lora" or "full": what `trainable` hands to the optimizer
+        self.compiled = False
 
     # ------------------------------------------------------------------------------------------------- who is there
     def add_adapter(self, name: str, config: LoraConfig, state: dict[str, Tensor] | None = None) -> None:
@@ -116,6 +124,8 @@ class Experts:
         if hub.kind(folder) == "full":
             module = hub.read_transformer(folder, self._dtype(), self.backbone.config)
             self.hosted[name] = HostExpert(module, self.device)
+            if self.compiled:
+                compile_blocks(module)
             return
         state, config = self.read_adapter(folder)
         self.add_adapter(name, config, state)
@@ -161,6 +171,8 @@ class Experts:
         self.transformer, self.trains = own.requires_grad_(True), "full"
         self.backbone = self.backbone if keep_base else own
         self._place(torch.device(device or self.device), shard)
+        if self.compiled:
+            compile_blocks(own)  # a copy is not compiled
         self._use(STUDENT)
 
     def _place(self, device: torch.device, shard: Callable[[nn.Module], object] | None) -> None:
@@ -207,6 +219,11 @@ class Experts:
                 layer._disable_adapters = name not in self.adapters
                 if name in self.adapters:
                     layer._active_adapter = name
+
+    def compile(self) -> None:
+        """Compile the blocks of the base now, and of every transformer that comes later."""
+        self.compiled = True
+        compile_blocks(self.transformer)
 
     def keep(self, names: Iterable[str]) -> None:
         """Send all full experts but these away from the device; one that is asked for comes by itself."""

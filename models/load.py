@@ -32,7 +32,7 @@ BASE_FILES = (
 def load(
     where: str, device: torch.device | str = "cpu", tiny: bool = False, precision: str = "float32",
     resolution: int = 512, text_length: int = 256, source_resolution: int = 0, rescale: bool = False,
-    gradient_checkpointing: bool = False,
+    gradient_checkpointing: bool = False, compiled: bool = False,
 ) -> FlowModel:  # fmt: skip
     """The base of a run, frozen, on `device`, from a folder or Hub id: a tiny model, SD3.5 or a Qwen-Image.
 
@@ -47,6 +47,8 @@ def load(
         model.precision, model.source = precision, where  # a Hub id stays one: adapters name their base by it
         if gradient_checkpointing:
             model.transformer.enable_gradient_checkpointing()
+        if compiled:
+            model.compile()
     for flag, given in (("--cfg-rescale", rescale), ("--source-resolution", source_resolution)):
         if given and not isinstance(model, QwenFlow):
             raise ModelError(f"{flag} is for Qwen-Image, and {where} is none: leave it out")

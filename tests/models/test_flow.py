@@ -4,6 +4,8 @@ Everything runs on three architectures: the tiny world's, SD3.5's with its secon
 Qwen-Image's with masked texts and source pictures.
 """
 
+from functools import partialmethod
+
 import pytest
 import torch
 from diffusers import QwenImageTransformer2DModel
@@ -254,13 +256,14 @@ def gradients(model):
     return found
 
 
-def test_teachers_between_forward_and_backward_cost_the_student_no_gradient(taught):
-    """With and without gradient checkpointing, which runs the student's forward once more inside backward."""
+def test_teachers_between_forward_and_backward_cost_the_student_no_gradient(taught, monkeypatch):
+    """Also with gradient checkpointing, which runs the student's forward once more inside backward, and compiled."""
     model = taught
     student_loss(model).backward()
     expected = gradients(model)
     assert sum(g.abs().sum() for g in expected.values() if g is not None) > 0
-    for _ in range(2):
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="eager"))
+    for change in (model.transformer.enable_gradient_checkpointing, model.compile, lambda: None):
         loss = student_loss(model)
         for name in ("text", "whole", None):
             with model.adapter(name):
@@ -272,7 +275,7 @@ def test_teachers_between_forward_and_backward_cost_the_student_no_gradient(taug
                     *model.hosted["whole"].module.parameters())  # fmt: skip
         assert all(p.grad is None for p in everyone if id(p) not in student), "nobody else learns"
         assert same(gradients(model), expected)
-        model.transformer.enable_gradient_checkpointing()
+        change()
 
 
 def test_planted_a_teacher_that_stays_selected_takes_the_gradient_away(model):

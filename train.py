@@ -383,6 +383,8 @@ def distil_step(run: Run, rows: Sequence[Row], experts: Mapping[str, str]) -> li
                     # DEVIATION (F Eq. 12): w(t) is infinite on the ODE's states; MAR has the estimator's weight.
                     found["mar"] = opd.mar_penalty(v, at.v_anchor, step.t, step.dt, step.sigma, "mean", s.weight)
                     loss_B = loss_B + s.mar * found["mar"]  # F Eq. 12
+                if "off" in found:
+                    found["weight"] = torch.ones_like(loss_B)
                 if step.sigma > 0:  # F Eq. 9 in nats per dimension, for the log
                     found["kl"] = kl.velocity_kl(v, at.v_target, step.t, step.dt, step.sigma, "mean")
                 (loss_B * weight_SB[n]).sum().backward()

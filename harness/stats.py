@@ -32,11 +32,13 @@ def averaged(stats: Sequence[Mapping[str, float]]) -> dict[str, float]:
 def ratio_stats(found: Mapping[str, float]) -> dict[str, float]:
     """Shares of E[rho - 1] and E[(rho - 1)^2], `off` and `off_sq` -> `ratio_mean` and `ratio_std` over all ranks.
 
-    Both are exact at 1: where no ratio differs from 1, they are 1.0 and 0.0.
+    Both are exact at 1: where no ratio differs from 1, they are 1.0 and 0.0. They and `clip_fraction` are divided by
+    `weight`, the sum of the weights: with drawn states only its mean is 1.
     """
     found = ranks.average_numbers(dict(found))
-    off, off_sq = found.pop("off"), found.pop("off_sq")
-    return {"ratio_mean": 1 + off, "ratio_std": max(off_sq - off * off, 0.0) ** 0.5, **found}
+    weight = found.pop("weight", 1.0)
+    off, off_sq, cut = (found.pop(key) / weight for key in ("off", "off_sq", "clip_fraction"))
+    return {"ratio_mean": 1 + off, "ratio_std": max(off_sq - off * off, 0.0) ** 0.5, "clip_fraction": cut, **found}
 
 
 def warn_of_ratio(run: Run, found: Mapping[str, float]) -> None:

@@ -76,6 +76,14 @@ def test_states_are_drawn_by_what_they_taught_before(go, spy, world):
         assert second[n].item() == pytest.approx(torch.cat(found).mean().sqrt().item(), rel=1e-5)
 
 
+def test_the_clip_fraction_of_drawn_states_is_a_fraction(go, monkeypatch):
+    """Where every ratio is clipped it is 1, though the weights of the second step's states do not sum to 1."""
+    real = opd.ratio_terms
+    monkeypatch.setattr(opd, "ratio_terms", lambda *of: real(*of) | {"clip_fraction": torch.ones_like(of[0])})
+    lines = metrics(go("run", "--estimator", "sampled", "--drawn-states", "1", "--steps", "2"))
+    assert [line["clip_fraction"] for line in lines] == [1, 1]
+
+
 RATIO = [name for name in opd.ESTIMATORS if name not in ("analytic", "velocity")]
 
 

@@ -6,7 +6,7 @@ A loop is handed `CountingLoad` in place of harness/load.py. There is no second 
 import io
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +20,7 @@ import settings
 from data.batches import seed_for
 from data.files import Prompt
 from harness import load, ranks, rollout
-from models import flow
+from models import flow, hub
 from scorers import panel
 from settings import Settings, student_cfg, teacher_cfg
 from tiny import edits
@@ -125,7 +125,15 @@ class CountingLoad:
     def load_teachers(self, model: CountingModel, s: Settings) -> dict[str, str]:
         experts = {task: f"teacher {task}" for task in s.teachers}
         on = s.stage == "opd" and s.mar > 0
+        model.hosted = tuple(where for where in (*s.teachers.values(), *[s.anchor] * on) if takes_turns(where))
         return experts | ({"anchor": experts.get(s.anchor, "anchor")} if on else {})
+
+
+def takes_turns(where: str) -> bool:
+    """Is a teacher a full checkpoint? A task's name is no path, and what lies on the Hub counts as an adapter."""
+    with suppress(hub.ModelError):
+        return not hub.hub_id(where) and hub.kind(hub.locate(where)) == "full"
+    return False
 
 
 def stand_ins(task: str, count: int) -> list[Prompt]:

@@ -89,7 +89,7 @@ RUNS = [
     ("go", "--stage grpo --task text --beta 0.1 --updates 3 --micro-batch 2"),
     ("go", "--stage nft --task mix --mix joint --beta 0.1 --cfg 2 --guidance both"),
     ("go2", "--stage grpo --task mix --cfg 2 --guidance rollout"), ("go2", "--stage nft --task edit"),
-    ("go2", "--stage opd --guidance teacher --micro-batch 3"),
+    ("go2", "--stage opd --guidance teacher --micro-batch 3"), ("real", "--stage opd --micro-batch 4"),
 ]  # fmt: skip
 
 

@@ -76,6 +76,7 @@ def save_random_adapter(base, folder, seed, rank=4):
 # ------------------------------------------------------------------------------------ what a run leaves behind
 def metrics(folder, drop=("seconds",)):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert all(0 <= line.get("seconds", 0) < 3600 for line in lines)
     return [{k: v for k, v in line.items() if k not in drop} for line in lines]
 
 

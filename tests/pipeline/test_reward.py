@@ -73,11 +73,26 @@ def test_held_out_pairs_are_judged_by_which_of_the_two_is_better():
     assert accuracy == pytest.approx(by_hand.item()) and 0.8 < accuracy < 1
 
 
-def test_micro_batches_add_up_to_the_batch(tmp_path):
-    flags = "--objective pairwise --steps 2 --batch-size 12 --warmup 5 --micro-batch".split()
-    whole, parts, last = (metrics(go(tmp_path / n, *flags, n)) for n in ("0", "8", "4"))
-    for other in (parts, last):
-        for a, b in zip(whole, other, strict=True):
+@pytest.mark.parametrize(
+    ("objective", "sizes"),
+    [
+        ("pairwise", {"0": [6], "10": [5, 1], "4": [2, 2, 2]}),
+        ("pointwise", {"0": [12], "11": [11, 1], "4": [4, 4, 4]}),
+    ],
+)
+def test_micro_batches_add_up_to_the_batch(tmp_path, spy, objective, sizes):
+    """A batch is 12 pictures. The loss of a step is the mean over its items."""
+    parts, lines = spy(train, "reward_loss"), []
+    flags = f"--objective {objective} --steps 2 --batch-size 12 --warmup 5 --micro-batch".split()
+    for size, expected in sizes.items():
+        lines.append(metrics(go(tmp_path / size, *flags, size)))
+        found = [(len(call.args[1]), call.result.item()) for call in parts]
+        assert [count for count, _ in found] == 2 * expected
+        for line, own in zip(lines[-1], (found[: len(expected)], found[len(expected) :]), strict=True):
+            assert line["loss"] == pytest.approx(sum(n * loss for n, loss in own) / sum(expected), rel=1e-4)
+        parts.clear()
+    for other in lines[1:]:
+        for a, b in zip(lines[0], other, strict=True):
             assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
             assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
 
@@ -153,6 +168,8 @@ def test_a_tiny_run_resumes_to_the_same_bits_and_its_judge_pays_grpo(world, tmp_
     cut = go(tmp_path / "cut", *flags, code=130)
     go(cut, *flags)
     assert same(stored(cut), stored(whole)) and metrics(cut) == metrics(whole)
+    told = [line["step"] for line in metrics(whole) if "held_pair_accuracy" in line]
+    assert told == [2, 4, 5], "with every checkpoint"
     go(cut, *flags, "--lr", "1", code=2)
     assert "--lr" in the_error(capsys)
 

@@ -4,6 +4,7 @@ update, what each strategy of guidance asks of the model, and DiffusionNFT by ha
 
 import math
 import os
+import re
 import signal
 from itertools import combinations, count
 
@@ -78,6 +79,12 @@ def test_a_first_ratio_that_is_not_exactly_one_is_one_line(go, monkeypatch, caps
     monkeypatch.setattr(flow.FlowModel, "_forward", other)
     go("other", *flags)
     assert capsys.readouterr().err.count("warning: step 1: the first policy ratio is ") == 1
+
+
+def test_ten_steps_of_equal_rewards_are_one_line(go, monkeypatch, capsys):
+    monkeypatch.setitem(tiny.SCORERS, "quality", lambda images, prompts: [0.5] * len(images))
+    go("run", *GRPO, "--steps", "11", "--num-steps", "2", "--window", "0:1", "--train-count", "1")
+    assert re.findall(r"warning: step (\d+): for 10 steps", capsys.readouterr().err) == ["10"]
 
 
 def test_guard_and_kl_and_kernel_each_change_what_is_learnt(go, updates):

@@ -121,7 +121,8 @@ def test_training_stays_off_the_network_and_says_nothing_but_progress(go, monkey
 def test_micro_batches_of_flow_matching_change_neither_noise_nor_gradient(go2, spy, updates, small_pretraining, stage):
     calls, found = spy(train, "flow_matching"), []
     for size in (0, 2, 3):
-        go2(f"of{size}", "--stage", stage, "--micro-batch", str(size), "--batch-size", "7")
+        (line,) = metrics(go2(f"of{size}", "--stage", stage, "--micro-batch", str(size), "--batch-size", "7"))
+        assert line["loss"] == pytest.approx(sum(call.result for call in calls), rel=1e-5)
         seeds = sorted(g.initial_seed() for call in calls for g in call.args[3])
         found.append((seeds, sum(call.result for call in calls), flat(updates[-1].grads)))
         calls.clear()
@@ -130,6 +131,14 @@ def test_micro_batches_of_flow_matching_change_neither_noise_nor_gradient(go2, s
     for other_seeds, other_loss, other in found[1:]:
         assert other_seeds == seeds, "each row has its noise"
         assert close(other, gradient, 1e-6) and other_loss == pytest.approx(loss, rel=1e-5)
+
+
+def test_pretraining_leaves_out_one_caption_in_ten(go, small_pretraining, spy):
+    """So that v(x, t, "") is there for guidance."""
+    asked, empty = spy(tiny.TinyModel, "encode_tokens"), tiny.TinyModel.tokenize("")
+    go("run", "--stage", "pretrain", "--batch-size", "60")
+    captions = [row for call in asked for row in call.args[1].tolist()]
+    assert len(captions) == 60 and 2 <= captions.count(empty) <= 12
 
 
 def test_sft_learns_the_pictures_of_each_tasks_own_teacher(go, spy, updates, world):

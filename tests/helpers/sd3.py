@@ -11,20 +11,27 @@ import string
 from pathlib import Path
 
 CLIP_WIDTHS, CLIP_POOLED, T5_WIDTH = (16, 24), (12, 20), 48  # 16 + 24 < 48: the padding of SD3's conditioning is real
+# Widths of the two CLIPs, of their pooled outputs, and of T5; the VAE's channels, layers a block, groups of a norm.
+SIZES = (CLIP_WIDTHS, CLIP_POOLED, T5_WIDTH, (8, 8, 12, 12), 1, 4)
+REAL_SIZES = ((768, 1280), (768, 1280), 4096, (128, 256, 512, 512), 2, 32)
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
-def build_sd35(folder: Path, seed: int = 0, **transformer_changes) -> Path:
+def build_sd35(folder: Path, seed: int = 0, real: bool = False, **transformer_changes) -> Path:
     """Write a tiny random StableDiffusion3Pipeline to `folder`, a function of `seed` -> the folder.
 
-    It draws 64 x 64 pictures unless told otherwise, up to 192 x 192. `transformer_changes` replace entries of the
+    It draws 64 x 64 pictures unless told otherwise, up to 192 x 192. real: SD3.5-M's own transformer and VAE in
+    bfloat16, 4.5 GB, with text encoders of its widths and two layers. `transformer_changes` replace entries of the
     transformer's configuration, e.g. num_layers=2. The global generator is left as it was.
     """
     import torch
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 
+    from harness.plan import SD35_MEDIUM
+
     folder = Path(folder)
-    shape = {
+    sizes = REAL_SIZES if real else SIZES
+    shape = {key: value for key, value in SD35_MEDIUM.items() if key != "_class_name"} if real else {
         "sample_size": 8, "patch_size": 2, "in_channels": 16, "out_channels": 16, "num_layers": 3,
         "attention_head_dim": 16, "num_attention_heads": 2, "caption_projection_dim": 32, "pos_embed_max_size": 12,
         "joint_attention_dim": T5_WIDTH, "pooled_projection_dim": sum(CLIP_POOLED),
@@ -32,9 +39,10 @@ def build_sd35(folder: Path, seed: int = 0, **transformer_changes) -> Path:
     }  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        parts = {"transformer": SD3Transformer2DModel(**{**shape, **transformer_changes}), **_encoders(), "vae": _vae()}
+        parts = {"transformer": SD3Transformer2DModel(**{**shape, **transformer_changes}), **_encoders(*sizes[:3])}
+        parts["vae"] = _vae(*sizes[3:])
         for part in parts.values():
-            _randomise(part)
+            _randomise(part.to(torch.bfloat16 if real else torch.float32))
         # Random pictures would leave [-1, 1] and be clipped, and clipping hides differences.
         parts["vae"].decoder.conv_out.weight.data *= 0.3
     scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=3.0)
@@ -59,21 +67,21 @@ def random_lora(transformer, rank: int, alpha: float, seed: int):
     return state, adapters.lora_config(rank, alpha)
 
 
-def _vae():
+def _vae(channels, layers, groups):
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8, 8, 12, 12), layers_per_block=1, norm_num_groups=4, latent_channels=16, sample_size=64,
-        scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False,
+        block_out_channels=channels, layers_per_block=layers, norm_num_groups=groups, latent_channels=16,
+        sample_size=64, scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False,
     )  # fmt: skip
 
 
-def _encoders() -> dict:
+def _encoders(widths, pools, t5_width) -> dict:
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
     size, encoders = len(_clip_vocabulary()), {}
-    for name, width, pooled in zip(("text_encoder", "text_encoder_2"), CLIP_WIDTHS, CLIP_POOLED, strict=True):
+    for name, width, pooled in zip(("text_encoder", "text_encoder_2"), widths, pools, strict=True):
         config = CLIPTextConfig(
             vocab_size=size, hidden_size=width, intermediate_size=2 * width, projection_dim=pooled,
             num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=77, hidden_act="gelu",
@@ -81,7 +89,7 @@ def _encoders() -> dict:
         )  # fmt: skip
         encoders[name] = CLIPTextModelWithProjection(config)
     config = T5Config(
-        vocab_size=len(_t5_vocabulary()), d_model=T5_WIDTH, d_kv=8, d_ff=40, num_layers=2, num_heads=3,
+        vocab_size=len(_t5_vocabulary()), d_model=t5_width, d_kv=8, d_ff=40, num_layers=2, num_heads=3,
         feed_forward_proj="gated-gelu", is_encoder_decoder=False, use_cache=False, tie_word_embeddings=False,
     )  # fmt: skip
     encoders["text_encoder_3"] = T5EncoderModel(config)
@@ -95,9 +103,9 @@ def _randomise(module) -> None:
     for name, p in module.named_parameters():
         if p.ndim > 1 and "gamma" not in name:
             fan_in = 1 if "embedding" in name or "shared" in name else p[0].numel()  # a lookup has no sum to tame
-            p.data = torch.randn(p.shape) / fan_in**0.5
+            p.data.copy_(torch.randn(p.shape) / fan_in**0.5)
         else:
-            p.data = 0.2 * torch.randn(p.shape) + (0.0 if name.endswith("bias") else 1.0)
+            p.data.copy_(0.2 * torch.randn(p.shape) + (0.0 if name.endswith("bias") else 1.0))
     module.eval()
 
 

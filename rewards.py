@@ -55,7 +55,8 @@ class Scorer(NamedTuple):
     """Anything that turns pictures into numbers, near or far, in one signature. Higher is better.
 
     score(images, prompts, sources) -> (B,) float32 on the CPU, where images is (B, 3, H, W) in [0, 1] on the CPU,
-    prompts are B `data.files.Prompt`, and sources, for editing only, are B source images (3, H', W'), else None.
+    prompts are B `data.files.Prompt`, and sources, for editing only, are B tuples of source images (3, H', W'), one or
+    more each, in the order of the prompt's pictures; else None.
     low, high: the range that a score can have, checked by `scorers.common.check_scores`; infinite if there is none.
     verdict: as score, 1 or 0, what an evaluation counts by tags (GenEval); None: it has the mean of score.
     check(prompt): ValueError for a prompt that it can never score well, asked before anything is drawn.

@@ -309,7 +309,7 @@ def sft(s: Settings, load=load) -> Run:
         places = torch.randint(len(pool), (s.batch_size * run.world,), generator=run.generator("batch")).tolist()
         seeds = (seed_for("row", s.seed, s.stage, step, i) for i in range(len(places)))
         rows = [pool[place]._replace(seed=seed) for place, seed in zip(places, seeds)]  # of all ranks
-        mine = sorted(rows, key=lambda row: rollout.is_edit(row.prompt))[run.rank :: run.world]
+        mine = sorted(rows, key=lambda row: rollout.layout(row.prompt))[run.rank :: run.world]
         for some in in_step(micro_batches(mine, s.micro_batch)):
             run.stop_if_asked()
             cond, _ = rollout.conditions(run.model, prompts_of(some), 1.0)

@@ -145,8 +145,8 @@ def random_model(s: Settings, device: torch.device, config: dict) -> FlowModel:
         edit = any(images or ())
         tokens = torch.randn(len(prompts), text_tokens(s, config, edit), config["joint_attention_dim"], dtype=dtype)
         pooled = tokens[:, 0, :1].expand(-1, config.get("pooled_projection_dim", 1))
-        source = torch.randn(len(prompts), config["out_channels"], *2 * (model.source_side // 8,)) if edit else None
-        return Cond(tokens, pooled, None, source).to(device)
+        source = (len(prompts), config["out_channels"], *2 * (model.source_side // 8,)) if edit else ()
+        return Cond(tokens, pooled, None, (torch.randn(source),) * edit).to(device)
 
     model.encode = encode
     return model
@@ -161,7 +161,7 @@ def forward_flops(config: dict, resolution: int, text: int, source: int = 0) -> 
         kind = FlowModel if "pooled_projection_dim" in config else qwen.QwenFlow
         model = kind(transformer_of(config, "meta", torch.float32), "meta")
         channels, tokens = config["out_channels"], torch.empty(1, text, config["joint_attention_dim"])
-        before = torch.empty(1, channels, source // 8, source // 8) if source else None
+        before = (torch.empty(1, channels, source // 8, source // 8),) if source else ()
         cond = Cond(tokens, torch.empty(1, config.get("pooled_projection_dim", 1)), None, before)
         model._run(torch.empty(1, channels, resolution // 8, resolution // 8), torch.empty(1), cond)
     return counter.get_total_flops()

@@ -20,7 +20,8 @@ prompt. Editing adds `t2i_prompt` (what the source shows) and `image`:
 
     {"prompt": "Change the number of forks to two.", "image": "images/7.jpg", "t2i_prompt": "a photo of three forks"}
 
-An image is a path, relative to the folder of the file, or the picture itself as a data URI (`data/pictures.py`).
+An image is a path, relative to the folder of the file, or the picture itself as a data URI (`data/pictures.py`), or a
+list of these, if the model takes several.
 What exporters write for a field that is not given (null, an empty string or list) is not given, and 2.0 is a count.
 A fault of a line is found when it is read, not after an hour of training. It is said in one line that starts with
 `path:line:` (line 0 is the file as a whole).
@@ -67,7 +68,7 @@ def read_prompts(path: str | Path, task: str, split: str = "train") -> list[Prom
     F §6.1, Q §4.2. Blank lines are skipped. `split` matters for folders only. There, GenEval metadata is preferred to
     plain text, because only metadata can be scored. A prompt of the task "text" must quote its target, and one of the
     task "edit" needs `EDIT_FIELDS`. The path of an image is made absolute, so that a run finds it from any folder.
-    Raises DataError for anything wrong with the files, except for the pictures (`pictures.check_source`), and
+    Raises DataError for anything wrong with the files, except for the pictures (`pictures.check_sources`), and
     ValueError for an unknown task or split.
     """
     check_known("task", task, TASKS)
@@ -85,8 +86,8 @@ def read_prompts(path: str | Path, task: str, split: str = "train") -> list[Prom
             _check_target(source, text, metadata)
         if task == "edit":
             _check_fields(source, metadata, FIELDS, EDIT_FIELDS)
-        if "image" in metadata and not metadata["image"].startswith("data:"):
-            metadata["image"] = str(file.parent.absolute() / metadata["image"])
+        if "image" in metadata:
+            metadata["image"] = _absolute(metadata["image"], file.parent.absolute())
         prompts.append(Prompt(text, task, metadata, source))
     if not prompts:
         raise DataError(f"{file}:0: the file holds no prompt; write one a line")
@@ -113,6 +114,12 @@ def prompt_file(path: Path, split: str) -> Path:
     if path.suffix.lower() not in (".txt", ".jsonl", ".json"):
         raise DataError(f"{path}:0: neither a .txt, a .jsonl, a .json nor a folder; give one of these")
     return path
+
+
+def _absolute(image: str | list[str], root: Path) -> str | list[str]:
+    if isinstance(image, list):
+        return [_absolute(each, root) for each in image]
+    return image if image.startswith("data:") else str(root / image)
 
 
 def _metadata(source: str, entry: object, task: str) -> dict:
@@ -163,9 +170,10 @@ def _check_fields(where: str, entry: Mapping, kinds: Mapping[str, type], needed:
     """DataError unless an object has the needed fields, and every field is of its exact type: true is no number."""
     for field, kind in kinds.items():
         value, wanted = entry.get(field), field in entry or field in needed
-        if wanted and (type(value) is not kind or (kind is int and value < 1) or (kind is str and not value.strip())):
-            shown = repr(value) if field in entry else "missing"
-            raise DataError(f"{where}: the field {field!r} is {shown}; it must be {MEANING[kind]}")
+        for each in value if field == "image" and type(value) is list else [value] * wanted:
+            if type(each) is not kind or (kind is int and each < 1) or (kind is str and not each.strip()):
+                shown = repr(value) if field in entry else "missing"
+                raise DataError(f"{where}: the field {field!r} is {shown}; it must be {MEANING[kind]}")
 
 
 def _is_position(value: list, others: Collection[int]) -> bool:

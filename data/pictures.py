@@ -1,6 +1,6 @@
 """Pictures: tensors as 8-bit pictures, and the source pictures that edits begin from (Q's second task).
 
-A prompt's `image` is a path, or the picture itself as a data URI, `data:image/png;base64,...`.
+A prompt's `image` is a path, or the picture itself as a data URI, `data:image/png;base64,...`, or a list of these.
 """
 
 import base64
@@ -8,7 +8,7 @@ import io
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,46 +53,53 @@ def png(picture: Image.Image, level: int = -1) -> str:
 
 # ------------------------------------------------------------------------------------------------ sources of edits
 class Source(NamedTuple):
-    """The picture that an edit begins from. Equal places are equal pictures: what is known of one is not read again."""
+    """A picture that an edit begins from. Equal places are equal pictures: what is known of one is not read again."""
 
     where: str  # a path or a data URI
     pixels: Callable[[], Tensor]  # reads it: (3, H, W) in [0, 1]
 
 
-def source_of(prompt: Prompt) -> Source | None:
-    """Where a prompt's picture is, not read yet; None for a prompt that has none."""
-    where = prompt.metadata.get("image")
-    return where and Source(where, lambda: torch.from_numpy(source_image(prompt)).permute(2, 0, 1) / 255)
+def places(prompt: Prompt) -> tuple[str, ...]:
+    """Where the pictures of an edit are, paths or data URIs, "Picture 1" first; () for a prompt that has none."""
+    where = prompt.metadata.get("image", ())
+    return (where,) if isinstance(where, str) else tuple(where)
 
 
-def sources(prompts: Sequence[Prompt]) -> list[Tensor | None] | None:
-    """The source pictures of edits, (3, H, W) in [0, 1], None for a prompt without one; None if none has one.
+def sources_of(prompt: Prompt) -> tuple[Source, ...]:
+    """A prompt's pictures in the order of `places`, not read yet."""
+    return tuple(Source(where, partial(_pixels, prompt, where)) for where in places(prompt))
+
+
+def sources(prompts: Sequence[Prompt]) -> list[tuple[Tensor, ...] | None] | None:
+    """The source pictures of edits, (3, H, W) in [0, 1], None for a prompt without any; None if none has one.
 
     The rows of one picture share one tensor.
     """
-    found = [source_of(p) for p in prompts]
-    read = {place: pixels() for place, pixels in {s.where: s.pixels for s in found if s}.items()}
-    return [s and read[s.where] for s in found] if read else None
+    found = [sources_of(p) for p in prompts]
+    read = {place: pixels() for place, pixels in {s.where: s.pixels for some in found for s in some}.items()}
+    return [tuple(read[s.where] for s in some) or None for some in found] if read else None
 
 
-def source_image(prompt: Prompt) -> np.ndarray | None:
-    """The picture that an edit begins from, (H, W, 3) uint8, upright; None for a prompt that has none.
+def _pixels(prompt: Prompt, where: str) -> Tensor:
+    return torch.from_numpy(_look(prompt, _cached, where)).permute(2, 0, 1) / 255
 
-    The last `CACHED_PICTURES` are kept and shared, so nobody may write to them. DataError as `check_source`.
+
+def source_images(prompt: Prompt) -> list[np.ndarray]:
+    """The pictures that an edit begins from, (H, W, 3) uint8, upright.
+
+    The last `CACHED_PICTURES` are kept and shared, so nobody may write to them. DataError as `check_sources`.
     """
-    return _look(prompt, _cached)
+    return [_look(prompt, _cached, where) for where in places(prompt)]
 
 
-def check_source(prompt: Prompt) -> None:
-    """DataError, `path:line: ...`, for an edit whose picture is missing or cannot be read, to its last byte."""
-    _look(prompt, verify)
+def check_sources(prompt: Prompt) -> None:
+    """DataError, `path:line: ...`, for an edit with a picture that is missing or cannot be read, to its last byte."""
+    for where in places(prompt):
+        _look(prompt, verify, where)
 
 
-def _look(prompt: Prompt, look: Callable):
-    """`look` at the prompt's picture, if it has one. What is wrong with it is wrong with the prompt's line."""
-    where = prompt.metadata.get("image")
-    if where is None:
-        return None
+def _look(prompt: Prompt, look: Callable, where: str):
+    """`look` at a picture of a prompt. What is wrong with it is wrong with the prompt's line."""
     try:
         return look(where)
     except DataError as fault:

@@ -21,6 +21,7 @@ import numpy as np
 from data.batches import seed_for
 from data.common import write_atomic
 from data.files import Prompt, is_open
+from data.pictures import places
 from harness import identity
 from harness.ownership import FREE, LOCATED
 from settings import Settings
@@ -76,9 +77,8 @@ class Ranges:
 
 
 def key(prompt: Prompt) -> tuple[str, str, str]:
-    """What makes two prompts one: task, text and, of an edit, a hash of its source, which may be the picture itself."""
-    image = prompt.metadata.get("image", "")
-    return prompt.task, prompt.text, identity.picture(image)[:16] if image else ""
+    """What makes two prompts one: task, text and, of an edit, a hash of each source, maybe the picture itself."""
+    return prompt.task, prompt.text, " ".join(identity.picture(where)[:16] for where in places(prompt))
 
 
 def category(prompt: Prompt) -> str:

@@ -14,7 +14,7 @@ from data import preferences
 from data.batches import seed_for
 from data.common import write_atomic
 from data.files import Prompt
-from data.pictures import check_source
+from data.pictures import check_sources
 from harness import identity, ownership, ranks
 from harness.run import Run
 from models import flow, hub, lora, qwen_vl, tiny
@@ -73,7 +73,7 @@ def read_own_prompts(s: Settings, split: str) -> dict[str, list[Prompt]]:
             if prompt.task not in known:
                 at = f"{prompt.source}: a prompt of the task {prompt.task!r}"
                 raise data.DataError(f"{at}; this model knows {', '.join(known)}")
-            check_source(prompt)
+            check_sources(prompt)
             found.setdefault(prompt.task, []).append(prompt)
     return found
 

@@ -69,15 +69,16 @@ def save_samples(
 ) -> None:
     """A grid for each task with prompts and, if there are any, scores: samples/NAME-TASK.png.
 
-    If result["sources"] has the source pictures of a task, each stands before what was made of it.
+    If result["sources"] has the source pictures of a task, they stand before what was made of them.
     """
     for task, (images, each) in result["images"].items():
         captions = [p.text for p in prompts[task][:count]]
         captions = [f"{caption}\n{value:.2f}" for caption, value in zip(captions, each, strict=False)] or captions
         shown = list(images[:count])
         if sources := result.get("sources", {}).get(task):
-            shown = [image for pair in zip(sources[:count], shown, strict=True) for image in pair]
-            captions = [text for caption in captions for text in ("source", caption)]
+            rows = list(zip(sources[:count], shown, captions, strict=True))
+            shown = [image for before, image, _ in rows for image in (*before, image)]
+            captions = [text for before, _, caption in rows for text in (*["source"] * len(before), caption)]
         save_grid(folder / "samples" / f"{name}-{task}.png", shown, captions)
 
 

@@ -1,7 +1,7 @@
 """What is drawn at a step: which prompts, from which noise, with how much guidance?
 
 A row's noise belongs to the row, whatever the micro-batch and the number of ranks. Rows lie task by task and group by
-group. No micro-batch has both edits and prompts without a source picture: their token sequences differ in length.
+group. The rows of a micro-batch have equally many source pictures: their token sequences must not differ in length.
 Rollout, objective and teachers each have a guidance scale (Q 4.1, 4.3): `settings.student_cfg`, `trained_cfg`,
 `teacher_cfg`.
 """
@@ -19,7 +19,7 @@ import sde
 import settings
 from data.batches import prompt_batch, seed_for
 from data.files import Prompt
-from data.pictures import source_of
+from data.pictures import places, sources_of
 from harness import load, ranks
 from harness.run import Run
 from harness.weights import poisoned
@@ -68,7 +68,7 @@ def own_prompts(run: Run, prompts: Mapping[str, list[Prompt]], step: int) -> lis
     in_turn = [found for turn in zip_longest(*drawn) for found in turn if found]
     order, mine = {task: i for i, task in enumerate(prompts)}, []
     for share in batches(in_turn, count // (1 if s.stage == "curate" else s.updates)):
-        mine += sorted(share, key=lambda found: (is_edit(found[0]), order[found[1]]))[run.rank :: run.world]
+        mine += sorted(share, key=lambda found: (layout(found[0]), order[found[1]]))[run.rank :: run.world]
     return mine
 
 
@@ -88,17 +88,17 @@ def batches(items: Sequence, size: int) -> list[Sequence]:
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
-def is_edit(prompt: Prompt) -> bool:
-    """Does it begin from a source picture, whatever its task is called?"""
-    return "image" in prompt.metadata
+def layout(prompt: Prompt) -> int:
+    """How many source pictures it begins from, whatever its task is called. Rows of one layout fit into one batch."""
+    return len(places(prompt))
 
 
 def micro_batches(rows: Sequence[Row], size: int, by_task: bool = False) -> list[Sequence[Row]]:
-    """Rows in parts of at most `size` (0: no limit), in order; a part has one kind, edits or others, and one draw of
-    states; by_task: one task, too."""
+    """Rows in parts of at most `size` (0: no limit), in order; a part has one `layout` and one draw of states;
+    by_task: one task, too."""
 
     def kind(row: Row) -> tuple:
-        return is_edit(row.prompt), row.learnt(), by_task and row.prompt.task
+        return layout(row.prompt), row.learnt(), by_task and row.prompt.task
 
     return [part for _, some in groupby(rows, kind) for part in batches(list(some), size)]
 
@@ -126,7 +126,7 @@ def draw_states(rows: Sequence[Row], size_S: Tensor, count: int, by_task: bool =
     weights_SB = opd.state_weights(opd.state_probabilities(size_S), count, u_B)
     rows = [row._replace(states=tuple(own)) for row, own in zip(rows, weights_SB.T.tolist(), strict=True)]
     order = {task: i for i, task in enumerate(dict.fromkeys(row.prompt.task for row in rows)) if by_task}
-    return sorted(rows, key=lambda row: (is_edit(row.prompt), order.get(row.prompt.task), row.learnt()))
+    return sorted(rows, key=lambda row: (layout(row.prompt), order.get(row.prompt.task), row.learnt()))
 
 
 def weights_of(part: Sequence[Row], device: torch.device) -> Tensor:
@@ -148,10 +148,11 @@ def prompts_of(rows: Iterable[Row]) -> list[Prompt]:
 # ------------------------------------------------------------------------------------------- what the model is told
 def conditions(model: FlowModel, prompts: Sequence[Prompt], cfg: float) -> tuple[Cond, Cond | None]:
     """Cond of the prompts and, if guidance is on, of as many empty prompts with the same source pictures."""
-    images = [source_of(p) for p in prompts]
+    images = [sources_of(p) for p in prompts]
     cond = model.encode([p.text for p in prompts], images)
-    for who, part in (("the text encoder", cond.tokens), ("the text encoder", cond.pooled), ("the VAE", cond.source)):
-        check_finite(model, who, part)
+    for who, *parts in ("the text encoder", cond.tokens, cond.pooled), ("the VAE", *cond.sources):
+        for part in parts:
+            check_finite(model, who, part)
     return cond, None if cfg == 1 else model.encode([model.empty] * len(prompts), images)
 
 
@@ -163,14 +164,14 @@ def check_finite(model: FlowModel, who: str, x: Tensor | None) -> None:
 
 def encode_all(model: FlowModel, prompts: Iterable[Prompt], guided: bool) -> None:
     """Encode distinct prompts once and for all, and the empty prompt if guidance needs it, picture by picture."""
-    texts: dict[str | None, dict[str, Prompt]] = {}
+    texts: dict[tuple[str, ...], dict[str, Prompt]] = {}
     for p in prompts:
-        texts.setdefault(p.metadata.get("image"), {}).setdefault(p.text, p)
+        texts.setdefault(places(p), {}).setdefault(p.text, p)
     asked = []
     for some in texts.values():
-        source = source_of(next(iter(some.values())))
-        asked += [(text, source) for text in dict.fromkeys([*some, *([model.empty] * guided)])]
-    model.prepare([text for text, _ in asked], [source for _, source in asked])
+        pictures = sources_of(next(iter(some.values())))
+        asked += [(text, pictures) for text in dict.fromkeys([*some, *([model.empty] * guided)])]
+    model.prepare([text for text, _ in asked], [pictures for _, pictures in asked])
 
 
 def prepare(run: Run, prompts: Mapping[str, list[Prompt]], more: Iterable[Prompt] = ()) -> None:
@@ -299,7 +300,7 @@ def draw(model: FlowModel, prompts: Sequence[Prompt], steps: int, size: int, see
     every rank must run as many forwards as the others.
     """
     rank, world = ranks.rank_and_world()
-    order = sorted(range(len(prompts)), key=lambda i: is_edit(prompts[i]))
+    order = sorted(range(len(prompts)), key=lambda i: layout(prompts[i]))
     turns = order + order[-1:] * (-len(order) % world)
     mine = [Row(prompts[i], seed_for("draw", seed, i)) for i in turns[rank::world]]
     times, drawn = model.time_grid(steps), []

@@ -3,21 +3,22 @@
 The stages ask a model these things and nothing else:
 
     prepare(prompts, images)           encode these once and for all; the text encoders may leave afterwards
-    encode(prompts, images) -> Cond    text, and an edit's source picture, -> conditioning, no gradient
+    encode(prompts, images) -> Cond    text, and an edit's source pictures, -> conditioning, no gradient
     velocity(x, t, cond, uncond, cfg)  v_theta(x_t, t, c), the only place where guidance is written
     adapter(name)                      run as one of the experts, or as the base    (experts.py)
     decode(x) -> images in [0, 1]      latents -> pixels
     time_grid(num_steps)               the model's own scheduler grid, t = 1 (noise) ... 0 (data)
     latent_shape                       (C, H, W) of x
 
-A source picture is a `data.pictures.Source`; a batch has one for every prompt or for none. sd3.py, qwen.py and tiny.py
-have the models.
+images[b] has the source pictures of prompt b (`data.pictures.Source`) in the order in which the prompt counts them,
+none if it is no edit. The rows of a batch have equally many, of equal shapes: `rollout.micro_batches` sees to it.
+sd3.py, qwen.py and tiny.py have the models.
 
 Numbers: the transformer computes in `precision` (bfloat16 on an accelerator), trained weights are float32, and what
 leaves `velocity` is float32 at least, so that guidance, SDE and losses never see a bfloat16.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,34 +27,40 @@ from torch import Tensor, nn
 import sde
 from data.pictures import Source
 from models.experts import Experts
+from models.hub import ModelError
 
 
 class Cond(NamedTuple):
     """Conditioning of B prompts: token embeddings (B, S, C), and what some models add to them, else None.
 
     pooled: one vector a prompt, (B, C') (SD3). mask: (B, S) bool, False where a shorter prompt was padded; None if none
-    was (Qwen-Image). source: latents of the picture to be edited, (B, C, H, W); a batch has one for every row or none.
+    was (Qwen-Image). sources: latents of an edit's pictures, each (B, C, H_i, W_i), in order; () for other prompts.
     """
 
     tokens: Tensor
     pooled: Tensor | None = None
     mask: Tensor | None = None
-    source: Tensor | None = None
+    sources: tuple[Tensor, ...] = ()
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Cond":
+        """Every tensor of it changed."""
+        parts = (part if part is None else change(part) for part in self[:-1])
+        return Cond(*parts, tuple(map(change, self.sources)))
 
     def rows(self, index: Tensor | slice) -> "Cond":
-        return Cond(*(part if part is None else part[index] for part in self))
+        return self.each(lambda part: part[index])
 
     def to(self, device: torch.device | str) -> "Cond":
-        return Cond(*(part if part is None else part.to(device) for part in self))
+        return self.each(lambda part: part.to(device))
 
 
 def joined(conds: Sequence[Cond]) -> Cond:
     """Several batches' conditioning as one: shorter prompts are padded with zeros, and the mask says where.
 
-    ValueError if only some of them have a source.
+    ValueError if their sources differ in number or shape: nothing masks a picture's tokens.
     """
-    if len({cond.source is None for cond in conds}) > 1:
-        raise ValueError("edits and prompts without a source picture do not fit into one batch")
+    if len({tuple(source.shape[1:] for source in cond.sources) for cond in conds}) > 1:
+        raise ValueError("prompts whose source pictures differ in number or shape do not fit into one batch")
     longest = max(cond.tokens.shape[1] for cond in conds)
     padded = any(cond.mask is not None or cond.tokens.shape[1] < longest for cond in conds)
     tokens, masks = [], []
@@ -62,9 +69,9 @@ def joined(conds: Sequence[Cond]) -> Cond:
         mask = cond.tokens.new_ones(rows, length, dtype=torch.bool) if cond.mask is None else cond.mask
         tokens.append(nn.functional.pad(cond.tokens, (0, 0, 0, longest - length)))
         masks.append(nn.functional.pad(mask, (0, longest - length)))
-    pooled, source = (None if getattr(conds[0], part) is None else torch.cat([getattr(cond, part) for cond in conds])
-                      for part in ("pooled", "source"))  # fmt: skip
-    return Cond(torch.cat(tokens), pooled, torch.cat(masks) if padded else None, source)
+    pooled = None if conds[0].pooled is None else torch.cat([cond.pooled for cond in conds])
+    sources = tuple(torch.cat(some) for some in zip(*(cond.sources for cond in conds), strict=True))
+    return Cond(torch.cat(tokens), pooled, torch.cat(masks) if padded else None, sources)
 
 
 class FlowModel(Experts):
@@ -72,10 +79,17 @@ class FlowModel(Experts):
 
     pipeline = ""  # the diffusers pipeline that loads our adapters, if there is one
     empty = ""  # the prompt of guidance's other branch
+    most_sources: float = 0  # how many source pictures an edit may have; inf: as many as fit into memory
     train_shift = 0.0  # training times are logit-normal around this: the model's noise schedule
 
-    def prepare(self, prompts: Sequence[str], images: Sequence[Source | None] | None = None) -> None:
-        """Encode every prompt (of an edit, with its source picture) that a run will need, if encoding is expensive."""
+    def prepare(self, prompts: Sequence[str], images: Sequence[Sequence[Source]] | None = None) -> None:
+        """Encode every prompt (of an edit, with its pictures) that a run will need, if encoding is expensive."""
+
+    def check_sources(self, count: int) -> None:
+        """ModelError if an edit has more source pictures than the model takes."""
+        if count > self.most_sources:
+            takes = f"this model takes {self.most_sources or 'no'} source picture, not {count}"
+            raise ModelError(f"{self.source}: {takes}; Qwen-Image-Edit takes one, Qwen-Image-Edit-2509 several")
 
     def velocity(self, x: Tensor, t: float | Tensor, cond: Cond, uncond: Cond | None = None, cfg: float = 1.0):
         """v_theta(x_t, t, c) (B, C, H, W), float32, with classifier-free guidance if cfg != 1.

@@ -13,45 +13,43 @@ from tqdm import tqdm
 
 from data.pictures import Source
 from models.flow import Cond, FlowModel, joined
-from models.hub import ModelError, Transformer, read_part
+from models.hub import Transformer, read_part
 
 
 class Published(FlowModel):
     """A model in the Hub's layout. The transformer is there from the start, all else is read from `folder`."""
 
-    edits = False
     vae_kind = AutoencoderKL
 
     def __init__(self, folder: Path, transformer: Transformer, scheduler, device, side: int, text_length: int):
         super().__init__(transformer, device)
         self.folder, self.scheduler, self.text_length = folder, scheduler, text_length
         self.latent_shape = (transformer.config.out_channels, side // 8, side // 8)
-        self.known: dict[tuple[str, str | None], Cond] = {}  # (prompt, picture's place) -> one row, on the host
+        self.known: dict[tuple[str, ...], Cond] = {}  # (prompt, *its pictures' places) -> one row, on the host
         self._vae: nn.Module | None = None
 
-    def prepare(self, prompts: Sequence[str], images: Sequence[Source | None] | None = None) -> None:
-        """Encode each distinct prompt (of an edit, with its picture) not known yet; then the text encoders may go.
+    def prepare(self, prompts: Sequence[str], images: Sequence[Sequence[Source]] | None = None) -> None:
+        """Encode each distinct prompt (of an edit, with its pictures) not known yet; then the text encoders may go.
 
         One prompt at a time: a row computed in another batch differs in its last bits, and a resumed run, which
-        has fewer prompts left to encode, would not be the same run. ModelError if the model takes no picture.
+        has fewer prompts left to encode, would not be the same run. ModelError for more pictures than the model takes.
         """
         self._rows(prompts, images)
 
-    def encode(self, prompts: Sequence[str], images: Sequence[Source | None] | None = None) -> Cond:
+    def encode(self, prompts: Sequence[str], images: Sequence[Sequence[Source]] | None = None) -> Cond:
         """Prompts, and the source pictures of edits, -> Cond on the device; what `prepare` has not seen, now."""
         return joined(self._rows(prompts, images)).to(self.device)
 
     @torch.no_grad()
-    def _rows(self, prompts: Sequence[str], images: Sequence[Source | None] | None) -> list[Cond]:
-        encoders, rows, images = None, [], images or [None] * len(prompts)
+    def _rows(self, prompts: Sequence[str], images: Sequence[Sequence[Source]] | None) -> list[Cond]:
+        encoders, rows, images = None, [], images or [()] * len(prompts)
         shown = tqdm(prompts, desc="encoding prompts", leave=False, delay=1)  # no bar for what is known
-        for prompt, image in zip(shown, images, strict=True):
-            key = prompt, image and image.where
+        for prompt, pictures in zip(shown, images, strict=True):
+            key = prompt, *(picture.where for picture in pictures)
             if key not in self.known:
-                if image is not None and not self.edits:
-                    raise ModelError(f"{self.source}: this model takes no source picture; give a Qwen-Image-Edit")
+                self.check_sources(len(pictures))
                 encoders = encoders or self.read_encoders()
-                self.known[key] = self.encode_row(encoders, prompt, image).to("cpu")
+                self.known[key] = self.encode_row(encoders, prompt, pictures).to("cpu")
             rows.append(self.known[key])
         if encoders and self.device.type == "cuda":
             del encoders

@@ -3,8 +3,8 @@
     packed latents     the transformer reads p x p patches of the latent as tokens of p^2 C channels: `pack`, `unpack`.
                        All the rest of the project sees (B, C, H, W).
     a masked text      prompts of unequal length are padded, and a mask says where (`Cond.mask`)
-    source pictures    an edit's source becomes more tokens behind those of the picture that is being made
-                       (`Cond.source`); the velocity of the first ones alone counts. It is read twice: by the VAE,
+    source pictures    an edit's sources become more tokens behind those of the picture that is being made
+                       (`Cond.sources`); the velocity of the first ones alone counts. Each is read twice: by the VAE,
                        which keeps every pixel, and by the text encoder, a Qwen2.5-VL, which says what is in it.
     time in [0, 1]     SD3 embeds [0, 1000]
     rescaled guidance  the guided velocity keeps the length of the one with the prompt: `QwenFlow.guide`
@@ -14,9 +14,11 @@
 """
 
 import inspect
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import diffusers
 import numpy as np
@@ -31,18 +33,26 @@ from models.flow import Cond, FlowModel
 from models.published import Published
 
 DRAWS = "QwenImagePipeline"
-# Pipeline -> what it puts before an edit's prompt (if its template has no place for the picture), and the side of a
-# square picture as its text encoder sees it: 1024 x 1024 and 384 x 384 pixels, whatever the source's size.
+
+
+class Editor(NamedTuple):
+    """How a pipeline's text encoder is shown the pictures of an edit."""
+
+    before: str  # what stands before the prompt for each of them, {} is its number; "": the template has its place
+    side: int  # of a square picture as the encoder sees it, in pixels, whatever the source's size
+    most: float  # how many there may be. Qwen-Image-Edit-2509 was trained with up to three
+
+
 EDITS = {
-    "QwenImageEditPipeline": ("", 1024),
-    "QwenImageEditPlusPipeline": (f"Picture 1: <|vision_start|>{qwen_vl.PICTURE}<|vision_end|>", 384),
+    "QwenImageEditPipeline": Editor("", 1024, 1),
+    "QwenImageEditPlusPipeline": Editor("Picture {}: <|vision_start|><|image_pad|><|vision_end|>", 384, math.inf),
 }
 PIPELINES = (DRAWS, *EDITS)
 
 
 def picture_tokens(pipeline: str) -> int:
     """Tokens of an edit's picture in its text, one for 28 x 28 pixels: 1,369 of Qwen-Image-Edit, 196 of -2509."""
-    return round(EDITS[pipeline][1] / 28) ** 2
+    return round(EDITS[pipeline].side / 28) ** 2
 
 
 def pack(x: Tensor, p: int) -> Tensor:
@@ -92,9 +102,8 @@ class QwenFlow(FlowModel):
         p, (height, width) = self.transformer.config.patch_size, x.shape[2:]
         tokens = pack(x, p)
         shapes, count = [(1, height // p, width // p)], tokens.shape[1]
-        if cond.source is not None:
-            shapes.append((1, cond.source.shape[2] // p, cond.source.shape[3] // p))
-            tokens = torch.cat([tokens, pack(cond.source, p)], 1)
+        shapes += [(1, source.shape[2] // p, source.shape[3] // p) for source in cond.sources]
+        tokens = torch.cat([tokens, *(pack(source, p) for source in cond.sources)], 1)
         v = self.active(
             hidden_states=tokens,
             encoder_hidden_states=cond.tokens,
@@ -140,23 +149,23 @@ class QwenModel(QwenFlow, Published):
     def __init__(self, folder: Path, name: str, transformer: QwenImageTransformer2DModel, scheduler, device,
                  side: int, source_side: int, text_length: int):  # fmt: skip
         super().__init__(folder, transformer, scheduler, device, side, text_length)
-        self.pipeline, self.edits, self.source_side = name, name in EDITS, source_side
+        self.pipeline, self.source_side = name, source_side
+        self.most_sources = EDITS[name].most if name in EDITS else 0
         self.train_shift = shift_of(scheduler.config, (side // 8 // transformer.config.patch_size) ** 2)
         self.sources: dict[str, Tensor] = {}  # picture's place -> its latents (1, C, h, w), on the host
 
     def read_encoders(self) -> qwen_vl.VLM:
-        processor = self.folder / "processor" if self.edits else None
+        processor = self.folder / "processor" if self.most_sources else None
         places = (self.folder / "text_encoder", self.folder / "tokenizer", processor)
         return qwen_vl.read(*places, self.device, self._dtype())
 
-    def encode_row(self, encoders: qwen_vl.VLM, prompt: str, image: Source | None) -> Cond:
-        if image is None:
-            return Cond(text_tokens(encoders, self.pipeline, prompt, None, self.text_length))
-        pixels = image.pixels()
-        if image.where not in self.sources:
-            self.sources[image.where] = self.latents(pixels).cpu()
-        tokens = text_tokens(encoders, self.pipeline, prompt, pixels, self.text_length)
-        return Cond(tokens, source=self.sources[image.where])
+    def encode_row(self, encoders: qwen_vl.VLM, prompt: str, pictures: Sequence[Source]) -> Cond:
+        images = [picture.pixels() for picture in pictures]
+        for picture, image in zip(pictures, images, strict=True):
+            if picture.where not in self.sources:
+                self.sources[picture.where] = self.latents(image).cpu()
+        tokens = text_tokens(encoders, self.pipeline, prompt, images, self.text_length)
+        return Cond(tokens, sources=tuple(self.sources[picture.where] for picture in pictures))
 
     @torch.no_grad()
     def latents(self, image: Tensor) -> Tensor:
@@ -193,15 +202,15 @@ class QwenModel(QwenFlow, Published):
 
 
 @torch.no_grad()
-def text_tokens(vlm: qwen_vl.VLM, name: str, prompt: str, image: Tensor | None, longest: int) -> Tensor:
-    """The last hidden states of prompt and picture (1, S, C) as the pipeline `name` asks; `longest` tokens of the text.
+def text_tokens(vlm: qwen_vl.VLM, name: str, prompt: str, images: Sequence[Tensor], longest: int) -> Tensor:
+    """The last hidden states (1, S, C) of prompt and pictures, as the pipeline `name` asks; `longest` of the text.
 
     The pipelines' templates tell the encoder what to look for and are dropped from its answer. They differ between
     drawing and editing, and so do the tokens of one and the same prompt.
     """
-    template, drop = _template(name if image is not None else DRAWS)
-    before, side = EDITS[name] if image is not None else ("", 0)
-    pictures = [] if image is None else [square(image, side)]
+    template, drop = _template(name if images else DRAWS)
+    before = "".join(EDITS[name].before.format(i) for i in range(1, len(images) + 1))
+    pictures = [square(image, EDITS[name].side) for image in images]
     # TRAP: the stock pipelines of diffusers 0.42 leave out mm_token_type_ids, though transformers 5 needs them
     # (diffusers issue 14194).
     # ERRATUM (diffusers): hence the stock pipeline's edits differ a little from ours, which are as in training.

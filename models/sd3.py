@@ -24,7 +24,7 @@ class SD35Model(Published):
             pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(self.folder, transformer=None, **parts)
         return pipe.to(self.device)
 
-    def encode_row(self, encoders: diffusers.StableDiffusion3Pipeline, prompt: str, image: None) -> Cond:
+    def encode_row(self, encoders: diffusers.StableDiffusion3Pipeline, prompt: str, pictures: tuple) -> Cond:
         tokens, _, pooled, _ = encoders.encode_prompt(
             prompt, None, None, device=self.device, do_classifier_free_guidance=False,
             max_sequence_length=self.text_length,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import sde
 from data.pictures import Source
 from models.flow import Cond, FlowModel
-from models.hub import ModelError, Transformer, fingerprint, read_transformer, reading
+from models.hub import Transformer, fingerprint, read_transformer, reading
 from models.qwen import QwenFlow
 from tiny import drawings, edits
 from tiny.canvas import SIZE
@@ -44,16 +44,15 @@ class TinyModel(FlowModel):
         super().__init__(transformer, device)
         self.text_encoder = text_encoder.to(self.device)
 
-    def encode(self, prompts: Sequence[str], images: Sequence[Source | None] | None = None) -> Cond:
+    def encode(self, prompts: Sequence[str], images: Sequence[Sequence[Source]] | None = None) -> Cond:
         """Prompts -> Cond, without gradient; ValueError if a prompt lies outside the vocabulary."""
-        shown = images and [image and image.pixels() for image in images]
+        self.check_sources(max(map(len, images or [()])))
+        shown = [picture.pixels() for pictures in images or () for picture in pictures]
         with torch.no_grad():
             return self.encode_tokens(torch.tensor([self.tokenize(p) for p in prompts]), shown)
 
-    def encode_tokens(self, tokens: Tensor, images: Sequence[Tensor | None] | None = None) -> Cond:
-        """Token ids (B, S) -> Cond with gradient: pretraining learns the embeddings through it."""
-        if images is not None and any(image is not None for image in images):
-            raise ModelError(f"{self.source}: this model draws and does not edit; give one of the tiny-qwen world")
+    def encode_tokens(self, tokens: Tensor, images: Sequence[Tensor] | None = None) -> Cond:
+        """Token ids (B, S), and a source picture of each edit, -> Cond with gradient: pretraining learns by it."""
         return self.text_encoder(tokens.to(self.device))
 
     def decode(self, x: Tensor) -> Tensor:
@@ -89,13 +88,12 @@ class TinyQwenModel(QwenFlow, TinyModel):
     """The tiny-qwen world's: Qwen-Image's transformer in place of SD3's, and a second task, editing."""
 
     tokenize = staticmethod(edits.tokenize)
+    most_sources = 1
 
-    def encode_tokens(self, tokens: Tensor, images: Sequence[Tensor | None] | None = None) -> Cond:
-        """Token ids (B, S), and the source pictures of edits, -> Cond with gradient."""
-        cond, source = self.text_encoder(tokens.to(self.device)), None
-        if images is not None and any(image is not None for image in images):
-            source = self.latents(torch.stack(list(images)))
-        return Cond(cond.tokens, None, (tokens > 0).to(self.device), source)
+    def encode_tokens(self, tokens: Tensor, images: Sequence[Tensor] | None = None) -> Cond:
+        cond = self.text_encoder(tokens.to(self.device))
+        sources = (self.latents(torch.stack(list(images))),) if images else ()
+        return Cond(cond.tokens, None, (tokens > 0).to(self.device), sources)
 
 
 def new_tiny(

@@ -2,7 +2,8 @@
 
 Q §3.3 (face identity consistency) adds to the VLM's judgement of an edit a score from a face model, because a VLM
 overlooks small shifts of identity. An `Engine`, dlib's or your own, finds faces and describes each by an embedding;
-`rewards.identity` compares the source's largest face with the likeliest of the result's. If the source shows no face,
+`rewards.identity` compares the source's largest face with the likeliest of the result's. Of several sources the first
+counts: the others mostly give clothes, a place or a style. If the source shows no face,
 there is nothing to keep: the scorer raises an error that names the prompt, or, told no_face="skip", gives that sample
 `NEUTRAL`. If only the result shows none, the person was lost: 0.
 
@@ -55,12 +56,12 @@ def face(engine: Engine | None = None, no_face: str = "error", folder: str = "")
         raise RewardError(f"scorer 'identity': no_face is {no_face!r}; choose error or skip")
     find, stranger = engine or dlib_engine(folder)
 
-    def score(images: Tensor, prompts: Sequence, sources: Sequence[Tensor] | None = None) -> Tensor:
+    def score(images: Tensor, prompts: Sequence, sources: Sequence[Sequence[Tensor]] | None = None) -> Tensor:
         if sources is None:
             raise RewardError("scorer 'identity': needs the source images of edits; use it for the task edit alone")
         known: dict[tuple, list[Face]] = {}  # a group has one source: look at it once
         scores = []
-        for image, prompt, source in zip(images, prompts, sources, strict=True):
+        for image, prompt, (source, *_) in zip(images, prompts, sources, strict=True):
             try:
                 pixels = np.asarray(to_picture(source))
                 key = pixels.shape, pixels.tobytes()

@@ -276,8 +276,8 @@ def judge(
         return Request("/chat/completions", body, read, f"the prompt {prompt.text!r}")
 
     def score(images: torch.Tensor, prompts: Sequence[Prompt], sources: Sequence | None = None) -> torch.Tensor:
-        shown = [images] if sources is None else [sources, images]
-        requests = [question(prompt, *pictures) for prompt, *pictures in zip(prompts, *shown, strict=True)]
+        rows = zip(prompts, images, sources or [()] * len(prompts), strict=True)
+        requests = [question(prompt, *before, image) for prompt, image, before in rows]
         return torch.tensor(client.ask_all(requests), dtype=torch.float32)
 
     return Scorer(name, score, low, high)
@@ -325,12 +325,12 @@ def served(endpoints: Sequence[str], scorer: str, batch: int = 8, key_env: str =
     low, high = client.ask_all([Request("/health", None, bounds, "a start")])[0]
 
     def question(rows: Sequence[tuple]) -> Request:
-        prompts, images, *sources = zip(*rows, strict=True)
+        prompts, images, sources = zip(*rows, strict=True)
 
         def body() -> dict:
             asked = [{"text": p.text, "task": p.task, "metadata": p.metadata} for p in prompts]
             shown, *before = ([png(to_picture(picture), level=1) for picture in some] for some in (images, *sources))
-            return {"images": shown, "prompts": asked, "sources": before[0] if before else None}
+            return {"images": shown, "prompts": asked, "sources": before if sources[0] else None}
 
         def read(answer: dict) -> list[float]:
             if bounds(answer) != (low, high):
@@ -343,7 +343,7 @@ def served(endpoints: Sequence[str], scorer: str, batch: int = 8, key_env: str =
         return Request("/score", body, read, about)
 
     def score(images: torch.Tensor, prompts: Sequence[Prompt], sources: Sequence | None = None) -> torch.Tensor:
-        rows = list(zip(prompts, images, *([] if sources is None else [sources]), strict=True))
+        rows = list(zip(prompts, images, sources or [()] * len(prompts), strict=True))
         answers = client.ask_all([question(rows[first : first + batch]) for first in range(0, len(rows), batch)])
         return torch.tensor([score for answer in answers for score in answer], dtype=torch.float32)
 

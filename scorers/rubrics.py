@@ -89,12 +89,12 @@ def named(name: str) -> Rubric:
 def user_turn(rubric: Rubric, prompt: str, images: Sequence[Tensor]) -> list[str | Image.Image]:
     """What the user says: texts, and the pictures that the rubric shows, in its order and size.
 
-    images: (3, H, W) each, in [0, 1]: the picture, or the source and the picture; a rubric about the picture alone
-    leaves the source out. RewardError if a source is missing, or a picture holds values that are not finite.
+    images: (3, H, W) each, in [0, 1]: an edit's sources, if there are any, and the picture; a rubric about the picture
+    alone leaves the sources out. RewardError if a source is missing, or a picture holds values that are not finite.
     """
     if len(images) < len(rubric.images):
         raise RewardError(f"rubric {rubric.name!r} is about {' and '.join(rubric.images)}: {len(images)} given")
-    pictures = [to_picture(image) for image in images[-len(rubric.images) :]]
+    pictures = [to_picture(image) for image in (images if "source" in rubric.images else images[-1:])]
     if rubric.side:
         pictures = [picture.resize((rubric.side, rubric.side), Image.Resampling.BICUBIC) for picture in pictures]
     # A prompt must not end its own turn or add pictures: Qwen's control tokens all begin with these two characters.
@@ -103,7 +103,9 @@ def user_turn(rubric: Rubric, prompt: str, images: Sequence[Tensor]) -> list[str
         text += "\n\n" + ONE_TOKEN[rubric.ask]
     if len(pictures) == 1:
         return [*pictures, text]
-    return ["Source: ", pictures[0], "\nResult: ", pictures[1], "\n" + text]
+    names = ["Source"] if len(pictures) == 2 else [f"Source {i}" for i in range(1, len(pictures))]
+    parts = [part for name, each in zip([*names, "Result"], pictures, strict=True) for part in (f"\n{name}: ", each)]
+    return [parts[0].lstrip(), *parts[1:], "\n" + text]
 
 
 def messages(rubric: Rubric, prompt: str, images: Sequence[Tensor]) -> list[dict]:

@@ -7,7 +7,7 @@
 `remote.served` is the other end. It needs the extra `serve` (FastAPI, uvicorn).
 
     GET /health    -> {"name": str, "low": number | null, "high": number | null}        null: no bound
-    POST /score    {"images": [base64 PNG], "prompts": [{"text", "task", "metadata"}], "sources": [base64 PNG] | null}
+    POST /score    {"images": [base64 PNG], "prompts": [{"text", "task", "metadata"}], "sources": [[base64 PNG]] | null}
                    -> {"scores": [number], "name", "low", "high"}, a score a picture, in their order
     any failure    -> {"detail": one line}: 400 the request is not of this form, 401 no token, 404 405 no such thing,
                    408 too slow, 413 too long, 415 not JSON, 429 enough requests wait already, 500 the scorer failed
@@ -68,8 +68,9 @@ BOUNDS = Bounds()
 
 
 # ---------------------------------------------------------------------------------------------- reading a request
-def read_request(body: bytes, bounds: Bounds) -> tuple[torch.Tensor, list[Prompt], list[torch.Tensor] | None]:
-    """A /score body -> images (B, 3, H, W), B prompts, B sources or None. HTTPException 400 if it is anything else."""
+def read_request(body: bytes, bounds: Bounds) -> tuple[torch.Tensor, list[Prompt], list[tuple] | None]:
+    """A /score body -> images (B, 3, H, W), B prompts, the sources of B edits or None. HTTPException 400 if it is
+    anything else."""
     try:
         if sum(map(body.count, (b",", b":", b"[", b"{"))) > bounds.values:  # none of them is in base64
             raise ValueError(f"more than {bounds.values} values")
@@ -81,7 +82,12 @@ def read_request(body: bytes, bounds: Bounds) -> tuple[torch.Tensor, list[Prompt
         for p in parsed:
             if not (isinstance(p.text, str) and p.task in TASKS and isinstance(p.metadata, dict)):
                 raise ValueError(f"{p.source}: text is a string, metadata an object, task one of {', '.join(TASKS)}")
-        before = None if sources is None else open_pictures("sources", sources, bounds)
+        before = None
+        if sources is not None:
+            if not all(isinstance(some, list) and some for some in sources):
+                raise ValueError("sources must be a list of one picture or more for each image")
+            opened = iter(open_pictures("sources", [file for some in sources for file in some], bounds))
+            before = [tuple(next(opened) for _ in some) for some in sources]
         return torch.stack(open_pictures("images", images, bounds)), parsed, before
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as fault:
         raise HTTPException(400, f"not a request that can be scored: {fault!r}") from None

@@ -33,9 +33,9 @@ def vlm(
     judge = _load(model or asked.model, device, dtype)
     words = _candidates(judge.tokenizer, asked)
 
-    def question(prompt: Prompt, image: Tensor, source: Tensor | None) -> qwen_vl.Question:
+    def question(prompt: Prompt, image: Tensor, sources: Sequence[Tensor]) -> qwen_vl.Question:
         with _about(asked, prompt):
-            turn = user_turn(asked, prompt.text, [image] if source is None else [source, image])
+            turn = user_turn(asked, prompt.text, [*sources, image])
         return qwen_vl.chat(asked.system, turn)
 
     def score_of(prompt: Prompt, reply: str, is_whole: bool, logprobs: Mapping[str, float] | None) -> float:
@@ -44,8 +44,8 @@ def vlm(
                 raise RewardError(f"the reply is cut off after {asked.max_tokens} tokens: {reply!r}")
             return read(asked, reply, logprobs)
 
-    def score(images: Tensor, prompts: Sequence[Prompt], sources: Sequence[Tensor] | None = None) -> Tensor:
-        rows, scores = list(zip(prompts, images, sources or [None] * len(prompts), strict=True)), []
+    def score(images: Tensor, prompts: Sequence[Prompt], sources: Sequence[Sequence[Tensor]] | None = None) -> Tensor:
+        rows, scores = list(zip(prompts, images, sources or [()] * len(prompts), strict=True)), []
         for start in range(0, len(rows), batch):
             some = rows[start : start + batch]
             replies = _ask(judge, [question(*row) for row in some], words, asked.max_tokens)

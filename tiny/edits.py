@@ -41,7 +41,7 @@ from torch import Tensor
 import rewards
 from data.checklists import TEST_TAGS, in_test_split, include, sentence
 from data.files import SPLITS, DataError, Prompt, check_known
-from data.pictures import data_uri, source_image, sources
+from data.pictures import data_uri, source_images, sources
 from tiny import canvas, drawings
 from tiny.canvas import (
     BOXES,
@@ -205,8 +205,8 @@ def check_prompt(prompt: Prompt) -> None:
         fault = f"core is {core!r}; it must be a list of indices of the include list"
     elif "core" in meta and not core and "exclude" not in meta and '"' not in prompt.text:
         fault = "core is empty; name at least one entry of the include list"
-    elif edit and source_image(prompt).shape != (SIZE, SIZE, 3):
-        fault = f"its image is not {SIZE} x {SIZE} pixels; give one of that size"
+    elif edit and [image.shape for image in source_images(prompt)] != [(SIZE, SIZE, 3)]:
+        fault = f"its image is not one of {SIZE} x {SIZE} pixels; give one of that size"
     elif edit and not _kept_is_seen(prompt):
         fault = f"keep is {meta['keep']!r}; it must be a list of places with something in them, out of {BOXES}"
     if fault:
@@ -214,9 +214,9 @@ def check_prompt(prompt: Prompt) -> None:
 
 
 def _kept_is_seen(prompt: Prompt) -> bool:
-    keep, (source,) = prompt.metadata.get("keep", []), sources([prompt])
-    places = [*BOXES, *map(list, BOXES)]  # JSON knows no tuples
-    return type(keep) is list and all(box in places and embedding(source, box).any() for box in keep)
+    keep, ((source,),) = prompt.metadata.get("keep", []), sources([prompt])
+    known = [*BOXES, *map(list, BOXES)]  # JSON knows no tuples
+    return type(keep) is list and all(box in known and embedding(source, box).any() for box in keep)
 
 
 def training_edit(rng: random.Random) -> tuple[np.ndarray, np.ndarray, str]:
@@ -272,13 +272,13 @@ def demands(prompt: Prompt, found: Sequence[dict], word: str) -> tuple[list[floa
     return core, [value for i, value in enumerate(met) if i not in asked]
 
 
-def score_identity(images: Tensor, prompts: Sequence[Prompt], before: Sequence[Tensor]) -> list[float]:
+def score_identity(images: Tensor, prompts: Sequence[Prompt], before: Sequence[tuple[Tensor]]) -> list[float]:
     """Q 3.3's identity, in [0, 1]: the mean over the places that were not named of how alike source and result are.
 
     A thing that is gone counts 0. RewardError for a prompt that does not say what it keeps.
     """
     scores = []
-    for image, p, source in zip(images, prompts, before, strict=True):
+    for image, p, (source,) in zip(images, prompts, before, strict=True):
         if not p.metadata.get("keep"):
             raise rewards.RewardError(f"{p.source}: identity needs the field 'keep'; add it, or use no 'identity'")
         alike = []
@@ -301,7 +301,7 @@ def scorer(name: str) -> rewards.Scorer:
     if name in drawings.KINDS:
         return drawings.scorer(name)
 
-    def score(images: Tensor, prompts: Sequence[Prompt], sources: Sequence[Tensor] | None = None) -> Tensor:
+    def score(images: Tensor, prompts: Sequence[Prompt], sources: Sequence[tuple[Tensor]] | None = None) -> Tensor:
         if name == "instruction":
             return torch.tensor(score_instruction(images, prompts))
         if sources is None:

@@ -304,9 +304,9 @@ def test_a_picture_is_what_a_reader_sees_from_a_file_and_from_the_line_itself(tm
     content, pixels = SEEN[name]
     (tmp_path / "a").write_bytes(content)  # whatever its name
     for where in (tmp_path / "a", uri(content)):
-        found = P.source_image(source(where))
+        found = P.source_images(source(where))[0]
         assert found.dtype == np.uint8 and np.array_equal(found, pixels)
-        P.check_source(source(where))
+        P.check_sources(source(where))
 
 
 def test_a_tensor_becomes_the_nearest_bytes_in_rgb_and_what_is_no_number_is_an_error_and_not_black():
@@ -321,15 +321,15 @@ def test_a_tensor_becomes_the_nearest_bytes_in_rgb_and_what_is_no_number_is_an_e
 
 def test_sources_are_tensors_none_for_other_prompts_and_read_once_while_they_are_kept(tmp_path):
     drawn, plain = P.data_uri(torch.from_numpy(PIXELS).permute(2, 0, 1) / 255), D.Prompt("a fox", "t2i", {}, "x:1")
-    assert P.sources([plain, plain]) is None and P.check_source(plain) is None
-    none, one = P.sources([plain, source(drawn)])
+    assert P.sources([plain, plain]) is None and P.check_sources(plain) is None
+    none, (one,) = P.sources([plain, source(drawn)])
     assert none is None and torch.equal(one, torch.from_numpy(PIXELS.copy()).permute(2, 0, 1) / 255)
     PICTURE.save(tmp_path / "a.png")
-    first = P.source_image(source(tmp_path / "a.png", 1))
-    assert P.source_image(source(tmp_path / "a.png", 2)) is first
+    first = P.source_images(source(tmp_path / "a.png", 1))[0]
+    assert P.source_images(source(tmp_path / "a.png", 2))[0] is first
     for number in range(P.CACHED_PICTURES):
-        P.source_image(source(uri(encoded(Image.new("RGB", (1, number + 1))))))
-    assert P.source_image(source(tmp_path / "a.png")) is not first, "and not for ever"
+        P.source_images(source(uri(encoded(Image.new("RGB", (1, number + 1))))))
+    assert P.source_images(source(tmp_path / "a.png"))[0] is not first, "and not for ever"
 
 
 WHOLE = encoded(PICTURE)
@@ -354,7 +354,7 @@ def test_a_picture_that_cannot_be_used_is_named_by_its_line_before_anything_is_d
     elif NONE.get(name) is not None:
         where.write_bytes(NONE[name])
     shown = "the image in the line" if name.startswith("data:") else str(where)
-    for look in (P.check_source, P.source_image):
+    for look in (P.check_sources, P.source_images):
         assert refusal(look, source(where)).startswith(f"mine.jsonl:3: {shown}: ")
     if not name.startswith("data:"):
         line = {"image": name, "prompt": "p", "score": 4}

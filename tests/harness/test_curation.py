@@ -8,7 +8,7 @@ import pytest
 
 from data import files as data
 from data.files import Prompt
-from data.pictures import PNG_URI, source_image
+from data.pictures import PNG_URI, source_images
 from harness import curation as C
 from tiny import drawings as tiny
 from tiny import edits as tiny_edit
@@ -174,4 +174,4 @@ def test_a_source_in_the_line_itself_is_kept_and_not_written_again_with_its_rang
     for before, after in zip(edits, curated(tmp_path, "edit"), strict=True):
         assert after.text == before.text
         assert after.metadata == json.loads(json.dumps(before.metadata)), "boxes are lists in JSON"
-        np.testing.assert_array_equal(source_image(after), source_image(before))
+        np.testing.assert_array_equal(source_images(after)[0], source_images(before)[0])

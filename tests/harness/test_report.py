@@ -86,16 +86,17 @@ def test_each_source_stands_before_what_was_made_of_it_whole_and_undistorted(tmp
     results = torch.arange(1, 4)[:, None, None, None].expand(3, 3, 128, 128) / 4
     wide = torch.zeros(3, 100, 400)
     wide[:, :, 200:] = 0.5  # black on the left, grey on the right
-    result = {"images": {"edit": (results, [0.5, 0.25, 1.0])}, "sources": {"edit": [wide, 1 - results[1], wide]}}
+    before = [(wide,), (1 - results[1], wide), (wide,)]
+    result = {"images": {"edit": (results, [0.5, 0.25, 1.0])}, "sources": {"edit": before}}
     report.save_samples(tmp_path, "final", result, prompts_of(3, "edit"), count=2)
     captions = [lines for *_, lines in written]
-    assert captions == [["source"], ["edit 0", "0.50"], ["source"], ["edit 1", "0.25"]]
+    assert captions == [["source"], ["edit 0", "0.50"], ["source"], ["source"], ["edit 1", "0.25"]]
     found = np.asarray(sheet(tmp_path / "samples/final-edit.png").convert("L")).astype(int)
-    assert found.shape == (128 + 88 + 8, 4 * 136 + 8), "as large as the result asks for"
+    assert found.shape == (2 * (128 + 88) + 8, 4 * 136 + 8), "as large as the result asks for"
     assert (found[8:40, 8:68] < 9).all() and (abs(found[8:40, 76:136] - 128) < 9).all(), "128 x 32"
     assert (found[42:130, 10:134] > 250).all()
-    assert [found[72, 72 + 136 * i] for i in (1, 2, 3)] == [64, 128, 128]
-    result["sources"]["edit"] = [wide]
+    assert [found[72, 72 + 136 * i] for i in (1, 2)] == [64, 128] and found[72 + 216, 72] == 128
+    result["sources"]["edit"] = before[:1]
     with pytest.raises(ValueError, match="zip"):
         report.save_samples(tmp_path, "s", result, prompts_of(3, "edit"))
 

@@ -13,7 +13,7 @@ import train
 from data import files as data
 from data import written
 from data.batches import seed_for
-from data.pictures import source_image, source_of, sources
+from data.pictures import places, source_images, sources, sources_of
 from harness import cli, load, rollout
 from models import flow
 from models import load as models
@@ -256,7 +256,7 @@ def edits_and_others(count=3):
     return tiny_edit.make_prompts("t2i", "test", count), tiny_edit.make_prompts("edit", "test", count)
 
 
-def test_micro_batches_keep_the_order_and_no_part_has_both_edits_and_others():
+def test_micro_batches_keep_the_order_and_a_part_has_one_number_of_sources():
     drawn, edits = edits_and_others()
     rows = [rollout.Row(p, number) for number, p in enumerate([*drawn, *edits[:2], drawn[0]])]
     for size, sizes in ((0, [3, 2, 1]), (1, [1] * 6), (2, [2, 1, 2, 1]), (9, [3, 2, 1])):
@@ -265,7 +265,9 @@ def test_micro_batches_keep_the_order_and_no_part_has_both_edits_and_others():
         assert [row for part in parts for row in part] == rows
         assert all(len({row.prompt.task for row in part}) == 1 for part in parts)
     untagged = rows[0]._replace(prompt=drawn[0]._replace(metadata={"image": "x.png"}))
-    assert len(rollout.micro_batches([untagged, rows[0]], 0)) == 2, "the picture decides, not the task's name"
+    two = untagged._replace(prompt=drawn[0]._replace(metadata={"image": ["x.png", "y.png"]}))
+    parts = rollout.micro_batches([untagged, rows[0], two, two, untagged], 0)
+    assert list(map(len, parts)) == [1, 1, 2, 1], "the pictures decide, not the task's name"
 
 
 def test_a_rank_with_fewer_parts_repeats_a_row_that_does_not_count(monkeypatch):
@@ -280,35 +282,35 @@ def test_a_rank_with_fewer_parts_repeats_a_row_that_does_not_count(monkeypatch):
 def test_conditions_are_the_prompts_with_their_pictures_and_the_empty_prompt_if_guidance_is_on(world2):
     model, (drawn, edits) = load_tiny(world2.base), edits_and_others()
     assert sources(drawn) is None and sources([drawn[0], edits[0]])[0] is None
-    one, same = sources([edits[0], edits[0]])
+    (one,), (same,) = sources([edits[0], edits[0]])
     assert one is same, "the rows of a picture share one tensor"
     for some in (edits, drawn):
-        images = [source_of(p) for p in some]
+        images = [sources_of(p) for p in some]
         cond, uncond = rollout.conditions(model, some, 3.0)
         assert rollout.conditions(model, some, 1.0)[1] is None
         assert torch.equal(cond.tokens, model.encode([p.text for p in some], images).tokens)
         assert torch.equal(uncond.tokens, model.encode([model.empty] * 3, images).tokens)
         assert not uncond.mask.any() and cond.mask.any(1).all()
         if some is drawn:
-            assert uncond.source is cond.source is None
+            assert uncond.sources == cond.sources == ()
             continue
-        for source, prompt in zip(cond.source, edits, strict=True):  # each row its own, in [-1, 1]
-            picture = torch.from_numpy(source_image(prompt).copy()).permute(2, 0, 1) / 255
+        for source, prompt in zip(*cond.sources, edits, strict=True):  # each row its own, in [-1, 1]
+            picture = torch.from_numpy(source_images(prompt)[0].copy()).permute(2, 0, 1) / 255
             assert torch.equal(source, picture * 2 - 1)
-        assert torch.equal(uncond.source, cond.source)
+        assert torch.equal(*uncond.sources, *cond.sources)
 
 
 def test_every_prompt_is_encoded_once_with_its_picture_and_the_empty_one_once_a_picture():
     asked, (drawn, edits) = [], edits_and_others()
-    twice = edits[0]._replace(metadata={**edits[0].metadata, "image": edits[1].metadata["image"]})
+    twice = edits[0]._replace(metadata={**edits[0].metadata, "image": [*places(edits[1]), *places(edits[2])]})
     model = SimpleNamespace(empty=" ", prepare=lambda texts, images: asked.extend(zip(texts, images, strict=True)))
     for guided in (False, True):
         asked.clear()
-        rollout.encode_all(model, [*drawn, drawn[0], *edits, edits[2], twice], guided)
-        told = {(p.text, p.metadata.get("image")) for p in (*drawn, *edits)} | {(twice.text, twice.metadata["image"])}
-        told |= {(" ", image) for _, image in told} if guided else set()
-        found = [(text, image and image.where) for text, image in asked]
+        rollout.encode_all(model, [*drawn, drawn[0], *edits, twice, edits[2]], guided)
+        told = {(p.text, places(p)) for p in (*drawn, *edits, twice)}
+        told |= {(" ", images) for _, images in told} if guided else set()
+        found = [(text, tuple(image.where for image in images)) for text, images in asked]
         assert set(found) == told and len(found) == len(told)
-        places = [image for _, image in found]
-        assert places == sorted(places, key=places.index), "picture by picture, so that each is decoded once"
-        assert torch.equal(asked[-1][1].pixels(), sources([edits[2]])[0])
+        shown = [images for _, images in found]
+        assert shown == sorted(shown, key=shown.index), "picture by picture, so that each is decoded once"
+        assert torch.equal(asked[-1][1][-1].pixels(), *sources([edits[2]])[0])

@@ -21,11 +21,11 @@ def gap(a, b) -> float:
     return (a - b).abs().max().item()
 
 
-def shown(image):
-    """A picture (3, H, W) as the source of an edit."""
+def shown(*images):
+    """Pictures (3, H, W) as the sources of an edit."""
     from data.pictures import Source
 
-    return Source(f"{tuple(image.shape)} {hash(image.numpy().tobytes())}", lambda: image)
+    return tuple(Source(f"{tuple(i.shape)} {hash(i.numpy().tobytes())}", lambda i=i: i) for i in images)
 
 
 def relative(found, expected) -> float:

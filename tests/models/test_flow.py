@@ -105,6 +105,7 @@ def qwen_inputs(config, rng):
     """The same for Qwen-Image: texts with a mask, and of another length for the empty prompt, and source pictures."""
     mask, source = torch.ones(3, 5, dtype=torch.bool), torch.randn(3, config.out_channels, 4, 6, generator=rng)
     mask[1, 3:] = False
+    source = (source, torch.randn(3, config.out_channels, 2, 4, generator=rng))
     cond = Cond(torch.randn(3, 5, config.joint_attention_dim, generator=rng), None, mask, source)
     uncond = Cond(torch.randn(3, 4, config.joint_attention_dim, generator=rng), None, None, source)
     x = torch.randn(3, config.out_channels, 8, 6, generator=rng)
@@ -134,7 +135,7 @@ def test_guidance_is_the_two_branch_formula_and_is_written_once(base, monkeypatc
         torch.testing.assert_close(guided, v_uncond + cfg * (v_cond - v_uncond), atol=5e-5, rtol=1e-4)
     swapped = v_cond + 4.5 * (v_uncond - v_cond)  # planted: the branches in the other order
     assert gap(model.velocity(x, t, cond, uncond, 4.5), swapped) > 1e-2
-    poison = Cond(*(part if part is None or part.dtype == torch.bool else part * float("nan") for part in uncond))
+    poison = uncond.each(lambda part: part if part.dtype == torch.bool else part * float("nan"))
     assert torch.equal(model.velocity(x, t, cond, poison, 1.0), v_cond), "at 1 the empty prompt plays no part"
     with pytest.raises(ValueError, match="uncond"):
         model.velocity(x, t, cond, cfg=2.5)
@@ -155,19 +156,21 @@ def test_every_sample_has_its_own_velocity(base):
 
 
 def test_conditioning_is_joined_row_by_row_with_a_mask_where_lengths_differ():
-    a = Cond(torch.ones(2, 3, 5), None, None, torch.ones(2, 1, 4, 4))
-    b = Cond(2 * torch.ones(1, 4, 5), None, torch.tensor([[True, True, False, True]]), 2 * torch.ones(1, 1, 4, 4))
+    a = Cond(torch.ones(2, 3, 5), None, None, (torch.ones(2, 1, 4, 4), torch.zeros(2, 1, 2, 6)))
+    mask, sources = torch.tensor([[True, True, False, True]]), (2 * torch.ones(1, 1, 4, 4), torch.ones(1, 1, 2, 6))
+    b = Cond(2 * torch.ones(1, 4, 5), None, mask, sources)
     both = joined([a, b])
     assert both.mask.int().tolist() == [[1, 1, 1, 0]] * 2 + [[1, 1, 0, 1]]
     assert both.tokens.shape == (3, 4, 5) and (both.tokens[:2, 3] == 0).all()
     assert torch.equal(both.tokens[:2, :3], a.tokens) and torch.equal(both.tokens[2:], b.tokens)
-    assert both.source[:, 0, 0, 0].tolist() == [1, 1, 2] and both.pooled is None
+    assert [s[:, 0, 0, 0].tolist() for s in both.sources] == [[1, 1, 2], [0, 0, 1]] and both.pooled is None
     assert joined([a, a]).mask is None, "where none was padded there is none"
     assert joined([b, b]).mask.int().tolist() == [[1, 1, 0, 1]] * 2, "one that was there stays"
     pooled = joined([Cond(torch.zeros(1, 3, 5), torch.ones(1, 2)), Cond(torch.zeros(2, 3, 5), torch.zeros(2, 2))])
-    assert pooled.pooled.tolist() == [[1, 1], [0, 0], [0, 0]] and pooled.source is None
-    with pytest.raises(ValueError, match="edits and prompts without a source picture do not fit into one batch"):
-        joined([a, b._replace(source=None)])
+    assert pooled.pooled.tolist() == [[1, 1], [0, 0], [0, 0]] and pooled.sources == ()
+    for other in ((), sources[:1], sources[::-1]):
+        with pytest.raises(ValueError, match="number or shape"):
+            joined([a, b._replace(sources=other)])
 
 
 # ------------------------------------------------------------------------------------------------ half precision
@@ -196,7 +199,7 @@ def test_a_float32_student_on_a_bfloat16_base_has_float32_velocities_and_gradien
     last = last_attention(model)
     assert silent and all(name.startswith((f"{last}.add_q_proj.", f"{last}.norm_added_q.")) for name in silent)
     with torch.no_grad():  # text in half precision will do
-        low = model.velocity(x, t, Cond(*(p if p is None or p.dtype == torch.bool else p.bfloat16() for p in cond)))
+        low = model.velocity(x, t, cond.each(lambda p: p if p.dtype == torch.bool else p.bfloat16()))
     assert low.dtype == torch.float32 and gap(low, exact) < 0.05 * exact.abs().max()
 
 

@@ -134,7 +134,7 @@ def small_sources(monkeypatch):
     """Have the stock pipelines read sources at 64 x 64 pixels, and Qwen-Image-Edit's text encoder with them."""
     monkeypatch.setattr(pipeline_qwenimage_edit_plus, "VAE_IMAGE_SIZE", 64 * 64)
     monkeypatch.setattr(pipeline_qwenimage_edit, "calculate_dimensions", lambda area, ratio: (64, 64, None))
-    monkeypatch.setitem(qwen.EDITS, "QwenImageEditPipeline", ("", 64))
+    monkeypatch.setitem(qwen.EDITS, "QwenImageEditPipeline", qwen.Editor("", 64, 1))
 
 
 # Which pipeline, its guidance, and whether it edits. "plus" draws, too: one transformer for both tasks.
@@ -165,7 +165,7 @@ def test_a_picture_is_the_stock_pipelines_with_and_without_a_lora(
     def stock_latents(output="latent"):
         if not edits:
             return stock_draw(pipe, x.to(pipe.dtype), prompts, cfg, output).float()
-        rows = zip(x.to(pipe.dtype).split(1), prompts, map(pil, (i.pixels() for i in images)), strict=True)
+        rows = zip(x.to(pipe.dtype).split(1), prompts, map(pil, (i.pixels() for (i,) in images)), strict=True)
         return torch.cat([stock_draw(pipe, row, text, cfg, output, image=i) for row, text, i in rows]).float()
 
     def apart(expected, cfg=cfg, images=images):
@@ -244,28 +244,29 @@ def test_encoders_are_loaded_once_asked_once_for_a_prompt_and_a_picture_and_let_
     model, asked = load(folders, kind), []
     read, encode, latents = model.read_encoders, model.encode_row, getattr(model, "latents", None)
     monkeypatch.setattr(model, "read_encoders", lambda: (asked.append("load"), read())[1])
-    monkeypatch.setattr(model, "encode_row", lambda *args: (asked.append((args[1], args[2] is not None)),
+    monkeypatch.setattr(model, "encode_row", lambda *args: (asked.append((args[1], len(args[2]))),
                                                             encode(*args))[1])  # fmt: skip
     monkeypatch.setattr(model, "latents", lambda *args: (asked.append("source"), latents(*args))[1], raising=False)
     a, b = (shown(picture(64, 64, seed)) for seed in (0, 1))
-    images = [None, a, a._replace(), b, a] if kind == "plus" else [None] * 5
+    images = [(), a, (a[0]._replace(),), b, a] if kind == "plus" else [()] * 5
     model.prepare(["a", "a", "b", "a", "a"], images)
-    expected = ["load", ("a", False), ("b", False)]
+    expected = ["load", ("a", 0), ("b", 0)]
     if kind == "plus":  # a picture is known by its place
-        expected = ["load", ("a", False), ("a", True), "source", ("b", True), ("a", True), "source"]
+        expected = ["load", ("a", 0), ("a", 1), "source", ("b", 1), ("a", 1), "source"]
     assert asked == expected
-    unread = [image and image._replace(pixels=None) for image in images[1:4]]
+    unread = [tuple(image._replace(pixels=None) for image in some) for some in images[1:4]]
     cond = model.encode(["a", "b", "a"], unread)
     model.prepare(["a"])
     model.prepare([])
     assert asked == expected, "all of it was known, and no picture is decoded again"
     assert gap(cond.tokens[0], cond.tokens[1]) > 1e-3
     if kind == "plus":
-        assert torch.equal(cond.source[0], cond.source[1]) and gap(cond.source[0], cond.source[2]) > 1e-2
-    parts = [part for row in model.known.values() for part in row if part is not None]
+        (source,) = cond.sources
+        assert torch.equal(source[0], source[1]) and gap(source[0], source[2]) > 1e-2
+    parts = [part for row in model.known.values() for part in (*row[:3], *row.sources) if part is not None]
     assert all(len(part) == 1 and not part.requires_grad and part.device.type == "cpu" for part in parts)
     model.encode(["c"])
-    assert asked == [*expected, "load", ("c", False)], "an unknown prompt is encoded when it comes"
+    assert asked == [*expected, "load", ("c", 0)], "an unknown prompt is encoded when it comes"
 
 
 @pytest.mark.parametrize("kind", ["sd35", "plus"])
@@ -299,8 +300,8 @@ def test_the_text_encoder_sees_pictures_in_the_stock_pipelines_sizes(monkeypatch
                         lambda area, ratio: (seen.append(area), real(area, ratio))[1])  # fmt: skip
     with pytest.raises(ValueError):
         stock("edit")(pil(picture(64, 64)), prompt=None)
-    assert real(seen[0], 1.0)[:2] == (1024, 1024) == 2 * (qwen.EDITS["QwenImageEditPipeline"][1],)
-    side = qwen.EDITS["QwenImageEditPlusPipeline"][1]
+    assert real(seen[0], 1.0)[:2] == (1024, 1024) == 2 * (qwen.EDITS["QwenImageEditPipeline"].side,)
+    side = qwen.EDITS["QwenImageEditPlusPipeline"].side
     assert side**2 == pipeline_qwenimage_edit_plus.CONDITION_IMAGE_SIZE
     assert list(map(qwen.picture_tokens, qwen.EDITS)) == [1369, 196]
 
@@ -353,7 +354,7 @@ def test_training_times_are_shifted_as_the_grid_is(folders, tmp_path):
 def test_padding_changes_nothing(folders, edits):
     """A short prompt alone, and beside a long one; and whatever stands where it is padded."""
     model = load(folders, "plus")
-    images = [shown(picture(64, 64, i)) for i in range(2)] if edits else [None, None]
+    images = [shown(picture(64, 64, i)) for i in range(2)] if edits else [(), ()]
     short, both = model.encode(PROMPTS[:1], images[:1]), model.encode(PROMPTS[:2], images)
     assert short.mask is None and both.mask[0].sum() < both.mask.shape[1]
     x = noise(model, 2)

@@ -47,11 +47,11 @@ def test_text_is_one_embedding_a_token_with_its_mean_or_its_mask_and_a_source_is
     model = new_base(qwen=qwen)
     cond, ids = model.encode(PROMPTS), torch.tensor([model.tokenize(p) for p in PROMPTS])
     assert torch.equal(cond.tokens, model.text_encoder.word.weight[ids] + model.text_encoder.place.weight)
-    assert cond.source is None and model.encode(PROMPTS, [None] * 3).source is None
+    assert cond.sources == model.encode(PROMPTS, [()] * 3).sources == ()
     if qwen:
         assert cond.pooled is None and torch.equal(cond.mask, ids > 0) and len(set(cond.mask.sum(1).tolist())) > 1
-        pixels = torch.stack([picture.pixels() for picture in PICTURES])
-        assert torch.equal(model.encode(PROMPTS, PICTURES).source, pixels * 2 - 1)
+        pixels = torch.stack([picture.pixels() for (picture,) in PICTURES])
+        assert torch.equal(model.encode(PROMPTS, PICTURES).sources[0], pixels * 2 - 1)
     else:
         torch.testing.assert_close(cond.pooled, cond.tokens.mean(1))
         refusal(model.encode, PROMPTS, PICTURES)
@@ -107,4 +107,4 @@ def test_the_tiny_qwen_model_draws_from_the_source():
     model, x = new_base(qwen=True), torch.randn(3, 3, 24, 24, generator=torch.Generator().manual_seed(0))
     prompts = [p.text for p in tiny_edit.make_prompts("edit", "train", 3)]
     cond = model.encode(prompts, PICTURES)
-    assert gap(model.velocity(x, 0.5, cond._replace(source=None)), model.velocity(x, 0.5, cond)) > 1e-3
+    assert gap(model.velocity(x, 0.5, cond._replace(sources=())), model.velocity(x, 0.5, cond)) > 1e-3

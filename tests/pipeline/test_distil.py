@@ -9,7 +9,7 @@ import torch
 
 import opd
 import train
-from data.pictures import source_of
+from data.pictures import sources_of
 from harness import rollout
 from models import sd3
 from scorers import panel as scoring
@@ -261,7 +261,7 @@ def test_a_mixed_batch_learns_each_task_from_its_own_guided_teacher(go2, spy, vi
     student, loss, asked = with_adapter(world2, start), 0.0, visits()
 
     def velocity(model, some, x, t, cfg):
-        images = [source_of(p) for p in some]
+        images = [sources_of(p) for p in some]
         v = model.velocity(x, t, model.encode([p.text for p in some], images))
         if cfg == 1:
             return v

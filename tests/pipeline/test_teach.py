@@ -14,7 +14,7 @@ import torch
 import grpo
 import nft
 import train
-from data.pictures import source_of
+from data.pictures import sources_of
 from harness import rollout
 from harness.run import Run
 from models import flow
@@ -210,7 +210,7 @@ def test_the_first_ratio_is_one_under_every_strategy_and_in_micro_batches(go2, s
 
 def velocity_of(student, rows, cfg):
     """v(x, t) with guidance, written out: two forwards, each row with its own source picture."""
-    images = [source_of(row.prompt) for row in rows]
+    images = [sources_of(row.prompt) for row in rows]
     cond, empty = student.encode([row.prompt.text for row in rows], images), student.encode([""] * len(rows), images)
 
     def v(x, t, c=cfg):

@@ -20,7 +20,7 @@ import eval as evaluation
 import rewards
 import train
 from data.batches import seed_for
-from data.pictures import source_image
+from data.pictures import source_images
 from harness import report, rollout
 from harness.run import Run
 from models import hub, tiny
@@ -286,7 +286,7 @@ def test_every_stage_trains_every_model_with_teachers_of_every_kind(request, mon
 
     def like(images, prompts, sources):
         seen.extend(zip(prompts, sources, strict=True))
-        return [float(1 - (image - source).abs().mean()) for image, source in zip(images, sources, strict=True)]
+        return [float(1 - (image - source).abs().mean()) for image, (source,) in zip(images, sources, strict=True)]
 
     run = request.getfixturevalue({"tiny-qwen": "go2", "sd35": "real", "qwen": "real2"}[model])
     flags = STAGES[model][stage]
@@ -309,8 +309,8 @@ def test_every_stage_trains_every_model_with_teachers_of_every_kind(request, mon
     if "grpo" in stage and "--updates" not in flags:
         assert (lines[0]["ratio_mean"], lines[0]["ratio_std"]) == (1.0, 0.0)
     assert bool(seen) == ("FILE" in STAGES[model][stage])
-    for prompt, source in seen:
-        assert torch.equal(source, torch.from_numpy(source_image(prompt).copy()).permute(2, 0, 1) / 255)
+    for prompt, (source,) in seen:
+        assert torch.equal(source, torch.from_numpy(source_images(prompt)[0].copy()).permute(2, 0, 1) / 255)
 
 
 def test_a_curated_edit_trains_with_the_picture_it_was_kept_for(go2, spy):

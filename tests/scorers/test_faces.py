@@ -43,12 +43,12 @@ def plain(red, green, blue, side=4):
     return torch.tensor([red, green, blue], dtype=torch.float32).view(3, 1, 1).expand(3, side, side).clone()
 
 
-def test_each_sample_is_compared_with_its_own_source():
+def test_each_sample_is_compared_with_its_own_source_the_first_of_several():
     engine, seen = toy_engine()
     scorer = F.face(engine)
     images = torch.stack([plain(1, 0, 0), plain(0.6, 0.8, 0), plain(0.6, 0.8, 0), plain(0, 0, 0), plain(0, 1, 0)])
     red, green = plain(1, 0, 0, side=6), plain(0, 1, 0, side=5)
-    scores = scorer.score(images, prompts(*"abcde"), [red, red, green, green, green])
+    scores = scorer.score(images, prompts(*"abcde"), [(red,), (red, green), (green,), (green, red), (green,)])
     assert scores.tolist() == pytest.approx([1, 0.6, 0.8, 0, 1], abs=0.01) and scores.dtype == torch.float32
     assert (scorer.name, scorer.low, scorer.high) == ("identity", 0.0, 1.0)
     assert seen.count((6, 6, 3)) == seen.count((5, 5, 3)) == 1, "a group's source is looked at once"
@@ -56,10 +56,10 @@ def test_each_sample_is_compared_with_its_own_source():
 
 def test_a_source_without_a_face_is_an_error_or_skipped_with_one_neutral_score_for_the_whole_group():
     images = torch.stack([plain(1, 0, 0), plain(0, 1, 0), plain(0, 0, 0)])
-    message = refusal(F.face(toy_engine()[0]).score, images, prompts(*["give her a hat"] * 3), [plain(0, 0, 0)] * 3)
+    message = refusal(F.face(toy_engine()[0]).score, images, prompts(*["give her a hat"] * 3), [(plain(0, 0, 0),)] * 3)
     assert "'give her a hat'" in message and "identity" in message and "skip" in message
     scorer = F.face(toy_engine()[0], no_face="skip")
-    scores = scorer.score(images, prompts("p", "p", "p"), [plain(0, 0, 0)] * 3)
+    scores = scorer.score(images, prompts("p", "p", "p"), [(plain(0, 0, 0),)] * 3)
     assert scores.tolist() == [F.NEUTRAL] * 3 and (scores - scores.mean()).eq(0).all(), "no advantage for anybody"
 
 
@@ -67,7 +67,7 @@ def test_what_cannot_be_scored_is_named(tmp_path):
     scorer, bad = F.face(toy_engine()[0]), plain(math.inf, 0, 0)
     for said, call, *arguments in (
         ("never", F.face, toy_engine()[0], "never"), ("source images", scorer.score, bad[None], prompts("p"), None),
-        ("'my p'", scorer.score, bad[None], prompts("my p"), [plain(1, 0, 0)]),
+        ("'my p'", scorer.score, bad[None], prompts("my p"), [(plain(1, 0, 0),)]),
         *([(str(tmp_path), F.dlib_engine, str(tmp_path))] if importlib.util.find_spec("dlib") else []),
     ):  # fmt: skip
         assert said in refusal(call, *arguments)
@@ -107,7 +107,7 @@ def tensor(image):
 
 
 def score(scorer, source, result):
-    return scorer.score(tensor(result)[None], prompts("an edit"), [tensor(source)]).item()
+    return scorer.score(tensor(result)[None], prompts("an edit"), [(tensor(source),)]).item()
 
 
 def test_one_person_keeps_her_identity_through_edits_that_do_not_touch_it(dlib_scorer, hopper):

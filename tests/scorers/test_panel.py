@@ -419,7 +419,7 @@ def test_the_editing_worlds_defaults_score_both_tasks_of_one_batch():
     for kind in edits.EDITS:
         source, result, text, asked = edits.sample_edit(kind, random.Random(3))
         edit = Prompt(text, "edit", {"tag": kind, **asked, "prompt": text}, "x:1")
-        rows.insert(2, (edit, torch.from_numpy(edits.draw(source)), edits.draw(result)))
+        rows.insert(2, (edit, (torch.from_numpy(edits.draw(source)),), edits.draw(result)))
     prompts, sources, images = zip(*rows, strict=True)
     found = some.ask(torch.stack([torch.from_numpy(image) for image in images]), prompts, 1, sources)
     is_edit = np.array([p.task == "edit" for p in prompts])

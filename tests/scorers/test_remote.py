@@ -230,7 +230,7 @@ def test_a_picture_that_is_none_and_counts_that_differ_are_errors_and_nothing_is
     server, (images, prompts) = far(), pictures(3)
     broken = images.clone()
     broken[1, 1, 0, 0] = math.nan
-    for batch in ((broken, prompts), (images, prompts, list(broken)), (images[:2], prompts)):
+    for batch in ((broken, prompts), (images, prompts, [(b,) for b in broken]), (images[:2], prompts)):
         with pytest.raises(ValueError):
             served(server, batch=3).score(*batch)
     assert server.requests == []
@@ -291,11 +291,13 @@ def test_the_question_is_an_openai_chat_completion(far, monkeypatch):
         assert body == {"model": "vlm-7b", "max_completion_tokens": 99, "top_logprobs": 5, **sent}
 
 
-def test_an_edit_is_judged_with_its_source_first(far):
+def test_an_edit_is_judged_with_its_sources_first(far):
     server, (images, prompts) = far(), pictures(1)
+    sources = [(torch.full((3, 2, 2), 0.2), torch.full((3, 2, 4), 0.6))]
     for rubric in ("editing", "aesthetic"):
-        judge(server, rubric, lambda body: chat()).score(images, prompts, [torch.full((3, 2, 2), 0.2)])
-    assert [shown(body) for _, _, body in server.requests] == [[51, 1], [1]], "a rubric may be about the picture alone"
+        judge(server, rubric, lambda body: chat()).score(images, prompts, sources)
+    asked = [shown(body) for _, _, body in server.requests]
+    assert asked == [[51, 153, 1], [1]], "a rubric may be about the picture alone"
     with pytest.raises(RewardError, match="rubric 'editing' is about source and picture: 1 given"):
         judge(server, "editing").score(images, prompts)
 

@@ -77,10 +77,11 @@ def test_a_served_scorer_says_what_the_same_scorer_says_here_to_the_last_bit(run
 
     def look(images, prompts, sources):
         seen.append((prompts, sources))
-        return images[:, 2, 5, 3] / 3 + torch.stack([s[1, -1, 2] for s in sources])
+        return images[:, 2, 5, 3] / 3 + torch.stack([s[-1][1, -1, 2] for s in sources])
 
     images = torch.randint(0, 256, (7, 3, 12, 9), generator=rng).float() / 255
-    sources = [torch.randint(0, 256, (3, 2 + i, 6), generator=rng).float() / 255 for i in range(7)]
+    drawn = [torch.randint(0, 256, (3, 2 + i, 6), generator=rng).float() / 255 for i in range(7)]
+    sources = [(one, *drawn[: i % 3]) for i, one in enumerate(drawn)]
     prompts = [Prompt(f"an \u00e4 {i}", "edit", {"image": "a.png", "include": [{"count": i}]}, "f:1") for i in range(7)]
     server = run(look, -math.inf, 9.0)
     scorer = remote.served([server.url], "red", batch=3, limits=FAST._replace(concurrency=1))
@@ -88,7 +89,9 @@ def test_a_served_scorer_says_what_the_same_scorer_says_here_to_the_last_bit(run
     assert (scorer.name, scorer.low, scorer.high) == ("red", -math.inf, 9.0)
     assert torch.equal(scorer.score(images, prompts, sources), look(images, prompts, sources))
     assert [p[:3] for some, _ in seen[:3] for p in some] == [p[:3] for p in prompts]
-    assert all(torch.equal(a, b) for a, b in zip([s for _, some in seen[:3] for s in some], sources, strict=True))
+    received = [row for _, some in seen[:3] for row in some]
+    assert list(map(len, received)) == list(map(len, sources))
+    assert all(map(torch.equal, sum(received, ()), sum(sources, ())))
 
 
 # ------------------------------------------------------------------------------------- what is sent in error or malice
@@ -117,7 +120,9 @@ BAD = {
     "an unknown field": question(source=[]),
     "no images": question(images=[], prompts=[]),
     "two prompts": question(prompts=[PROMPT] * 2),
-    "two sources": question(sources=["x"] * 2),
+    "two sources": question(sources=[[base64.b64encode(picture()).decode()]] * 2),
+    "a source of none": question(sources=[[]]),
+    "a source of text": question(sources=[base64.b64encode(picture()).decode()]),
     "a prompt of text": question(prompts=["a dog"]),
     "an unknown task": question(prompts=[PROMPT | {"task": "x"}]),
     "metadata of list": question(prompts=[PROMPT | {"metadata": []}]),
@@ -129,7 +134,7 @@ BAD = {
     "too wide": question(picture(33, 1)),
     "too many pixels": question(*[picture(32, 32)] * 17),
     "a bomb behind": question(crafted((4, 3), (60_000, 60_000))),
-    "a bomb among the sources": question(sources=[base64.b64encode(crafted((9000, 9000))).decode()]),
+    "a bomb among the sources": question(sources=[[base64.b64encode(crafted((9000, 9000))).decode()]]),
     "two sizes": question(picture(4, 3), picture(3, 4)),
 }
 

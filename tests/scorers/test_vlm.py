@@ -58,6 +58,9 @@ def test_messages_hold_the_rubric_the_prompt_and_the_pictures_bit_by_bit():
     assert [part["type"] for part in content] == ["text", "image_url", "text", "image_url", "text"]
     assert torch.equal(shown(content)[0], source) and torch.equal(shown(content)[1], image)
     assert "Source" in content[0]["text"] and "Result" in content[2]["text"], "each picture is named before it"
+    three = J.messages(J.RUBRICS["editing"], "paint it blue", [source, image, image])[1]["content"]
+    said = [part["text"] for part in three if part["type"] == "text"][:3]
+    assert said == ["Source 1: ", "\nSource 2: ", "\nResult: "] and len(shown(three)) == 3
     assert json.loads(json.dumps(content)) == content, "they can be sent"
     content = J.messages(J.RUBRICS["portrait"], "p", [source, image])[1]["content"]
     assert len(shown(content)) == 1 and torch.equal(shown(content)[0], image), "a rubric about the picture alone"
@@ -146,12 +149,14 @@ def test_a_local_judges_score_is_the_softmax_over_the_five_words_by_hand(tmp_pat
     assert half.tolist() == pytest.approx(expected, abs=0.05) and not torch.equal(half, scores)
 
 
-def test_an_edit_is_judged_by_its_source_and_its_result(qwen):
+def test_an_edit_is_judged_by_all_of_its_sources_and_its_result(qwen):
     rubric, image, source = J.RUBRICS["editing"], picture(56, 56, 0), picture(84, 56, 1)
     edit = vlm(rubric, str(qwen)).score
-    score = edit(image[None], prompts("paint it"), [source]).item()
+    score = edit(image[None], prompts("paint it"), [(source,)]).item()
     assert score == pytest.approx(oracle(qwen, rubric, "paint it", [source, image]), abs=1e-5)
-    assert edit(image[None], prompts("paint it"), [image]).item() != pytest.approx(score, abs=1e-4)
+    assert edit(image[None], prompts("paint it"), [(image,)]).item() != pytest.approx(score, abs=1e-4)
+    two = edit(image[None], prompts("paint it"), [(source, source)]).item()
+    assert two == pytest.approx(oracle(qwen, rubric, "paint it", [source, source, image]), abs=1e-5) != score
     assert "'paint it'" in refusal(edit, image[None], prompts("paint it"), None)
 
 

@@ -43,7 +43,7 @@ def prompt_of(edit):
 def scores(edits, scenes, print_=lambda picture: picture):
     """(instruction, identity) of results drawn from `scenes`, a list each."""
     images = torch.stack([tensor(print_(canvas.draw(scene))) for scene in scenes])
-    prompts, before = [prompt_of(edit) for edit in edits], [tensor(canvas.draw(edit[1])) for edit in edits]
+    prompts, before = [prompt_of(edit) for edit in edits], [(tensor(canvas.draw(edit[1])),) for edit in edits]
     return E.score_instruction(images, prompts), E.score_identity(images, prompts, before)
 
 
@@ -159,10 +159,10 @@ def test_the_scorers_are_scorers_like_any_other_and_identity_needs_a_source_and_
     prompts = [prompt_of(edit) for edit in edits]
     for name in ("instruction", "identity"):
         scorer = E.scorer(name)
-        assert scorer.score(images, prompts, list(before)).tolist() == pytest.approx([1] * 5)
+        assert scorer.score(images, prompts, [(b,) for b in before]).tolist() == pytest.approx([1] * 5)
         assert (scorer.name, scorer.low, scorer.high) == (name, 0.0, 1.0)
     untold = [p._replace(metadata={**p.metadata, "keep": []}) for p in prompts]
-    for some, pictures in ((prompts, None), (untold, list(before))):
+    for some, pictures in ((prompts, None), (untold, [(b,) for b in before])):
         with pytest.raises(RewardError, match="identity"):
             scorer.score(images, some, pictures)
 
@@ -350,7 +350,7 @@ def test_two_sides_are_averaged_and_the_first_of_them_counted_by_kind(monkeypatc
 
 def test_each_row_is_held_against_its_own_source():
     prompts = E.make_prompts("edit", "test", 10)
-    before = torch.stack(sources(prompts))
+    before = torch.stack(sum(sources(prompts), ()))
     named, _, tags = E.score(before, prompts, "edit")
     assert named["edit identity"] == pytest.approx(1, abs=1e-3) and named["edit instruction"] < 0.5
     assert set(tags) == set(KINDS), "each kind of edit has its own number"

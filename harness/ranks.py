@@ -20,7 +20,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -110,6 +110,13 @@ def fail(fault: Exception) -> int:
         print(f"error{who}: {one_line(fault)}", file=sys.stderr)
     cli.flush()
     return 2
+
+
+@cache
+def tell_once(message: str) -> None:
+    """A line on stderr of rank 0, the first time that it is asked for."""
+    if rank_and_world()[0] == 0:
+        print(message, file=sys.stderr)
 
 
 def leave(main: Callable[[], int]) -> None:

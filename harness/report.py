@@ -7,18 +7,17 @@ results.json       the same numbers for programs
 """
 
 import json
-import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
 from data.common import write_atomic
 from data.files import Prompt
 from data.pictures import to_picture
-from harness import tables
+from harness import fonts, tables
 from harness.run import read_metrics
 
 
@@ -29,7 +28,7 @@ def save_grid(file: Path, images: Sequence[Tensor], captions: Sequence[str]) -> 
     Small pictures, those of the tiny world, are enlarged until they can be seen. Real ones are shrunk to 256 pixels.
     The last image is as large as the model draws. Others, the sources of edits, may have another size and shape.
     """
-    font, size = ImageFont.load_default(size=11), images[-1].shape[-1]
+    size, lettering = images[-1].shape[-1], []
     edge, columns, lines = (size * 5, 8, 4) if size < 64 else (min(size, 256), 4, 6)
     scaling = Image.Resampling.NEAREST if edge > size else Image.Resampling.LANCZOS
     height = edge + lines * 13 + 10  # of a picture with its caption
@@ -39,12 +38,12 @@ def save_grid(file: Path, images: Sequence[Tensor], captions: Sequence[str]) -> 
         x, y = 8 + i % columns * (edge + 8), 8 + i // columns * height
         sheet.paste(ImageOps.contain(to_picture(image), (edge, edge), scaling), (x, y))
         pen.rectangle((x - 1, y - 1, x + edge, y + edge), outline=(170, 170, 170))
-        text = [line for part in caption.split("\n") for line in textwrap.wrap(part, edge // 6)]  # 6 pixels a letter
+        text = fonts.wrapped(caption, edge // 6)  # 6 pixels a letter
         if len(text) > lines:  # a long prompt is cut, the score in the last line stays
             text = [*text[: lines - 2], text[lines - 2] + " ...", text[-1]]
-        pen.multiline_text((x, y + edge + 2), "\n".join(text), "black", font, spacing=2)
+        lettering += [(x, y + edge + 2 + 13 * row, line) for row, line in enumerate(text)]
     file.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(file)
+    fonts.written(sheet, lettering).save(file)
 
 
 def plot_metrics(folder: Path, columns: int = 3) -> list[Path]:

@@ -8,22 +8,26 @@ import re
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from data.files import Prompt
-from harness import report
+from harness import fonts, ranks, report
 
 
 @pytest.fixture
 def written(monkeypatch):
     """The captions that are drawn from now on: (x, y, lines)."""
-    found, real = [], ImageDraw.ImageDraw.multiline_text
+    found, real = [], fonts.written
 
-    def multiline_text(pen, at, text, *more, **options):
-        found.append((*at, text.split("\n")))
-        real(pen, at, text, *more, **options)
+    def written(picture, lines):
+        for x, y, line in lines:
+            if found and found[-1][0] == x and y == found[-1][1] + 13 * len(found[-1][2]):
+                found[-1][2].append(line)
+            else:
+                found.append((x, y, [line]))
+        return real(picture, lines)
 
-    monkeypatch.setattr(ImageDraw.ImageDraw, "multiline_text", multiline_text)
+    monkeypatch.setattr(fonts, "written", written)
     return found
 
 
@@ -80,6 +84,46 @@ def test_a_long_caption_is_cut_and_the_score_in_its_last_line_stays(tmp_path, wr
     assert shown.endswith(" ...") and long.startswith(shown.removesuffix(" ...")) and len(shown) > 30
     assert second == ["short", "0.25"]
     assert max(len(line) for line in first) <= edge // 6 + 4, "as wide as its picture"
+
+
+SCRIPTS = ["一只猫", "日本の猫", "고양이", "قطة", "חתול", "кот", "बिल्ली", "แมว", "🐱❤️", "a cat, 9 €"]
+
+
+def ink(text):
+    """How dark each pixel is of a line of text alone."""
+    blank = Image.new("RGB", (120, 20), "white")
+    return 255 - np.asarray(fonts.written(blank, [(2, 2, text)]).convert("L")).astype(int)
+
+
+@pytest.mark.parametrize("text", SCRIPTS)
+def test_every_script_is_drawn_letter_by_letter_with_the_extra_fonts(text):
+    pytest.importorskip("manimgx_fonts_cjk")
+    assert ink(text).max() > 100 and fonts.families(text)[1] == ""
+    if text[0] not in "a\N{CAT FACE}":  # right to left, or joined: the letters in another order are another picture
+        assert not np.array_equal(ink(text), ink(text[::-1]))
+    assert not np.array_equal(ink(text), ink("?" * len(text)))
+
+
+def test_arabic_is_joined_and_runs_from_right_to_left():
+    joined, apart = ink("\u0642\u0637\u0629"), ink("\u0642 \u0637 \u0629")
+    assert (joined.max(0) > 99).nonzero()[0].max() < (apart.max(0) > 99).nonzero()[0].max()
+    both = ink("\u0642 \u0631")  # the first letter, the wider one, stands on the right
+    columns = (both.max(0) > 99).nonzero()[0]
+    gap = np.diff(columns).argmax()
+    assert columns[-1] - columns[gap + 1] > columns[gap] - columns[0]
+
+
+def test_a_letter_that_no_font_has_is_a_question_mark_and_is_said_once(monkeypatch, capsys):
+    monkeypatch.setattr(fonts, "known", lambda: ["DejaVu Sans"])
+    ranks.tell_once.cache_clear()
+    assert np.array_equal(ink("a \u732b"), ink("a ?")) and np.array_equal(ink("\u72ac"), ink("?"))
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "[fonts]" in said
+
+
+def test_wide_letters_take_two_columns_and_lines_break_within_them():
+    assert fonts.wrapped("\u4e00" * 5 + " ab\n\u4e00b", 4) == ["\u4e00" * 2, "\u4e00" * 2, "\u4e00", "ab", "\u4e00b"]
+    assert fonts.wrapped("ab cde f", 6) == ["ab cde", "f"]
 
 
 def test_each_source_stands_before_what_was_made_of_it_whole_and_undistorted(tmp_path, written):

@@ -77,23 +77,32 @@ ALIKE = str.maketrans({
     **dict.fromkeys("\u2018\u2019\u201a\u201b\u02bc\u2032`\u00b4", "'"),
     **dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2212", "-"),
 })  # fmt: skip
-QUOTED = re.compile(r'"([^"]*)"|\u300c([^\u300d]*)\u300d|\u300e([^\u300f]*)\u300f|«\s*([^»]*?)\s*»|»([^«]*)«')
+# A mark right behind a number is inches and opens nothing; no blank stands inside of a pair's two marks.
+QUOTED = re.compile(r'(?<![\d½¼¾])"(?!\s)([^"]+)(?<!\s)"|\u300c([^\u300d]*)\u300d|\u300e([^\u300f]*)\u300f'
+                    r"|«\s*([^»]*?)\s*»|»([^«]*)«")  # fmt: skip
+# 'like this', outside of words; two letters at least, since rock 'n' roll leaves some out.
+SINGLE = re.compile(r"""(?<![\w'])'(?!\s)((?:[^'"]|(?<=\w)'(?=\w)){2,})(?<!\s)'(?!\w)""")
 
 
 def ocr_target(prompt: str) -> str:
     """The text an image has to show: what stands in the prompt's first pair of quotes, straight, curly, full-width,
-    of East Asia or guillemets. F §6.1 (OCR data).
+    of East Asia or guillemets, and if there are none, of single quotes. F §6.1 (OCR data).
 
-    Raises ValueError if there is no such pair, nothing or a blank at an end inside it, or a quote that is not closed:
-    in `a 12" pizza next to a 14" laptop` the marks are inches.
+    Raises ValueError if there is no such pair, nothing or a blank at an end inside it, or a quote that is not closed.
+    In `a 12" pizza`, `6"x9"` and `the dog's bed` nothing is quoted.
     """
     plain = prompt.translate(ALIKE)
-    found = QUOTED.search(plain)
+    found = QUOTED.search(plain) or SINGLE.search(plain)
     target = prompt[slice(*found.span(found.lastindex))] if found else ""
-    pairs = (plain.count(a) == plain.count(b) for a, b in ("\u300c\u300d", "\u300e\u300f", "«»"))
-    if plain.count('"') % 2 or not all(pairs) or not as_seen(target) or target != target.strip():
+    if unclosed(prompt) or not as_seen(target) or target != target.strip():
         raise ValueError(f'no target text: put it in double quotes ("like this") and close them: {prompt!r}')
     return target
+
+
+def unclosed(prompt: str) -> bool:
+    """Does a double quote stand alone, so that nobody can say which words are quoted?"""
+    alone = QUOTED.sub(" ", prompt.translate(ALIKE))
+    return re.search(r'(?<![\d½¼¾])"|[\u300c-\u300f«»]', alone) is not None
 
 
 def levenshtein(a: str, b: str) -> int:

@@ -20,6 +20,7 @@ from harness.run import Run
 from models import flow, hub, lora, qwen_vl, tiny
 from models import load as models
 from models.experts import STUDENT, Experts
+from rewards import unclosed
 from scorers import panel, registry, vlm_trained, world
 from settings import Settings, is_tiny, rewarded_tasks, task_list
 from tiny import drawings, edits
@@ -63,11 +64,13 @@ def read_own_prompts(s: Settings, split: str) -> dict[str, list[Prompt]]:
     for task, path in s.prompts.items():
         if split == "test" and not data.holds_split(path, "test") and data.holds_split(path, "train"):
             continue
-        for prompt in data.read_prompts(path, "quality" if task == "auto" else task, split):
+        prompts, odd = data.read_prompts(path, "quality" if task == "auto" else task, split), []
+        for prompt in prompts:
             if task == "auto":
                 own = data.task_of(prompt.text, prompt.metadata)
                 # Q knows two tasks: whatever is not an edit is drawn from text.
                 prompt = prompt._replace(task="t2i" if own != "edit" and "t2i" in task_list(s) else own)
+                odd += [prompt.source] * (prompt.task == "quality" and unclosed(prompt.text))
             world_of(s).check_prompt(prompt)
             known = settings.known_tasks(s)
             if prompt.task not in known:
@@ -75,6 +78,9 @@ def read_own_prompts(s: Settings, split: str) -> dict[str, list[Prompt]]:
                 raise data.DataError(f"{at}; this model knows {', '.join(known)}")
             check_sources(prompt)
             found.setdefault(prompt.task, []).append(prompt)
+        if odd:
+            said = f"{len(odd)} prompts have a quote that is not closed and go to quality, the first at {odd[0]}"
+            ranks.tell_once(f"--prompts auto={path}: {said}")
     return found
 
 

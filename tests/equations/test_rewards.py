@@ -26,8 +26,13 @@ def thing(name, score=0.95, box=(0, 0, 10, 10), color="red"):
         'one " only',
         'empty ""',
         'blank "  " here',
-        "'CAT'",
-        'A 27" monitor that shows "CAT"',
+        'a sign " CAT "',
+        'a "12" pizza" beside a "CAT"',
+        'a 6"x9" and a 5\'10" man',
+        "the dog's and the cats' beds",
+        "rock 'n' roll 'til dawn",
+        "open 「CAT",
+        '"CAT" in the "sun',
         'a 12" pizza and a 14" laptop',
         "open “CAT",
         'unseen "\u200b"',
@@ -38,6 +43,19 @@ def test_a_prompt_without_a_quoted_target_is_an_error_with_the_prompt_in_it(prom
         with pytest.raises(ValueError, match=re.escape(repr(prompt))):
             rule(prompt)
     assert R.ocr_target('a sign "Open Now" beside "Closed"') == "Open Now"
+
+
+MARKS = [
+    'A 27" monitor that shows "CAT"', '6"x9" "CAT"', 'the "CAT" on a 27" screen', "a sign that says 'CAT'",
+    "the dog's ‘CAT’ sign", 'a 5\'10" man\'s "CAT"', '‘no’ but "CAT"', 'a "CAT"-shaped sign, 1/2" thick',
+    '写着"CAT"的招牌',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("prompt", MARKS)
+def test_inches_feet_and_apostrophes_are_no_quotes(prompt):
+    assert R.ocr_target(prompt) == "CAT"
+    assert R.ocr_target(prompt.replace("CAT", "Route 66")) == "Route 66"
 
 
 @pytest.mark.parametrize("quotes", ["“{}”", "„{}“", "”{}”", "＂{}＂", "「{}」", "『{}』", "«{}»", "« {} »", "»{}«"])

@@ -93,9 +93,10 @@ class Settings:
                         ("curate", *LORA))
     compare: dict = _option({}, "students to score beside the base and the teachers", ("eval",),
                             metavar="NAME=ID_OR_PATH")
-    resolution: int = _option(512, "pixels a side, a multiple of 16", LOADED, low=16, high=4096)
-    source_resolution: int = _option(0, "edits: pixels a side at which the source picture is read into tokens; 0: as "
-                                     "--resolution (the stock pipeline: 1024)", LOADED, low=0, high=4096)
+    resolution: str = _option("512", "pixels a side, or WIDTHxHEIGHT as 768x512; multiples of 16", LOADED)
+    source_resolution: int = _option(0, "edits: a source picture is read into tokens in its own shape, with as many "
+                                     "pixels as a square of this side; 0: as --resolution (the stock pipeline: 1024)",
+                                     LOADED, low=0, high=4096)
     text_length: int = _option(256, "most text tokens: of SD3.5's T5 (256 in the stock pipeline), of Qwen-Image (1024)",
                                LOADED, low=1, high=10_000)
     prompts: dict = _option({}, "your own prompts (.txt, GenEval .jsonl, or a folder of them); TASK auto routes each "
@@ -263,7 +264,7 @@ TINY_PRETRAIN = dict(
     steps=6000, batch_size=64, lr=3e-3, decay=True, warmup=100, weight_decay=0.01, ema_decay=0.999, save_every=500,
 )
 TINY = dict(
-    precision="float32", micro_batch=0, gradient_checkpointing=False, resolution=24, rank=16, alpha=32.0, lr=1e-3,
+    precision="float32", micro_batch=0, gradient_checkpointing=False, resolution="24", rank=16, alpha=32.0, lr=1e-3,
     warmup=5, ema_every=1, batch_size=128, prompts_per_step=12, num_steps=6, advantage_std="batch", beta=0.0,
     updates=1, train_prompts=2048, eval_prompts=192, eval_steps=10, save_every=25,
 )
@@ -380,6 +381,14 @@ def rewarded_tasks(s: Settings) -> tuple[str, ...]:
 def known_tasks(s: Settings) -> tuple[str, ...]:
     """All tasks of the paper that the run follows: Q's where it draws any of them."""
     return QWEN_TASKS if set(task_list(s)) & set(QWEN_TASKS) else FLOW_TASKS
+
+
+def size_of(s: Settings) -> tuple[int, int]:
+    """(width, height) of the pictures in pixels. SettingsError if --resolution is no such size."""
+    sides = s.resolution.split("x")
+    if len(sides) > 2 or not all(side.isascii() and side.isdigit() and 16 <= int(side[:9]) <= 4096 for side in sides):
+        raise SettingsError(f"--resolution {s.resolution}: one side or WIDTHxHEIGHT, each from 16 to 4096 pixels")
+    return int(sides[0]), int(sides[-1])
 
 
 def test_tasks(s: Settings) -> list[str]:

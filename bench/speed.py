@@ -31,7 +31,7 @@ from harness.run import Run
 from models import hub, lora, qwen, sd3
 from models.flow import Cond, FlowModel
 from scorers import panel
-from settings import Settings, task_list
+from settings import Settings, size_of, task_list
 from tiny import drawings, edits
 
 # Dense bfloat16 FLOP/s of accelerators by a part of their name, as their makers state them.
@@ -129,10 +129,10 @@ def random_model(s: Settings, device: torch.device, config: dict) -> FlowModel:
     transformer = transformer_of(config, device, dtype)
     if "pooled_projection_dim" in config:
         scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-        model = sd3.SD35Model(Path(), transformer, scheduler, device, s.resolution, s.text_length)
+        model = sd3.SD35Model(Path(), transformer, scheduler, device, size_of(s), s.text_length)
     else:
         scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
-        sides = s.resolution, s.source_resolution or s.resolution
+        sides = size_of(s), s.source_resolution
         model = qwen.QwenModel(Path(), EDITOR, transformer, scheduler, device, *sides, s.text_length)
         model.rescale = s.cfg_rescale
     model.precision = s.precision
@@ -145,25 +145,32 @@ def random_model(s: Settings, device: torch.device, config: dict) -> FlowModel:
         edit = any(images or ())
         tokens = torch.randn(len(prompts), text_tokens(s, config, edit), config["joint_attention_dim"], dtype=dtype)
         pooled = tokens[:, 0, :1].expand(-1, config.get("pooled_projection_dim", 1))
-        source = (len(prompts), config["out_channels"], *2 * (model.source_side // 8,)) if edit else ()
-        return Cond(tokens, pooled, None, (torch.randn(source),) * edit).to(device)
+        sources = (torch.randn(len(prompts), *source_shape(s, config)),) if edit else ()
+        return Cond(tokens, pooled, None, sources).to(device)
 
     model.encode = encode
     return model
 
 
-def forward_flops(config: dict, resolution: int, text: int, source: int = 0) -> int:
+def source_shape(s: Settings, config: dict) -> tuple[int, int, int]:
+    """(C, H, W) of the latents of an edit's source picture, which is a square."""
+    width, height = size_of(s)
+    side = qwen.fitted(1.0, s.source_resolution**2 or width * height)[0] // 8
+    return config["out_channels"], side, side
+
+
+def forward_flops(config: dict, x: tuple[int, int, int], text: int, source: tuple[int, int, int] | None = None) -> int:
     """FLOPs of one row's forward with so many text tokens, counted by torch on tensors without memory.
 
-    source: pixels a side of an edit's source picture; 0: no edit.
+    x, source: the shapes (C, H, W) of its latents and of those of an edit's source picture.
     """
     with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
         kind = FlowModel if "pooled_projection_dim" in config else qwen.QwenFlow
         model = kind(transformer_of(config, "meta", torch.float32), "meta")
-        channels, tokens = config["out_channels"], torch.empty(1, text, config["joint_attention_dim"])
-        before = (torch.empty(1, channels, source // 8, source // 8),) if source else ()
-        cond = Cond(tokens, torch.empty(1, config.get("pooled_projection_dim", 1)), None, before)
-        model._run(torch.empty(1, channels, resolution // 8, resolution // 8), torch.empty(1), cond)
+        tokens, pooled = (torch.empty(1, *shape) for shape in ((text, config["joint_attention_dim"]),
+                                                               (config.get("pooled_projection_dim", 1),)))  # fmt: skip
+        cond = Cond(tokens, pooled, None, (torch.empty(1, *source),) if source else ())
+        model._run(torch.empty(1, *x), torch.empty(1), cond)
     return counter.get_total_flops()
 
 
@@ -198,8 +205,8 @@ def step(*flags: str, config: dict | None = None, rounds: int = 3) -> dict[int, 
     picture = edits.make_prompts("edit", "train", 1)[0].metadata["image"]
     prompts = {t: [Prompt("a prompt", t, {"image": picture} if t == "edit" else {}, "bench")] for t in tasks}
     rows, cuda = rollout.rows_of(run, prompts, 0), device.type == "cuda"
-    size, backward = s.source_resolution or s.resolution, 2 if s.parameters == "full" else 1
-    of = [forward_flops(config, s.resolution, text_tokens(s, config, t == "edit"), size * (t == "edit")) for t in tasks]
+    x, backward, before = run.model.latent_shape, 2 if s.parameters == "full" else 1, {"edit": source_shape(s, config)}
+    of = [forward_flops(config, x, text_tokens(s, config, t == "edit"), before.get(t)) for t in tasks]
     name, found = torch.cuda.get_device_name(device) if cuda else "processor", {}
     bare = functools.cache(lambda count, learns: bare_seconds(run.model, prompts, count, learns, rounds))
     for drawn in dict.fromkeys((0, 0 if s.estimator in opd.NEEDS_FUTURE else s.drawn_states)):

@@ -8,7 +8,7 @@ import io
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -78,6 +78,11 @@ def sources(prompts: Sequence[Prompt]) -> list[tuple[Tensor, ...] | None] | None
     found = [sources_of(p) for p in prompts]
     read = {place: pixels() for place, pixels in {s.where: s.pixels for some in found for s in some}.items()}
     return [tuple(read[s.where] for s in some) or None for some in found] if read else None
+
+
+def aspects(prompt: Prompt) -> tuple[float, ...]:
+    """Width / height of each of a prompt's pictures."""
+    return tuple(_look(prompt, _aspect, where) for where in places(prompt))
 
 
 def _pixels(prompt: Prompt, where: str) -> Tensor:
@@ -160,3 +165,9 @@ def decode(where: str | Path) -> np.ndarray:
 
 
 _cached = lru_cache(CACHED_PICTURES)(decode)
+
+
+@cache
+def _aspect(where: str) -> float:
+    height, width, _ = _cached(where).shape
+    return width / height

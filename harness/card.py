@@ -67,13 +67,14 @@ def _code(settings: Mapping, pipeline: str, whole: bool) -> str:
 
 def _calls(settings: Mapping, pipeline: str) -> list[str]:
     """How a picture is drawn as the run drew its student's: steps, guidance and, of Qwen-Image, size."""
-    steps, side = f"num_inference_steps={settings.get('eval_steps', 40)!r}", settings.get("resolution", 1024)
+    steps, size = f"num_inference_steps={settings.get('eval_steps', 40)!r}", settings.get("resolution", "1024")
+    width, height = map(int, f"{size}x{size}".split("x")[:2])
     # Distilled from guided teachers (Q 4.3), a student has the guidance in its weights.
     scale = 1.0 if settings.get("guidance") in ("teacher", "neither") else settings.get("cfg", 4.5)
     if not pipeline.startswith("QwenImage"):
         return [f'image = pipe("a photo of two cats", {steps}, guidance_scale={scale!r}).images[0]']
     guided = f'negative_prompt=" ", true_cfg_scale={scale!r}' if scale != 1 else "true_cfg_scale=1.0"
-    options = f"{guided}, {steps}, height={side!r}, width={side!r}"
+    options = f"{guided}, {steps}, height={height}, width={width}"
     if "Edit" not in pipeline:
         return [f'image = pipe("a photo of two cats", {options}).images[0]']
     return [

@@ -202,7 +202,7 @@ def _read_config(path: str) -> dict:
     for name, value in found.items():
         if name not in FIELDS:
             raise SettingsError(f"--config {path}: no setting {name!r}; {_near(name, FIELDS)}")
-        kind = FIELDS[name].type
+        kind, value = FIELDS[name].type, str(value) if name == "resolution" and type(value) is int else value
         fits = type(value) is kind or (kind is float and type(value) is int)
         if not fits or (kind is dict and not all(isinstance(item, str) for item in value.values())):
             meant = "an object of names and paths" if kind is dict else f"a {kind.__name__}"
@@ -247,8 +247,10 @@ def _check_values(s: Settings) -> None:
     known = settings.GUIDANCE.get(s.stage, (s.guidance,))
     if s.guidance not in known:
         raise SettingsError(f"--guidance {s.guidance}: --stage {s.stage} knows {', '.join(known)}")
-    if not is_tiny(s) and (s.resolution % 16 or s.source_resolution % 16):
-        raise SettingsError("--resolution and --source-resolution must be multiples of 16 (VAE 8 x patch 2)")
+    if any(side % 16 for side in settings.size_of(s)) and not is_tiny(s):
+        raise SettingsError(f"--resolution {s.resolution}: the sides must be multiples of 16 (VAE 8 x patch 2)")
+    if 0 < s.source_resolution < 32:
+        raise SettingsError(f"--source-resolution {s.source_resolution}: must be 0, or at least 32")
 
 
 def _unusable(text: str) -> bool:

@@ -4,6 +4,7 @@ A loop is handed `CountingLoad` in place of harness/load.py. There is no second 
 """
 
 import io
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
@@ -22,7 +23,7 @@ from data.files import Prompt
 from harness import load, ranks, rollout
 from models import flow, hub
 from scorers import panel
-from settings import Settings, student_cfg, teacher_cfg
+from settings import Settings, is_tiny, student_cfg, teacher_cfg
 from tiny import edits
 
 
@@ -34,6 +35,7 @@ class CountingModel(flow.FlowModel):
     """
 
     latent_shape, precision, device, hosted = (1, 2, 2), "float32", torch.device("cpu"), ()
+    most_sources = math.inf
 
     def __init__(self):
         self.who, self.moment, self.found = "student", "before", {}  # who computes, when, and what was counted
@@ -111,7 +113,8 @@ class CountingLoad:
 
     def load_prompts(self, s: Settings, split: str, count: int, tasks: Sequence[str]) -> dict[str, list[Prompt]]:
         tasks = tasks[:1] if s.stage == "curate" else tasks  # a step of it has the prompts of one task
-        return {task: stand_ins(task, min(count, s.prompts_per_step * ranks.rank_and_world()[1])) for task in tasks}
+        count = min(count, s.prompts_per_step * ranks.rank_and_world()[1])
+        return {task: stand_ins(s, split, task, count) for task in tasks}
 
     def panel_of(self, s: Settings) -> panel.Panel:
         scorer = rewards.Scorer("none", lambda images, *_: torch.zeros(len(images)), 0.0, 0.0)
@@ -136,8 +139,14 @@ def takes_turns(where: str) -> bool:
     return False
 
 
-def stand_ins(task: str, count: int) -> list[Prompt]:
-    """Prompts of a task; edits have a picture."""
+def stand_ins(s: Settings, split: str, task: str, count: int) -> list[Prompt]:
+    """Prompts of a task. Edits are the user's own, if they can be read: only such as have pictures of one number and
+    shape fit into one forward."""
+    if task == "edit" and not is_tiny(s):
+        with suppress(*ranks.USER_ERRORS, OSError):  # the plan says what is wrong with them
+            own = load.read_own_prompts(s, split).get(task, [])
+            if own:
+                return own if split == "train" else own[:count]
     more = {"image": edits.make_prompts("edit", "train", 1)[0].metadata["image"]} if task == "edit" else {}
     return [Prompt(f"{task} {i}", task, more, "plan") for i in range(count)]
 
@@ -158,5 +167,5 @@ def forwards(s: Settings, loop: Callable | None) -> dict[tuple[str, str, bool], 
         scales = [("", student_cfg(s))] * len(s.compare) + [("", teacher_cfg(s))] * (1 + len(s.teachers))
     for model.who, cfg in scales if s.stage in settings.SHOWN and s.eval_prompts else ():
         for task in settings.test_tasks(s):
-            rollout.draw(model, stand_ins(task, s.eval_prompts), s.eval_steps, s.micro_batch, 0, cfg)
+            rollout.draw(model, stand_ins(s, "test", task, s.eval_prompts), s.eval_steps, s.micro_batch, 0, cfg)
     return model.found

@@ -1,5 +1,6 @@
 """What does a stage load? Its prompts, its scorers, the frozen base, the student and the teachers beside it."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ from data import preferences
 from data.batches import seed_for
 from data.common import write_atomic
 from data.files import Prompt
-from data.pictures import check_sources
+from data.pictures import check_sources, places
 from harness import identity, ownership, ranks
 from harness.run import Run
 from models import flow, hub, lora, qwen_vl, tiny
@@ -61,6 +62,7 @@ def read_own_prompts(s: Settings, split: str) -> dict[str, list[Prompt]]:
     A folder without a test split, as curation leaves it, has no test prompts to give.
     """
     found: dict[str, list[Prompt]] = {}
+    most = math.inf if is_tiny(s) else models.most_sources(s.model)
     for task, path in s.prompts.items():
         if split == "test" and not data.holds_split(path, "test") and data.holds_split(path, "train"):
             continue
@@ -76,6 +78,8 @@ def read_own_prompts(s: Settings, split: str) -> dict[str, list[Prompt]]:
             if prompt.task not in known:
                 at = f"{prompt.source}: a prompt of the task {prompt.task!r}"
                 raise data.DataError(f"{at}; this model knows {', '.join(known)}")
+            if shown := places(prompt):
+                flow.check_count(len(shown), most, s.model, f"{prompt.source}: ")
             check_sources(prompt)
             found.setdefault(prompt.task, []).append(prompt)
         if odd:
@@ -233,7 +237,7 @@ def base_model(s: Settings, device: torch.device | str = "cpu") -> flow.FlowMode
     """The frozen base that the settings describe, on `device`."""
     trains = s.stage in settings.LORA
     how = trains and s.gradient_checkpointing, trains and s.compile
-    more = (s.precision, s.resolution, s.text_length, s.source_resolution, s.cfg_rescale, *how)
+    more = (s.precision, settings.size_of(s), s.text_length, s.source_resolution, s.cfg_rescale, *how)
     return models.load(s.model, device, is_tiny(s), *more)
 
 

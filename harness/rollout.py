@@ -1,7 +1,7 @@
 """What is drawn at a step: which prompts, from which noise, with how much guidance?
 
 A row's noise belongs to the row, whatever the micro-batch and the number of ranks. Rows lie task by task and group by
-group. The rows of a micro-batch have equally many source pictures: their token sequences must not differ in length.
+group. The rows of a micro-batch have equally many source pictures of the same shapes, see `layout`.
 Rollout, objective and teachers each have a guidance scale (Q 4.1, 4.3): `settings.student_cfg`, `trained_cfg`,
 `teacher_cfg`.
 """
@@ -19,11 +19,11 @@ import sde
 import settings
 from data.batches import prompt_batch, seed_for
 from data.files import Prompt
-from data.pictures import places, sources_of
+from data.pictures import aspects, places, sources_of
 from harness import load, ranks
 from harness.run import Run
 from harness.weights import poisoned
-from models.flow import Cond, FlowModel
+from models.flow import Cond, FlowModel, check_count
 from settings import Settings
 
 MIX = {"composition": 3, "text": 1, "quality": 1}  # F App. A: epochs of GenEval : OCR : PickScore
@@ -88,9 +88,12 @@ def batches(items: Sequence, size: int) -> list[Sequence]:
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
-def layout(prompt: Prompt) -> int:
-    """How many source pictures it begins from, whatever its task is called. Rows of one layout fit into one batch."""
-    return len(places(prompt))
+def layout(prompt: Prompt) -> tuple[float, ...]:
+    """The shapes of the source pictures that it begins from, whatever its task is called; () for none.
+
+    Rows of one layout fit into one batch: nothing masks a picture's tokens, and all rows have the places of the first.
+    """
+    return aspects(prompt)
 
 
 def micro_batches(rows: Sequence[Row], size: int, by_task: bool = False) -> list[Sequence[Row]]:
@@ -163,15 +166,26 @@ def check_finite(model: FlowModel, who: str, x: Tensor | None) -> None:
 
 
 def encode_all(model: FlowModel, prompts: Iterable[Prompt], guided: bool) -> None:
-    """Encode distinct prompts once and for all, and the empty prompt if guidance needs it, picture by picture."""
-    texts: dict[tuple[str, ...], dict[str, Prompt]] = {}
+    """Encode distinct prompts once and for all, and the empty prompt if guidance needs it, picture by picture.
+
+    Says of how many prompts of a file the end is not read. ModelError by line for more pictures than the model takes.
+    """
+    prompts, texts = list(prompts), {}
     for p in prompts:
+        check_count(len(places(p)), model.most_sources, model.source, f"{p.source}: ")
         texts.setdefault(places(p), {}).setdefault(p.text, p)
     asked = []
     for some in texts.values():
         pictures = sources_of(next(iter(some.values())))
         asked += [(text, pictures) for text in dict.fromkeys([*some, *([model.empty] * guided)])]
-    model.prepare([text for text, _ in asked], [pictures for _, pictures in asked])
+    cut, files = model.prepare([text for text, _ in asked], [pictures for _, pictures in asked]), {}
+    for p in prompts:
+        if p.text in cut:
+            files.setdefault(p.source.rpartition(":")[0], {})[p.source] = None
+    for file, lines in files.items():
+        whose = "prompts of rank 0" if ranks.rank_and_world()[1] > 1 else "prompts"
+        said = f"{len(lines)} {whose} are longer than --text-length {model.text_length} tokens and are cut there"
+        ranks.tell_once(f"{file}: {said}, the first is {next(iter(lines))}")
 
 
 def prepare(run: Run, prompts: Mapping[str, list[Prompt]], more: Iterable[Prompt] = ()) -> None:

@@ -74,6 +74,13 @@ def joined(conds: Sequence[Cond]) -> Cond:
     return Cond(torch.cat(tokens), pooled, torch.cat(masks) if padded else None, sources)
 
 
+def check_count(count: int, most: float, model: str, at: str = "") -> None:
+    """ModelError if an edit, of this line of a file, has more source pictures than the model takes."""
+    if count > most:
+        takes = f"{model} takes {most or 'no'} source picture, not {count}"
+        raise ModelError(f"{at}{takes}; Qwen-Image-Edit takes one, Qwen-Image-Edit-2509 several")
+
+
 class FlowModel(Experts):
     """A flow-matching transformer and its experts; this class is SD3's velocity, qwen.py overrides `_run`."""
 
@@ -82,14 +89,12 @@ class FlowModel(Experts):
     most_sources: float = 0  # how many source pictures an edit may have; inf: as many as fit into memory
     train_shift = 0.0  # training times are logit-normal around this: the model's noise schedule
 
-    def prepare(self, prompts: Sequence[str], images: Sequence[Sequence[Source]] | None = None) -> None:
-        """Encode every prompt (of an edit, with its pictures) that a run will need, if encoding is expensive."""
+    def prepare(self, prompts: Sequence[str], images: Sequence[Sequence[Source]] | None = None) -> set[str]:
+        """Encode every prompt (of an edit, with its pictures) that a run will need, if encoding is expensive.
 
-    def check_sources(self, count: int) -> None:
-        """ModelError if an edit has more source pictures than the model takes."""
-        if count > self.most_sources:
-            takes = f"this model takes {self.most_sources or 'no'} source picture, not {count}"
-            raise ModelError(f"{self.source}: {takes}; Qwen-Image-Edit takes one, Qwen-Image-Edit-2509 several")
+        Returns the prompts whose end was cut because they are longer than the encoder reads.
+        """
+        return set()
 
     def velocity(self, x: Tensor, t: float | Tensor, cond: Cond, uncond: Cond | None = None, cfg: float = 1.0):
         """v_theta(x_t, t, c) (B, C, H, W), float32, with classifier-free guidance if cfg != 1.

@@ -1,7 +1,10 @@
 """Which model is in a folder?"""
 
+import math
+import os
 from pathlib import Path
 
+import huggingface_hub
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
@@ -9,14 +12,16 @@ from models.flow import FlowModel
 from models.hub import (
     TRANSFORMER_FILES,
     ModelError,
+    base_and_revision,
     fingerprint,
+    hub_id,
     locate,
     read_json,
     read_part,
     read_transformer,
     require_parts,
 )  # fmt: skip
-from models.qwen import PIPELINES, QwenFlow, QwenModel
+from models.qwen import DRAWS, EDITS, PIPELINES, QwenFlow, QwenModel
 from models.sd3 import SD35Model
 from models.tiny import load_tiny
 
@@ -31,19 +36,19 @@ BASE_FILES = (
 
 def load(
     where: str, device: torch.device | str = "cpu", tiny: bool = False, precision: str = "float32",
-    resolution: int = 512, text_length: int = 256, source_resolution: int = 0, rescale: bool = False,
+    size: tuple[int, int] = (512, 512), text_length: int = 256, source_resolution: int = 0, rescale: bool = False,
     gradient_checkpointing: bool = False, compiled: bool = False,
 ) -> FlowModel:  # fmt: skip
     """The base of a run, frozen, on `device`, from a folder or Hub id: a tiny model, SD3.5 or a Qwen-Image.
 
     The options behind `tiny` are of the published models, of which the transformer is read now and the rest when it is
-    needed. ModelError, one line, for what is no such model, or cannot be.
+    needed. size: (width, height) of pictures, in pixels. ModelError, one line, for what is no such model, or cannot be.
     """
     folder = locate(where, BASE_FILES)
     if tiny:
         model: FlowModel = load_tiny(folder, device)  # it keeps its source: the folder, a run's last checkpoint
     else:
-        model = _published(folder, device, precision, resolution, text_length, source_resolution)
+        model = _published(folder, device, precision, size, text_length, source_resolution)
         model.precision, model.source = precision, where  # a Hub id stays one: adapters name their base by it
         if gradient_checkpointing:
             model.transformer.enable_gradient_checkpointing()
@@ -57,7 +62,17 @@ def load(
     return model
 
 
-def _published(folder: Path, device, precision: str, side: int, text_length: int, source_side: int) -> FlowModel:
+def most_sources(where: str) -> float:
+    """How many source pictures an edit of a published model may have, by its index alone; inf if nobody can say yet."""
+    file = Path(where).expanduser() / "model_index.json"
+    if repo := hub_id(where):
+        revision = base_and_revision(where)[1] or None
+        file = Path(str(huggingface_hub.try_to_load_from_cache(repo, "model_index.json", revision=revision)))
+    name = read_json(file).get("_class_name") if os.path.isfile(file) else None
+    return EDITS[name].most if name in EDITS else 0 if name in (DRAWS, SD35Model.pipeline) else math.inf
+
+
+def _published(folder: Path, device, precision: str, size, text_length: int, source_side: int) -> FlowModel:
     file, known = folder / "model_index.json", (SD35Model.pipeline, *PIPELINES)
     name = (index := read_json(file)).get("_class_name")
     if name not in known:
@@ -69,8 +84,10 @@ def _published(folder: Path, device, precision: str, side: int, text_length: int
     like = {"_class_name": ("QwenImage" if name in PIPELINES else "SD3") + "Transformer2DModel"}
     transformer = read_transformer(folder / "transformer", getattr(torch, precision), like)
     if name in PIPELINES:
-        model = QwenModel(folder, name, transformer, scheduler, device, side, source_side or side, text_length)
+        model = QwenModel(folder, name, transformer, scheduler, device, size, source_side, text_length)
     else:
-        model = SD35Model(folder, transformer, scheduler, device, side, text_length)
+        model = SD35Model(folder, transformer, scheduler, device, size, text_length)
+        if max(size) > (most := 8 * transformer.config.patch_size * transformer.config.pos_embed_max_size):
+            raise ModelError(f"{folder}: a side of {max(size)} pixels; this model has places for {most}")
     model.fingerprint = fingerprint(folder / "transformer")
     return model

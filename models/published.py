@@ -1,6 +1,7 @@
 """What SD3.5 and Qwen-Image have in common: text encoders that are used once, a VAE that is read when it is needed.
 
-A subclass says how one prompt is encoded (`read_encoders`, `encode_row`) and how latents become pixels (`pixels`).
+A subclass says how one prompt is encoded (`read_encoders`, `encode_row`), how many tokens it has (`length`), and how
+latents become pixels (`pixels`).
 """
 
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data.pictures import Source
-from models.flow import Cond, FlowModel, joined
+from models.flow import Cond, FlowModel, check_count, joined
 from models.hub import Transformer, read_part
 
 
@@ -21,20 +22,24 @@ class Published(FlowModel):
 
     vae_kind = AutoencoderKL
 
-    def __init__(self, folder: Path, transformer: Transformer, scheduler, device, side: int, text_length: int):
+    def __init__(self, folder: Path, transformer: Transformer, scheduler, device, size: tuple[int, int],
+                 text_length: int):  # fmt: skip
         super().__init__(transformer, device)
         self.folder, self.scheduler, self.text_length = folder, scheduler, text_length
-        self.latent_shape = (transformer.config.out_channels, side // 8, side // 8)
+        self.latent_shape = (transformer.config.out_channels, size[1] // 8, size[0] // 8)
         self.known: dict[tuple[str, ...], Cond] = {}  # (prompt, *its pictures' places) -> one row, on the host
+        self.cut: set[str] = set()  # prompts of which the encoder has not read the end
         self._vae: nn.Module | None = None
 
-    def prepare(self, prompts: Sequence[str], images: Sequence[Sequence[Source]] | None = None) -> None:
+    def prepare(self, prompts: Sequence[str], images: Sequence[Sequence[Source]] | None = None) -> set[str]:
         """Encode each distinct prompt (of an edit, with its pictures) not known yet; then the text encoders may go.
 
         One prompt at a time: a row computed in another batch differs in its last bits, and a resumed run, which
         has fewer prompts left to encode, would not be the same run. ModelError for more pictures than the model takes.
         """
+        before = set(self.cut)
         self._rows(prompts, images)
+        return self.cut - before
 
     def encode(self, prompts: Sequence[str], images: Sequence[Sequence[Source]] | None = None) -> Cond:
         """Prompts, and the source pictures of edits, -> Cond on the device; what `prepare` has not seen, now."""
@@ -47,8 +52,10 @@ class Published(FlowModel):
         for prompt, pictures in zip(shown, images, strict=True):
             key = prompt, *(picture.where for picture in pictures)
             if key not in self.known:
-                self.check_sources(len(pictures))
+                check_count(len(pictures), self.most_sources, self.source)
                 encoders = encoders or self.read_encoders()
+                if self.length(encoders, prompt, len(pictures)) > self.text_length:
+                    self.cut.add(prompt)
                 self.known[key] = self.encode_row(encoders, prompt, pictures).to("cpu")
             rows.append(self.known[key])
         if encoders and self.device.type == "cuda":

@@ -27,7 +27,7 @@ from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
 from PIL import Image
 from torch import Tensor, nn
 
-from data.pictures import Source
+from data.pictures import Source, to_picture
 from models import qwen_vl
 from models.flow import Cond, FlowModel
 from models.published import Published
@@ -39,7 +39,7 @@ class Editor(NamedTuple):
     """How a pipeline's text encoder is shown the pictures of an edit."""
 
     before: str  # what stands before the prompt for each of them, {} is its number; "": the template has its place
-    side: int  # of a square picture as the encoder sees it, in pixels, whatever the source's size
+    side: int  # the encoder sees a source in its own shape, with as many pixels as a square of this side
     most: float  # how many there may be. Qwen-Image-Edit-2509 was trained with up to three
 
 
@@ -51,7 +51,7 @@ PIPELINES = (DRAWS, *EDITS)
 
 
 def picture_tokens(pipeline: str) -> int:
-    """Tokens of an edit's picture in its text, one for 28 x 28 pixels: 1,369 of Qwen-Image-Edit, 196 of -2509."""
+    """Tokens of an edit's square picture in its text, of 28 x 28 pixels: 1,369 of Qwen-Image-Edit, 196 of -2509."""
     return round(EDITS[pipeline].side / 28) ** 2
 
 
@@ -80,13 +80,16 @@ def shift_of(config: Mapping, tokens: int) -> float:
     return low + (tokens - small) * (high - low) / (large - small)
 
 
-def square(image: Tensor, side: int) -> Image.Image:
-    """The middle of a picture (3, H, W) in [0, 1], side x side pixels of 8 bits, resized as diffusers does it."""
-    height, width = image.shape[1:]
-    short = min(height, width)
-    top, left = (height - short) // 2, (width - short) // 2
-    middle = image[:, top : top + short, left : left + short].clamp(0, 1).mul(255).round().byte()
-    return Image.fromarray(middle.permute(1, 2, 0).numpy()).resize((side, side), Image.Resampling.LANCZOS)
+def fitted(ratio: float, area: int) -> tuple[int, int]:
+    """(width, height) of about this ratio and about this many pixels, multiples of 32, as diffusers rounds them."""
+    width = math.sqrt(area * ratio)
+    return max(32, round(width / 32) * 32), max(32, round(width / ratio / 32) * 32)
+
+
+def resized(image: Tensor, area: int) -> Image.Image:
+    """A picture (3, H, W) in [0, 1] in its own shape, with about `area` pixels of 8 bits, as diffusers resizes it."""
+    size = fitted(image.shape[2] / image.shape[1], area)
+    return to_picture(image).resize(size, Image.Resampling.LANCZOS)
 
 
 class QwenFlow(FlowModel):
@@ -147,11 +150,11 @@ class QwenModel(QwenFlow, Published):
     vae_kind = AutoencoderKLQwenImage
 
     def __init__(self, folder: Path, name: str, transformer: QwenImageTransformer2DModel, scheduler, device,
-                 side: int, source_side: int, text_length: int):  # fmt: skip
-        super().__init__(folder, transformer, scheduler, device, side, text_length)
-        self.pipeline, self.source_side = name, source_side
+                 size: tuple[int, int], source_side: int, text_length: int):  # fmt: skip
+        super().__init__(folder, transformer, scheduler, device, size, text_length)
+        self.pipeline, self.source_area = name, source_side**2 or size[0] * size[1]
         self.most_sources = EDITS[name].most if name in EDITS else 0
-        self.train_shift = shift_of(scheduler.config, (side // 8 // transformer.config.patch_size) ** 2)
+        self.train_shift = shift_of(scheduler.config, size[0] * size[1] // (8 * transformer.config.patch_size) ** 2)
         self.sources: dict[str, Tensor] = {}  # picture's place -> its latents (1, C, h, w), on the host
 
     def read_encoders(self) -> qwen_vl.VLM:
@@ -167,15 +170,17 @@ class QwenModel(QwenFlow, Published):
         tokens = text_tokens(encoders, self.pipeline, prompt, images, self.text_length)
         return Cond(tokens, sources=tuple(self.sources[picture.where] for picture in pictures))
 
+    def length(self, encoders: qwen_vl.VLM, prompt: str, pictures: int) -> int:
+        return len(encoders.tokenizer(words_before(self.pipeline, pictures) + prompt).input_ids) - pictures
+
     @torch.no_grad()
     def latents(self, image: Tensor) -> Tensor:
-        """A source picture (3, H, W) in [0, 1] -> normalised latents (1, C, h, w) of its middle.
+        """A source picture (3, H, W) in [0, 1] -> normalised latents (1, C, h, w), in its own shape.
 
-        DEVIATION (diffusers): the stock pipelines read a source at about a megapixel and in its own shape. Here it is
-        the middle square, `source_side` pixels a side: the tokens of a source cost as much as those of the picture that
-        is made, and all rows of a batch have the same shape. For a square of 1024 pixels both are the same.
+        DEVIATION (diffusers): the stock pipelines read a source at about a megapixel. Here it is as large as the
+        picture that is made, unless `--source-resolution` says otherwise: its tokens cost as much.
         """
-        pixels = torch.from_numpy(np.array(square(image, self.source_side))).permute(2, 0, 1) / 127.5 - 1
+        pixels = torch.from_numpy(np.array(resized(image, self.source_area))).permute(2, 0, 1) / 127.5 - 1
         mean, std = self._scale()
         frame = pixels[None, :, None].to(self.device)  # the VAE is a video's: a picture is one frame
         z = self.vae().encode(frame, return_dict=False)[0].mode()  # no sample: the same picture, the same tokens
@@ -209,15 +214,25 @@ def text_tokens(vlm: qwen_vl.VLM, name: str, prompt: str, images: Sequence[Tenso
     drawing and editing, and so do the tokens of one and the same prompt.
     """
     template, drop = _template(name if images else DRAWS)
-    before = "".join(EDITS[name].before.format(i) for i in range(1, len(images) + 1))
-    pictures = [square(image, EDITS[name].side) for image in images]
+    before = words_before(name, len(images))
+    pictures = [resized(image, EDITS[name].side ** 2) for image in images]
     # TRAP: the stock pipelines of diffusers 0.42 leave out mm_token_type_ids, though transformers 5 needs them
     # (diffusers issue 14194).
     # ERRATUM (diffusers): hence the stock pipeline's edits differ a little from ours, which are as in training.
     inputs = vlm.inputs([qwen_vl.Question(template.replace("{}", before + "{}"), [prompt], pictures)])
     # `model` alone: the head would add the logits of 152,000 words to every token.
+    # What is cut is not computed: a token sees none that comes after it.
+    seen = inputs["mm_token_type_ids"][0].nonzero()
+    end = drop + longest + len(seen)
+    names, most = ("input_ids", "attention_mask", "mm_token_type_ids"), max([end, *(seen.flatten() + 1).tolist()])
+    inputs |= {name: inputs[name][:, :most] for name in names}
     hidden = vlm.network.model(**inputs, use_cache=False).last_hidden_state
-    return hidden[:, drop:][:, : longest + int(inputs["mm_token_type_ids"].sum())]
+    return hidden[:, drop:end]
+
+
+def words_before(name: str, pictures: int) -> str:
+    """What stands before the prompt of an edit of so many pictures."""
+    return "".join(EDITS[name].before.format(i) for i in range(1, pictures + 1))
 
 
 @cache

@@ -31,6 +31,9 @@ class SD35Model(Published):
         )  # fmt: skip
         return Cond(tokens, pooled)
 
+    def length(self, encoders: diffusers.StableDiffusion3Pipeline, prompt: str, pictures: int) -> int:
+        return len(encoders.tokenizer_3(prompt).input_ids)  # T5's; the CLIPs read 77 tokens of any prompt
+
     def pixels(self, latents: Tensor) -> Tensor:
         config = self.vae().config
         return self.vae().decode(latents / config.scaling_factor + config.shift_factor, return_dict=False)[0]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import sde
 from data.pictures import Source
-from models.flow import Cond, FlowModel
+from models.flow import Cond, FlowModel, check_count
 from models.hub import Transformer, fingerprint, read_transformer, reading
 from models.qwen import QwenFlow
 from tiny import drawings, edits
@@ -46,7 +46,7 @@ class TinyModel(FlowModel):
 
     def encode(self, prompts: Sequence[str], images: Sequence[Sequence[Source]] | None = None) -> Cond:
         """Prompts -> Cond, without gradient; ValueError if a prompt lies outside the vocabulary."""
-        self.check_sources(max(map(len, images or [()])))
+        check_count(max(map(len, images or [()])), self.most_sources, self.source)
         shown = [picture.pixels() for pictures in images or () for picture in pictures]
         with torch.no_grad():
             return self.encode_tokens(torch.tensor([self.tokenize(p) for p in prompts]), shown)

@@ -125,7 +125,10 @@ def _save_moved(transformer, folder):
 
 
 def _edits(root):
-    """A prompt file of four edits of three pictures, in the format that Flow-GRPO's users have."""
+    """A prompt file of four edits of three pictures, in the format that Flow-GRPO's users have.
+
+    Beside it mixed.jsonl: the same with one, two or three pictures each, of two shapes.
+    """
     import numpy as np
     from PIL import Image
 
@@ -137,7 +140,11 @@ def _edits(root):
     asked = (("make it blue", 0), ("add a second cat on the left", 1), ("remove the sign", 2), ("make it blue", 2))
     lines = [{"prompt": text, "image": f"images/{n}.png", "t2i_prompt": "a cat", "tag": "edit",
               "include": [{"class": "cat", "count": 1}]} for text, n in asked]  # fmt: skip
-    (root / "edits.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    Image.open(root / "images/0.png").crop((0, 0, 64, 32)).save(root / "images/wide.png")
+    shown = (["1", "wide"], ["wide"], ["2", "0", "1"], ["0", "wide"])
+    mixed = [{**line, "image": [f"images/{n}.png" for n in some]} for line, some in zip(lines, shown, strict=True)]
+    for name, some in (("edits", lines), ("mixed", mixed)):
+        (root / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in some))
     return root / "edits.jsonl"
 
 

@@ -14,6 +14,7 @@ SMALL_QWEN = {
     "_class_name": "QwenImageTransformer2DModel", "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16,
     "joint_attention_dim": 48, "patch_size": 2, "in_channels": 64, "out_channels": 16, "axes_dims_rope": (4, 6, 6),
 }  # fmt: skip
+X = (16, 8, 8)  # the latents of 64 x 64 pixels
 
 
 def test_the_flops_of_a_forward_are_those_of_its_products():
@@ -29,7 +30,7 @@ def test_the_flops_of_a_forward_are_those_of_its_products():
         flops += 2 * 2 * tokens * tokens * w  # q k^T and its product with v
         flops += 2 * (image if last else tokens) * 2 * 4 * w * w  # feed-forward
     flops += 2 * w * 2 * w + 2 * image * w * 4 * 16  # last norm, patches out
-    assert bench.forward_flops(SMALL, 64, text) == flops
+    assert bench.forward_flops(SMALL, X, text) == flops
 
 
 def test_the_flops_of_a_qwen_forward_are_those_of_its_products_sources_included():
@@ -45,7 +46,7 @@ def test_the_flops_of_a_qwen_forward_are_those_of_its_products_sources_included(
         flops += 2 * 2 * (pictures + text) * 2 * 4 * w * w  # feed-forward
         flops += 2 * w * 2 * w + 2 * pictures * w * 64  # last norm, patches out
         found.append(flops)
-    assert [bench.forward_flops(SMALL_QWEN, 64, text, side) for side in (0, 48)] == found
+    assert [bench.forward_flops(SMALL_QWEN, X, text, shape) for shape in (None, (16, 6, 6))] == found
 
 
 def test_a_step_on_both_of_qs_tasks_is_timed_on_random_weights(capsys):
@@ -53,7 +54,7 @@ def test_a_step_on_both_of_qs_tasks_is_timed_on_random_weights(capsys):
     flags += " --prompts-per-step 2 --group-size 3 --micro-batch 3 --rank 4 --device cpu"
     found = bench.step(*flags.split(), "--precision", "float32", config=SMALL_QWEN, rounds=1)
     text = 10 + bench.qwen.picture_tokens(bench.EDITOR)
-    a_row = (bench.forward_flops(SMALL_QWEN, 64, 10) + bench.forward_flops(SMALL_QWEN, 64, text, 48)) / 2
+    a_row = (bench.forward_flops(SMALL_QWEN, X, 10) + bench.forward_flops(SMALL_QWEN, X, text, X)) / 2  # 48 is 64
     # Three rows of each task, three ODE steps: the student walks and learns without guidance, the teachers are guided.
     assert found[0]["flops"] == pytest.approx(a_row * 3 * (6 * 2 + 6 * 2))
     assert 0 < found[1]["bare"] < 60 and "processor, 6 trajectories a step and rank" in capsys.readouterr().out
@@ -65,7 +66,7 @@ def test_a_step_of_real_shapes_is_timed_on_random_weights(capsys, more):
     flags += " --group-size 2"
     flags = [*flags.split(), *"--micro-batch 3 --device cpu --precision float32".split(), *more]
     found = bench.step(*flags, config=SMALL, rounds=1)
-    a_row = bench.forward_flops(SMALL, 64, 77 + 10)
+    a_row = bench.forward_flops(SMALL, X, 77 + 10)
     # 12 rows (6 trajectories with guidance), three steps of which two train: the student's, the teachers' 4 rows of 6
     # that the anchor does not teach, and the anchor's 6; in a stored trajectory the student walks those two before.
     free = 2 if "path" in more else 0

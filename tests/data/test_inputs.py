@@ -141,10 +141,13 @@ def test_qs_prompts_and_those_with_a_target_need_no_checklist(tmp_path):
 
 def test_the_image_of_an_edit_is_found_from_the_folder_of_its_file(tmp_path, monkeypatch):
     uri = "data:image/png;base64,AAAA"
-    write(tmp_path / "e.jsonl", EDIT, EDIT | {"image": "/else/2.png"}, EDIT | {"image": uri})
+    several = EDIT | {"image": ["2.png", "/else/2.png", uri]}
+    write(tmp_path / "e.jsonl", EDIT, EDIT | {"image": "/else/2.png"}, EDIT | {"image": uri}, several)
     monkeypatch.chdir(tmp_path.parent)
     prompts = D.read_prompts(f"{tmp_path.name}/e.jsonl", "edit")
-    assert [p.metadata["image"] for p in prompts] == [f"{tmp_path}/images/1.jpg", "/else/2.png", uri]
+    *one, last = [P.places(p) for p in prompts]
+    assert one == [(f"{tmp_path}/images/1.jpg",), ("/else/2.png",), (uri,)]
+    assert last == (f"{tmp_path}/2.png", "/else/2.png", uri) and P.places(prompts[0]._replace(metadata={})) == ()
 
 
 def two(*entries, **more):
@@ -163,7 +166,8 @@ FAULTS = [  # task, the third line of a file, what its message names
     *(("composition", without(field), f"'{field}' is missing") for field in ("tag", "prompt", "include")),
     *(("composition", DOG | {field: bad}, f"'{field}'") for field, bad in (
         ("tag", 3), ("tag", " "), ("prompt", None), ("include", {"class": "dog"}), ("include", []), ("exclude", "no"),
-        ("image", 5), ("t2i_prompt", 3), ("category", ["a"]), ("target", 7), ("include", None),
+        ("image", 5), *(("image", ["a.png", bad]) for bad in (3, " ", ["a.png"], None)),
+        ("t2i_prompt", 3), ("category", ["a"]), ("target", 7), ("include", None),
     )),
     *(("composition", two(bad), r"include\[1\]: ") for bad in (
         "dog", 3, None, {"count": 1}, {"class": "cat"}, {"class": 7, "count": 1}, cat(color=["red"]),
@@ -175,7 +179,7 @@ FAULTS = [  # task, the third line of a file, what its message names
     *(("edit", without(field, EDIT), f"'{field}' is missing") for field in D.EDIT_FIELDS),
     *(("text", {"prompt": "a sign", "category": "x", "target": bad}, "target") for bad in (" a", "a\u00a0", "\u200b")),
     *(("text", {"prompt": text, "category": "x"}, "no target text") for text in (
-        "a dog", 'one " only', 'A 27" monitor that shows "HELLO"', 'a 12" pizza next to a 14" laptop', "「open", "“a",
+        "a dog", 'one " only', 'A monitor that shows "HELLO', 'a 12" pizza next to a 14" laptop', "「open", "“a",
     )),
     # GenEval's rule looks at the same best objects of a class, at most 16, so no picture passes these
     *(("composition", two(*bad), "no picture can pass") for bad in (

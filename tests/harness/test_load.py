@@ -89,6 +89,16 @@ def test_one_rank_a_node_looks_first(world, monkeypatch, local, expected):
     assert order == expected
 
 
+@pytest.mark.parametrize("stage", ["opd", "grpo"])
+def test_more_sources_than_the_model_takes_are_refused_by_line_before_it_loads(stage, sd35, qwen, tmp_path, capsys):
+    flags = ["--preset", "qwen-rl", "--stage", stage, "--tasks", "edit", "--model", str(sd35.base), "--device", "cpu"]
+    flags += ["--prompts", f"edit={qwen.root / 'mixed.jsonl'}", "--out", str(tmp_path)]
+    flags += ["--task", "edit", "--rewards", "jpeg=1"] if stage == "grpo" else ["--teachers", "edit=./no"]
+    assert train.main(flags) == 2
+    said = the_one_line(capsys)
+    assert "mixed.jsonl:1: " in said and str(sd35.base) in said and "no source picture, not 2" in said
+
+
 # ------------------------------------------------------------------------------------------------ known by content
 def resaved(folder):
     """The same weights in a file whose header has another order, and another file beside them."""

@@ -90,6 +90,7 @@ RUNS = [
     ("go", "--stage nft --task mix --mix joint --beta 0.1 --cfg 2 --guidance both"),
     ("go2", "--stage grpo --task mix --cfg 2 --guidance rollout"), ("go2", "--stage nft --task edit"),
     ("go2", "--stage opd --guidance teacher --micro-batch 3"), ("real", "--stage opd --micro-batch 4"),
+    ("real2", "--stage grpo --task edit --rewards jpeg=1 --prompts edit=MIXED --micro-batch 0 --eval-prompts 0"),
 ]  # fmt: skip
 
 
@@ -107,7 +108,8 @@ def test_what_is_counted_is_what_a_real_run_computes(start, line, observed, requ
         return s, given
 
     monkeypatch.setattr(cli, "parse", parse)
-    request.getfixturevalue(start)("run", *line.split())
+    mixed = str(request.getfixturevalue("qwen").root / "mixed.jsonl") if "MIXED" in line else ""
+    request.getfixturevalue(start)("run", *line.replace("MIXED", mixed).split())
     if "pretrain" in line:  # there is no expert to choose
         planned = {(None, gradient): count for (_, gradient), count in planned.items()}
     assert observed == planned and planned
@@ -148,7 +150,7 @@ def test_parameters_are_those_that_a_run_trains(world, more, request):
     teacher = base.teachers["composition" if world == "sd35" else "t2i"]
     more = [str(teacher) if word == "LORA" else word for word in more]
     preset = "flow-opd" if world == "sd35" else "qwen-rl"
-    s = cli.resolve({"preset": preset, "model": str(base.base), "rank": 3, "resolution": 64, "precision": "float32",
+    s = cli.resolve({"preset": preset, "model": str(base.base), "rank": 3, "resolution": "64", "precision": "float32",
                      **dict(zip([word[2:] for word in more[::2]], more[1::2]))})  # fmt: skip
     model = load.base_model(s)
     if s.parameters == "full":

@@ -13,7 +13,7 @@ import train
 from data import files as data
 from data import written
 from data.batches import seed_for
-from data.pictures import places, source_images, sources, sources_of
+from data.pictures import data_uri, places, source_images, sources, sources_of
 from harness import cli, load, rollout
 from models import flow
 from models import load as models
@@ -256,7 +256,7 @@ def edits_and_others(count=3):
     return tiny_edit.make_prompts("t2i", "test", count), tiny_edit.make_prompts("edit", "test", count)
 
 
-def test_micro_batches_keep_the_order_and_a_part_has_one_number_of_sources():
+def test_micro_batches_keep_the_order_and_a_part_has_sources_of_one_shape():
     drawn, edits = edits_and_others()
     rows = [rollout.Row(p, number) for number, p in enumerate([*drawn, *edits[:2], drawn[0]])]
     for size, sizes in ((0, [3, 2, 1]), (1, [1] * 6), (2, [2, 1, 2, 1]), (9, [3, 2, 1])):
@@ -264,10 +264,13 @@ def test_micro_batches_keep_the_order_and_a_part_has_one_number_of_sources():
         assert [len(part) for part in parts] == sizes
         assert [row for part in parts for row in part] == rows
         assert all(len({row.prompt.task for row in part}) == 1 for part in parts)
-    untagged = rows[0]._replace(prompt=drawn[0]._replace(metadata={"image": "x.png"}))
-    two = untagged._replace(prompt=drawn[0]._replace(metadata={"image": ["x.png", "y.png"]}))
-    parts = rollout.micro_batches([untagged, rows[0], two, two, untagged], 0)
-    assert list(map(len, parts)) == [1, 1, 2, 1], "the pictures decide, not the task's name"
+    shown = [data_uri(torch.zeros(3, *shape)) for shape in ((8, 8), (16, 16), (16, 8))]
+    one, large, tall, two, turned = (
+        rows[0]._replace(prompt=drawn[0]._replace(metadata={"image": [shown[i] for i in some]}))
+        for some in ((0,), (1,), (2,), (0, 2), (2, 0))
+    )
+    parts = rollout.micro_batches([one, large, rows[0], tall, two, two, turned, one], 0)
+    assert list(map(len, parts)) == [2, 1, 1, 2, 1, 1], "the pictures' number and shapes decide, not the task's name"
 
 
 def test_a_rank_with_fewer_parts_repeats_a_row_that_does_not_count(monkeypatch):
@@ -300,10 +303,26 @@ def test_conditions_are_the_prompts_with_their_pictures_and_the_empty_prompt_if_
         assert torch.equal(*uncond.sources, *cond.sources)
 
 
+def test_prompts_that_are_longer_than_the_encoder_reads_are_counted_by_file_once(qwen, capsys):
+    prompts = [data.Prompt(f"{'a long one ' * n}{n}", "t2i", {}, f"{file}.txt:{i}") for file in "ab"
+               for i, n in enumerate((1, 30, 40), 1)]  # fmt: skip
+    prompts += [prompts[1]._replace(source="a.txt:9"), prompts[4]]
+    model = models.load(str(qwen.base), size=(64, 64), text_length=20)
+    for _ in range(2):
+        rollout.encode_all(model, prompts, guided=True)
+    said = capsys.readouterr().err.splitlines()
+    cut = "prompts are longer than --text-length 20 tokens and are cut there, the first is"
+    assert said == [f"a.txt: 3 {cut} a.txt:2", f"b.txt: 2 {cut} b.txt:2"]
+    whole = models.load(str(qwen.base), size=(64, 64), text_length=500)
+    tokens, long = (each.encode([prompts[5].text]).tokens for each in (model, whole))
+    assert tokens.shape[1] == 20 < long.shape[1] and torch.allclose(tokens, long[:, :20], atol=1e-5)
+
+
 def test_every_prompt_is_encoded_once_with_its_picture_and_the_empty_one_once_a_picture():
     asked, (drawn, edits) = [], edits_and_others()
     twice = edits[0]._replace(metadata={**edits[0].metadata, "image": [*places(edits[1]), *places(edits[2])]})
-    model = SimpleNamespace(empty=" ", prepare=lambda texts, images: asked.extend(zip(texts, images, strict=True)))
+    model = SimpleNamespace(empty=" ", most_sources=2, source="m")
+    model.prepare = lambda texts, images: asked.extend(zip(texts, images, strict=True)) or set()
     for guided in (False, True):
         asked.clear()
         rollout.encode_all(model, [*drawn, drawn[0], *edits, twice, edits[2]], guided)

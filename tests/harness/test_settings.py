@@ -15,6 +15,7 @@ from harness import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 FLOW, QWEN = "--preset flow-opd", "--preset qwen-rl"
+SIZES = ["512x520", "0x512", "8", "512x8192", "x", "512x", "512x512x3", "1e3", "-512", "\u0665\u0661\u0662"]
 
 
 def parse(line="", **more):
@@ -68,7 +69,7 @@ def test_every_preset_resolves_for_every_stage_and_sets_what_the_stage_reads():
 def test_the_defaults_are_those_of_flow_opd_appendix_a():
     """Worked from F App. A and the Flow-GRPO line it builds on, for eight ranks; nothing here is read from a preset."""
     expected = {
-        "resolution": 512, "num_steps": 10, "eval_steps": 40, "cfg": 4.5, "noise_level": 0.7, "group_size": 24,
+        "resolution": "512", "num_steps": 10, "eval_steps": 40, "cfg": 4.5, "noise_level": 0.7, "group_size": 24,
         "kernel": "sde", "advantage_std": "group", "advantage_clip": 5.0, "clip": 1e-4, "log_prob": "mean",
         "lr": 3e-4, "weight_decay": 1e-4, "grad_norm": 1.0, "ema_decay": 0.9, "ema_every": 8, "warmup": 0,
         "mar": 0.02, "beta": 0.04, "updates": 2, "rank": 32, "alpha": 64.0, "parameters": "lora",
@@ -234,7 +235,8 @@ REFUSED = [  # the flag or word that the message names first, then a command lin
     ("--device", "--device gpu"), ("--steps", "--steps 1e9"), ("--anchor", "--tasks text --teachers text=x"),
     ("--name", ["--name", "a\nb"]), ("--name", ["--name", "x" * 300]), ("--out", ["--out", "y" * 300 + "/z"]),
     ("--name", "--name a/b"), ("--name", "--name .."), ("--resolution", f"{FLOW} --resolution 520"),
-    ("--resolution", "--preset qwen-rl --source-resolution 72"),
+    *(("--resolution", f"{FLOW} --resolution {size}") for size in SIZES),
+    ("--source-resolution", "--preset qwen-rl --source-resolution 16"),
     ("--window", "--window 3"), ("--window", "--window a:b"), ("--window", "--window 4:2"),
     ("--window", "--window=-1:3"), ("task 'words'", "--teachers words=x"), ("task 'poem'", "--prompts poem=x"),
     ("task 'poem'", "--tasks text,poem"), ("task ','", "--tasks ,"), ("task 't2i'", "--tasks t2i"),

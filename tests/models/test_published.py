@@ -1,5 +1,6 @@
 """Oracles for SD3.5 and Qwen-Image: the stock pipelines, in both precisions, and which model a folder is."""
 
+import math
 import re
 import shutil
 from functools import cache
@@ -38,7 +39,7 @@ TEN_STEPS = [1, 0.960, 0.913, 0.858, 0.790, 0.707, 0.602, 0.465, 0.278, 0.009, 0
 
 
 def load(folders, kind="", **more):
-    return models.load(str(folders[kind]), **{"resolution": 64, **more})
+    return models.load(str(folders[kind]), **{"size": (64, 64), **more})
 
 
 @pytest.fixture(scope="module")
@@ -109,12 +110,14 @@ def draw(model, x, prompts, cfg, images=None, steps=4):
 
 
 def stock_draw(pipe, x, prompt, cfg, output="latent", **more):
-    options = {"prompt": prompt, "num_inference_steps": 4, "height": 64, "width": 64, "output_type": output, **more}
+    height, width = (8 * side for side in x.shape[2:])
+    more = {"height": height, "width": width, "num_inference_steps": 4, **more}
+    options = {"prompt": prompt, "output_type": output, **more}
     if isinstance(pipe, StableDiffusion3Pipeline):
         return pipe(latents=x.clone(), guidance_scale=cfg, **options).images
     guided = {"negative_prompt": " ", "true_cfg_scale": cfg} if cfg != 1 else {}
     found = pipe(latents=qwen.pack(x, 2), **options, **guided).images
-    return qwen.unpack(found, 2, 8, 8) if output == "latent" else found
+    return qwen.unpack(found, 2, *x.shape[2:]) if output == "latent" else found
 
 
 def trained(model, seed=1):
@@ -131,28 +134,32 @@ def saved(model, folder):
 
 @pytest.fixture
 def small_sources(monkeypatch):
-    """Have the stock pipelines read sources at 64 x 64 pixels, and Qwen-Image-Edit's text encoder with them."""
+    """Have the stock pipelines read sources with 64 x 64 pixels, and Qwen-Image-Edit's text encoder with them."""
+    real = pipeline_qwenimage_edit.calculate_dimensions
     monkeypatch.setattr(pipeline_qwenimage_edit_plus, "VAE_IMAGE_SIZE", 64 * 64)
-    monkeypatch.setattr(pipeline_qwenimage_edit, "calculate_dimensions", lambda area, ratio: (64, 64, None))
+    monkeypatch.setattr(pipeline_qwenimage_edit, "calculate_dimensions", lambda area, ratio: real(64 * 64, ratio))
     monkeypatch.setitem(qwen.EDITS, "QwenImageEditPipeline", qwen.Editor("", 64, 1))
 
 
-# Which pipeline, its guidance, and whether it edits. "plus" draws, too: one transformer for both tasks.
-WHOLE = [("sd35", 4.5, False), ("", 1.0, False), ("", 4.0, False), ("plus", 4.0, False), ("edit", 4.0, True),
-         ("plus", 4.0, True), ("zero", 4.0, True)]  # fmt: skip
+# Which pipeline, its guidance, how many pictures it edits, and the size (width, height) of what it draws. "plus" draws,
+# too: one transformer for both tasks.
+WHOLE = [("sd35", 4.5, 0, (96, 64)), ("", 1.0, 0, (64, 64)), ("", 4.0, 0, (48, 96)), ("plus", 4.0, 0, (64, 64)),
+         ("edit", 4.0, 1, (64, 80)), ("plus", 4.0, 2, (80, 64)), ("zero", 4.0, 1, (64, 64)), ("zero", 4.0, 3, (32, 64))]
+SHAPES = [(96, 160), (64, 64), (200, 80)]  # (height, width) of sources
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("kind", "cfg", "edits"), WHOLE)
+@pytest.mark.parametrize(("kind", "cfg", "edits", "size"), WHOLE)
 @pytest.mark.usefixtures("small_sources")
 def test_a_picture_is_the_stock_pipelines_with_and_without_a_lora(
-    folders, stock, tmp_path, kind, cfg, edits, precision
+    folders, stock, tmp_path, kind, cfg, edits, size, precision
 ):
     """Text, masks, sources, time, guidance, adapter and its files at once; prompts of unequal length in one batch.
 
     Relative to the latents. Edits are compared one by one, which is all that EditPlus can.
     """
-    model = load(folders, kind, rescale=kind != "sd35", text_length=256, precision=precision)
+    more = {"rescale": True, "source_resolution": 64} if kind != "sd35" else {}
+    model = load(folders, kind, text_length=256, precision=precision, size=size, **more)
     pipe = stock(kind if edits or kind == "sd35" else "", precision)
     if kind == "plus" and not edits:  # with the weights of the model that edits
         parts = {name: part for name, part in stock(kind, precision).components.items() if name != "processor"}
@@ -160,12 +167,14 @@ def test_a_picture_is_the_stock_pipelines_with_and_without_a_lora(
         pipe.set_progress_bar_config(disable=True)
     trained(model)
     x, prompts = noise(model, 2), [PROMPTS[1], LONG if kind == "sd35" else PROMPTS[0]]
-    images = [shown(picture(64, 64, seed)) for seed in (0, 1)] if edits else None
+    images = [shown(*(picture(*SHAPES[i], seed + i) for i in range(edits))) for seed in (0, 10)] if edits else None
 
     def stock_latents(output="latent"):
         if not edits:
             return stock_draw(pipe, x.to(pipe.dtype), prompts, cfg, output).float()
-        rows = zip(x.to(pipe.dtype).split(1), prompts, map(pil, (i.pixels() for (i,) in images)), strict=True)
+        shown = [[pil(source.pixels()) for source in some] for some in images]
+        shown = shown if kind != "edit" else sum(shown, [])  # it does not resize what is in a list
+        rows = zip(x.to(pipe.dtype).split(1), prompts, shown, strict=True)
         return torch.cat([stock_draw(pipe, row, text, cfg, output, image=i) for row, text, i in rows]).float()
 
     def apart(expected, cfg=cfg, images=images):
@@ -181,6 +190,7 @@ def test_a_picture_is_the_stock_pipelines_with_and_without_a_lora(
         torch.testing.assert_close(model.decode(draw(model, x, prompts, cfg, images)), pixels, atol=1e-4, rtol=0)
     if edits:
         assert apart(expected, images=images[::-1]) > other, "the source matters"
+        assert edits == 1 or gap(*(model.encode(prompts, [some[::step] for some in images]).tokens for step in (1, -1)))
     with model.adapter(None):
         assert apart(expected) > other, "the adapter matters"
         assert apart(stock_latents()) < near
@@ -233,10 +243,10 @@ def test_the_stock_pipelines_leave_out_which_tokens_are_the_picture(folders, sto
 @torch.no_grad()
 def test_the_length_of_the_text_is_a_setting_that_does_not_cut_the_picture(folders):
     whole, short = load(folders, "plus"), load(folders, "plus", text_length=20)
-    assert torch.equal(short.encode([LONG]).tokens, whole.encode([LONG]).tokens[:, :20])
+    assert gap(short.encode([LONG]).tokens, whole.encode([LONG]).tokens[:, :20]) < 1e-5
     seen = 9  # 84 x 84 pixels, the tiny processor's largest, in 28 x 28 a token
     cut, all_of_it = (model.encode([LONG], [shown(picture(64, 64))]) for model in (short, whole))
-    assert cut.tokens.shape[1] == 20 + seen and torch.equal(cut.tokens, all_of_it.tokens[:, : 20 + seen])
+    assert cut.tokens.shape[1] == 20 + seen and gap(cut.tokens, all_of_it.tokens[:, : 20 + seen]) < 1e-5
 
 
 @pytest.mark.parametrize("kind", ["sd35", "plus"])
@@ -281,17 +291,18 @@ def test_a_prompts_encoding_depends_on_the_models_precision_and_on_no_other_prom
     assert 0 < gap(half.tokens.float(), one.tokens) < 0.1 * one.tokens.abs().max()
 
 
-def test_of_another_shape_the_middle_is_taken_and_of_another_size_it_is_resized(folders):
-    model, small = load(folders, "plus"), load(folders, "plus", source_resolution=32)
-    wide = picture(64, 96)
-    assert torch.equal(model.latents(wide), model.latents(wide[:, :, 16:80]))
-    assert torch.equal(model.latents(wide.transpose(1, 2)), model.latents(wide[:, :, 16:80].transpose(1, 2)))
-    shrunk = torch.from_numpy(np.array(pil(wide[:, :, 16:80]).resize((32, 32), Image.Resampling.LANCZOS)))
-    assert small.latents(wide).shape == (1, 16, 4, 4) and model.latents(wide).shape == (1, 16, 8, 8)
-    assert torch.equal(small.latents(wide), small.latents(shrunk.permute(2, 0, 1) / 255))
-    seen = [model.encode(["a"], [shown(image)]).tokens for image in (wide, wide[:, :, 16:80])]
-    assert torch.equal(*seen)
-    assert qwen.square(1.5 * wide - 0.2, 64).getextrema() == ((0, 255),) * 3, "clamped"
+def test_a_source_keeps_its_shape_and_is_resized_as_the_stock_pipelines_do_it(folders):
+    for ratio in (0.2, 0.5, 2 / 3, 0.99, 1, 4 / 3, 1.7, 3.1):
+        for side in (64, 384, 1000, 1024):
+            assert qwen.fitted(ratio, side**2) == pipeline_qwenimage_edit_plus.calculate_dimensions(side**2, ratio)
+    assert qwen.fitted(1e-4, 64**2)[0] == 32, "never nothing"
+    wide, drawn = picture(48, 120), load(folders, "plus", size=(96, 128))
+    assert drawn.latents(wide).shape == (1, 16, 8, 20), "96 x 128 pixels, as what is drawn has"
+    small = load(folders, "plus", source_resolution=32)
+    assert small.latents(wide).shape == (1, 16, 4, 8)
+    shrunk = np.array(pil(wide).resize((64, 32), Image.Resampling.LANCZOS))
+    assert np.array_equal(qwen.resized(wide, 32**2), shrunk)
+    assert qwen.resized(1.5 * wide - 0.2, 64**2).getextrema() == ((0, 255),) * 3, "clamped"
 
 
 def test_the_text_encoder_sees_pictures_in_the_stock_pipelines_sizes(monkeypatch, stock):
@@ -319,16 +330,16 @@ def test_pictures_are_float32_in_0_1_on_the_cpu_and_alone_as_in_a_batch(folders,
 
 
 # ---------------------------------------------------------------------------------------------------------- time
-@pytest.mark.parametrize("side", [64, 1024])
-@pytest.mark.parametrize("kind", ["sd35", ""])
+@pytest.mark.parametrize("kind, side", [("sd35", 64), ("sd35", 192), ("", 64), ("", 1024)])
 def test_the_time_grid_is_the_stock_schedulers_for_the_pictures_size(folders, kind, side):
-    model = load(folders, kind, resolution=side)
+    size = (side, side // 2)
+    model = load(folders, kind, size=size)
     for steps in (2, 10, 40):
         scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folders[kind] / "scheduler")
         names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
         more = {}
         if kind == "":
-            mu = pipeline_qwenimage.calculate_shift((side // 16) ** 2, *(scheduler.config[name] for name in names))
+            mu = pipeline_qwenimage.calculate_shift(math.prod(size) // 256, *(scheduler.config[name] for name in names))
             more = {"sigmas": np.linspace(1.0, 1 / steps, steps), "mu": mu}
         pipeline_qwenimage.retrieve_timesteps(scheduler, None if more else steps, **more)
         grid = model.time_grid(steps)
@@ -343,7 +354,7 @@ def test_training_times_are_shifted_as_the_grid_is(folders, tmp_path):
     """Without the stretch at its end, the grid is logistic(logit(t) + train_shift) of even times."""
     copy = shutil.copytree(folders[""], tmp_path / "copy")
     edit(copy / "scheduler/scheduler_config.json", '"shift_terminal": 0.02', '"shift_terminal": null')
-    model = load({"": copy}, resolution=512)
+    model = load({"": copy}, size=(512, 512))
     even = torch.arange(8, 0, -1) / 8
     expected = torch.sigmoid(torch.logit(even.double()) + model.train_shift).float()
     torch.testing.assert_close(model.time_grid(8)[:-1], expected)
@@ -354,7 +365,7 @@ def test_training_times_are_shifted_as_the_grid_is(folders, tmp_path):
 def test_padding_changes_nothing(folders, edits):
     """A short prompt alone, and beside a long one; and whatever stands where it is padded."""
     model = load(folders, "plus")
-    images = [shown(picture(64, 64, i)) for i in range(2)] if edits else [(), ()]
+    images = [shown(picture(64, 64, i), picture(32, 64, i)) for i in range(2)] if edits else [(), ()]
     short, both = model.encode(PROMPTS[:1], images[:1]), model.encode(PROMPTS[:2], images)
     assert short.mask is None and both.mask[0].sum() < both.mask.shape[1]
     x = noise(model, 2)
@@ -382,15 +393,18 @@ def test_what_trains_is_exactly_what_gets_a_gradient(folders, full, kind):
 
 # -------------------------------------------------------------------------------------------------------- loading
 def test_the_model_in_a_folder_is_loaded_as_asked_and_what_it_cannot_do_is_refused(folders):
-    model = load(folders, "sd35", precision="bfloat16", resolution=96, gradient_checkpointing=True)
-    assert isinstance(model, SD35Model) and model.source == str(folders["sd35"]) and model.latent_shape == (16, 12, 12)
+    model = load(folders, "sd35", precision="bfloat16", size=(80, 96), gradient_checkpointing=True)
+    assert isinstance(model, SD35Model) and model.source == str(folders["sd35"]) and model.latent_shape == (16, 12, 10)
     assert {(p.dtype, p.requires_grad) for p in model.transformer.parameters()} == {(torch.bfloat16, False)}
     assert model.transformer.is_gradient_checkpointing and re.fullmatch("[0-9a-f]{16}", model.fingerprint)
     editor = load(folders, "plus", source_resolution=32, rescale=True)
-    assert (editor.pipeline, editor.source_side, editor.rescale) == ("QwenImageEditPlusPipeline", 32, True)
-    for kind in ("sd35", ""):
-        refusal(load(folders, kind).encode, ["a"], [shown(picture(64, 64))])  # they do not edit
-    for option in ({"rescale": True}, {"source_resolution": 32}, {"tiny": True}):
+    assert (editor.pipeline, editor.source_area, editor.rescale) == ("QwenImageEditPlusPipeline", 1024, True)
+    for kind, most in (("sd35", 0), ("", 0), ("edit", 1)):
+        too_many = [picture(64, 64, seed) for seed in range(most + 1)]
+        refusal(load(folders, kind).encode, ["a"], [shown(*too_many)])
+        assert models.most_sources(str(folders[kind])) == most
+    assert models.most_sources(str(folders["plus"])) == models.most_sources("owner/unknown") == math.inf
+    for option in ({"rescale": True}, {"source_resolution": 32}, {"tiny": True}, {"size": (16, 4096)}):
         refusal(load, folders, "sd35", **option)
 
 
@@ -407,7 +421,7 @@ def test_the_code_on_the_card_draws_and_edits_with_the_adapter(folders, stock, t
     model = load(folders, kind)
     trained(model)
     about = {"model": str(folders[kind]), "stage": "opd", "cfg": 4.0, "guidance": "rollout", "eval_steps": 2,
-             "resolution": 64}  # fmt: skip
+             "resolution": "64"}  # fmt: skip
     card = model_card(about, {}, {}, 1, PIPELINES[kind])
     code = re.findall(r"^```python\n(.*?)^```$", card, re.MULTILINE | re.DOTALL)[0]
     pil(picture(64, 64)).save(tmp_path / "source.png")

@@ -41,7 +41,7 @@ def read(sound):
 
     def read(kind, folder):
         if kind in ("sd35", "plus"):
-            model = models.load(str(folder), resolution=64)
+            model = models.load(str(folder), size=(64, 64))
             model.encode(["a"])
             model.decode(torch.zeros(1, *model.latent_shape))
         elif kind in ("lora", "diffusers"):

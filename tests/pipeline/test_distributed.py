@@ -232,7 +232,7 @@ found = {{}}
 for where in sys.argv[2:]:
     for parallel in ("ddp", "fsdp", "hsdp"):
         for precision in ("float32", "bfloat16"):
-            model = load.load(where, precision=precision, resolution=64)
+            model = load.load(where, precision=precision, size=(64, 64))
             model.train_fully(keep_base=False, shard=ranks.sharding(parallel, precision, torch.device("cpu")))
             found[f"{{where}} {{parallel}} {{precision}}"] = five_velocities(model)
 if ranks.rank_and_world()[0] == 0:
@@ -266,7 +266,7 @@ def test_a_full_student_has_the_base_models_velocity_however_it_is_sharded_and_i
     from tests.helpers.checks import five_velocities, relative
 
     where = [str(sd35.base), str(qwen.base)]
-    whole = {folder: load.load(folder, resolution=64) for folder in where}
+    whole = {folder: load.load(folder, size=(64, 64)) for folder in where}
     for name, found in load_file(nodes / "found.safetensors").items():
         folder, _, precision = name.split()
         expected = five_velocities(whole[folder], folder == str(qwen.base) and precision == "bfloat16")

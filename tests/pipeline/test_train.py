@@ -270,26 +270,28 @@ STAGES = {
         "opd, bfloat16": ["--stage", "opd", "--precision", "bfloat16"],
     },
     "qwen": {
-        "grpo, edit": ["--stage", "grpo", "--task", "edit", "--rewards", "FILE", "--guidance", "both"],
+        "grpo, edit": ["--stage", "grpo", "--task", "edit", "--rewards", "FILE", "--guidance", "both",
+                       "--prompts", "edit=MIXED"],
         "grpo, mixed": ["--stage", "grpo", "--task", "mix", "--rewards", "jpeg=1", "--source-resolution", "32"],
         "nft, all parameters": ["--stage", "nft", "--task", "mix", "--rewards", "jpeg=1", "--parameters", "full"],
         "sft": ["--stage", "sft"],
-        "opd": ["--stage", "opd", "--prompts-per-step", "2"],
+        "opd": ["--stage", "opd", "--prompts-per-step", "4", "--prompts", "edit=MIXED", "--resolution", "48x64"],
     },
 }
 
 
 @pytest.mark.parametrize("model, stage", [(model, stage) for model, stages in STAGES.items() for stage in stages])
 def test_every_stage_trains_every_model_with_teachers_of_every_kind(request, monkeypatch, updates, model, stage):
-    """Qwen-Image-Edit's scorer gets the source of each picture."""
+    """Qwen-Image-Edit's scorer gets all sources of each picture."""
     seen = []
 
     def like(images, prompts, sources):
         seen.extend(zip(prompts, sources, strict=True))
-        return [float(1 - (image - source).abs().mean()) for image, (source,) in zip(images, sources, strict=True)]
+        return [float(1 - (image.mean() - some[0].mean()).abs()) for image, some in zip(images, sources, strict=True)]
 
     run = request.getfixturevalue({"tiny-qwen": "go2", "sd35": "real", "qwen": "real2"}[model])
-    flags = STAGES[model][stage]
+    mixed = f"edit={request.getfixturevalue('qwen').root / 'mixed.jsonl'}" if model == "qwen" else ""
+    flags = [mixed if flag == "edit=MIXED" else flag for flag in STAGES[model][stage]]
     if "FILE" in flags:
         panel = scoring.Panel([rewards.Scorer("like", like, 0.0, 1.0)], {"edit": {"like": 1.0}})
         monkeypatch.setattr(scoring, "build", lambda *_: panel)
@@ -309,8 +311,10 @@ def test_every_stage_trains_every_model_with_teachers_of_every_kind(request, mon
     if "grpo" in stage and "--updates" not in flags:
         assert (lines[0]["ratio_mean"], lines[0]["ratio_std"]) == (1.0, 0.0)
     assert bool(seen) == ("FILE" in STAGES[model][stage])
-    for prompt, (source,) in seen:
-        assert torch.equal(source, torch.from_numpy(source_images(prompt)[0].copy()).permute(2, 0, 1) / 255)
+    for prompt, found in seen:
+        for source, image in zip(found, source_images(prompt), strict=True):
+            assert torch.equal(source, torch.from_numpy(image.copy()).permute(2, 0, 1) / 255)
+    assert not seen or len({len(found) for _, found in seen}) > 1
 
 
 def test_a_curated_edit_trains_with_the_picture_it_was_kept_for(go2, spy):

@@ -98,7 +98,7 @@ def seen_in_training(s: Settings) -> list[str]:
             notes.append(f"--prompts {task}={path} {said}")
         elif all(data.holds_split(path, split) for split in data.SPLITS):
             own = (data.read_prompts(path, "quality" if task == "auto" else task, split) for split in data.SPLITS)
-            train, test = ({(p.text, p.metadata.get("image")) for p in some} for some in own)
+            train, test = ({(p.text, places(p)) for p in some} for some in own)
             if both := len(train & test):
                 notes.append(f"--prompts {task}={path}: {both} of {len(test)} test prompts are training prompts, too.")
     return notes

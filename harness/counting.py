@@ -35,7 +35,7 @@ class CountingModel(flow.FlowModel):
     """
 
     latent_shape, precision, device, hosted = (1, 2, 2), "float32", torch.device("cpu"), ()
-    most_sources = math.inf
+    most_sources, source = math.inf, "the plan"
 
     def __init__(self):
         self.who, self.moment, self.found = "student", "before", {}  # who computes, when, and what was counted

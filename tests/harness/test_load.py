@@ -9,7 +9,7 @@ import torch
 
 import eval as evaluation
 import train
-from harness import identity, load, ranks
+from harness import cli, identity, load, ranks
 from models import hub
 from models import load as models
 from models.tiny import load_tiny
@@ -87,6 +87,18 @@ def test_one_rank_a_node_looks_first(world, monkeypatch, local, expected):
     monkeypatch.setattr(ranks, "local_rank", lambda: local)
     load.locate_all(s)
     assert order == expected
+
+
+def test_auto_says_once_which_prompts_have_a_quote_that_is_not_closed(tmp_path, capsys):
+    lines = ['a 27" screen that shows "HELLO"', 'a sign that says "OPEN', "the dog's bed", "a 「menu", 'a 6"x9" print']
+    (tmp_path / "mine.txt").write_text("\n".join(lines))
+    s = cli.resolve({"prompts": {"auto": str(tmp_path / "mine.txt")}})
+    for _ in range(2):
+        found = load.read_own_prompts(s, "train")
+    routed = {task: [lines.index(p.text) for p in some] for task, some in found.items()}
+    assert routed == {"text": [0], "quality": [1, 2, 3, 4]}
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "2 prompts" in said and "mine.txt:2" in said
 
 
 @pytest.mark.parametrize("stage", ["opd", "grpo"])

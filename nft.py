@@ -59,7 +59,7 @@ def nft_loss(v: Tensor, v_old: Tensor, v_target: Tensor, r: Tensor, beta: float,
     if beta <= 0:
         raise ValueError(f"beta must be > 0, got {beta}")
     if r.min() < 0 or r.max() > 1:
-        raise ValueError(f"r must lie in [0, 1], got {r.min().item():g}..{r.max().item():g}")
+        raise ValueError(f"r must lie in [0, 1], got {r.tolist()}")
     v, v_old = full_precision(v), full_precision(v_old).detach()
     v_target, r = full_precision(v_target).detach(), full_precision(r).detach()
     v_plus = beta * v + (1 - beta) * v_old  # Q Eq. 7, left

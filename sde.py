@@ -91,7 +91,7 @@ def standard_normal(shape: Sequence[int], generator: Noise = None, dtype: torch.
         device = "cpu" if generator is None else generator.device
         return torch.randn(*shape, generator=generator, dtype=dtype, device=device)
     if len(generator) != shape[0]:
-        raise ValueError(f"{shape[0]} rows need as many generators, not {len(generator)}")
+        raise ValueError(f"a batch of shape {tuple(shape)} needs a generator for each row, not {len(generator)}")
     return torch.stack([torch.randn(*shape[1:], generator=g, dtype=dtype, device=g.device) for g in generator])
 
 
@@ -222,9 +222,10 @@ def rollout(
         raise ValueError(f"ts must be two or more strictly descending times in [0, 1], not {times}")
     if kernel not in KERNELS:
         raise ValueError(f"kernel must be one of {KERNELS}, not {kernel!r}")
-    start, stop = (0, len(times) - 1) if window is None else window
-    if not 0 <= start <= stop < len(times):
-        raise ValueError(f"window must satisfy 0 <= start <= stop <= {len(times) - 1}, not {(start, stop)}")
+    num_steps = len(times) - 1
+    start, stop = (0, num_steps) if window is None else window
+    if not 0 <= start <= stop <= num_steps:
+        raise ValueError(f"window must satisfy 0 <= start <= stop <= {num_steps}, not {(start, stop)}")
     if level < 0:
         raise ValueError(f"level must not be negative, not {level}")
     noisy = range(start, stop) if level > 0 else ()  # the n whose steps are stochastic
@@ -285,7 +286,7 @@ def per_sample(value: Time, x: Tensor) -> Time:
     if not isinstance(value, Tensor) or value.ndim == 0:
         return value
     if value.shape != x.shape[:1]:
-        raise ValueError(f"a per-sample value must have shape {tuple(x.shape[:1])}, not {tuple(value.shape)}")
+        raise ValueError(f"a per-sample value must have shape ({len(x)},), not {tuple(value.shape)}")
     return value.reshape([-1] + [1] * (x.ndim - 1))
 
 

@@ -395,12 +395,14 @@ def test_what_a_curation_keeps_is_what_the_next_run_trains_on(go, spy):
     assert tags & set(tiny.TAG_MIX), "with the checklists that composition is scored by"
 
 
-def test_a_prompt_that_is_given_twice_is_asked_about_once(go, tmp_path, spy):
-    asked, file = spy(scoring.Panel, "ask"), tmp_path / "words.txt"
+def test_a_prompt_that_is_given_twice_is_asked_about_once(go, tmp_path, spy, capsys):
+    asked, encoded, file = spy(scoring.Panel, "ask"), spy(rollout, "encode_all"), tmp_path / "words.txt"
     lines = [f'a sign that says "{word}"' for word in ("CAT", "HAT", "CAT", "HEN")]
     file.write_text("".join(line + "\n" for line in lines))
     folder = go("run", *CURATE, "--tasks", "text", "--prompts", f"text={file}", "--threshold", "0")
     assert [p.text for call in asked for p in call.args[2][::3]] == [lines[0], lines[1], lines[3]]
+    assert [call.args[2] for call in encoded] == [False], "without guidance nothing asks for the empty prompt"
+    assert "run: 100%" in capsys.readouterr().err
     assert (folder / "prompts/text/train.txt").read_text() == file.read_text(), "and kept as often as it was given"
 
 

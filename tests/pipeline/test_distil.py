@@ -181,6 +181,8 @@ def test_each_weight_scales_every_state_by_its_own_formula(go, visits):
         assert len(asked) == (3 if states == "ode" else 2), "of the ODE every step trains, of the SDE the window's"
         assert line["loss"] == pytest.approx(loss.item(), rel=1e-4)
         assert line["mar"] == pytest.approx(mar.item(), rel=1e-4)
+        gap = sum((v - at.v_target).square().mean() for at, v in asked) / len(asked)
+        assert line["gap"] == pytest.approx(gap.item(), rel=1e-4)
         assert states == "ode" or line["kl"] == pytest.approx(line["loss"] / dt, rel=1e-4), "in nats per dimension"
 
 

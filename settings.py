@@ -47,7 +47,7 @@ def _option(default, help: str, stages: tuple[str, ...] = READERS, **more):
 class Settings:
     """Every setting of a run. Symbols in brackets are the papers' (F: Flow-OPD, Q: Qwen-Image-2.0-RL)."""
 
-    preset: str = _option("flow-opd", "hyper-parameters to start from: F App. A's on SD3.5-M, Q's on Qwen-Image-Edit, "
+    preset: str = _option("flow-opd", "hyper-parameters to start from: F App. A's on SD3.5-M, Q's on Qwen-Image-2.1, "
                           "or their tiny worlds'", choices=("flow-opd", "tiny", "qwen-rl", "tiny-qwen"),
                           group="what to run")
     stage: str = _option("opd", "which part of the pipeline", READERS[:-1], choices=(*STAGES, "eval"))
@@ -93,7 +93,8 @@ class Settings:
                         ("curate", *LORA))
     compare: dict = _option({}, "students to score beside the base and the teachers", ("eval",),
                             metavar="NAME=ID_OR_PATH")
-    resolution: str = _option("512", "pixels a side, or WIDTHxHEIGHT as 768x512; multiples of 16", LOADED)
+    resolution: str = _option("512", "pixels a side, or WIDTHxHEIGHT as 768x512; multiples of 16 (Qwen-Image-2.1: of "
+                              "32)", LOADED)
     source_resolution: int = _option(0, "edits: a source picture is read into tokens in its own shape, with as many "
                                      "pixels as a square of this side; 0: as --resolution (the stock pipeline: 1024)",
                                      LOADED, low=0, high=4096)
@@ -291,11 +292,12 @@ PRESETS: dict[str, dict[str, dict]] = {
         "reward": TINY_REWARD,
     },
     # SILENT (Q 4): the methods are named, and hardly a number. Those here are Flow-GRPO's and DiffusionNFT's, scaled to
-    # a model of 20 billion parameters.
-    # DEVIATION (Q 5): Qwen-Image-2.0 is not public; the published model that edits and draws is the base.
+    # a model of 7 to 20 billion parameters.
+    # DEVIATION (Q 5): Qwen-Image-2.0 is not public; the next published model that draws and edits in one transformer is
+    # the base. Its Qwen Research licence allows research and evaluation only, nothing commercial.
     "qwen-rl": {
         "": dict(
-            model="Qwen/Qwen-Image-Edit-2509", tasks="t2i,edit", anchor="", mar=0.0, cfg=4.0, cfg_rescale=True,
+            model="Qwen/Qwen-Image-2.1", tasks="t2i,edit", anchor="", mar=0.0, cfg=4.0,
             teachers={t: f"./runs/qwen-rl-grpo-{t}" for t in QWEN_TASKS}, text_length=512, micro_batch=4, rank=64,
             alpha=128.0, lr=1e-4, prompts_per_step=4, group_size=12, num_steps=40, window="0:16",
             combine="normalised", train_steps="random", train_count=8, mix="joint", log_prob="mean",

@@ -122,7 +122,8 @@ def curate(s: Settings, load=load) -> Path:
     rollout.encode_all(run.model, mine, settings.student_cfg(s) != 1)
     for part in tqdm(batches(mine, s.prompts_per_step), s.name, disable=run.rank > 0):
         rows = [Row(p, seed_for("row", s.seed, s.stage, p.text, g)) for p in part for g in range(s.group_size)]
-        images = torch.cat([rollout.roll_out(run.model, some, s)[1] for some in micro_batches(rows, s.micro_batch)])
+        parts = micro_batches(run.model, rows, s.micro_batch)
+        images = torch.cat([rollout.roll_out(run.model, some, s)[1] for some in parts])
         scores = panel.ask(images, prompts_of(rows), s.group_size, sources(prompts_of(rows)))
         known.add(part, scoring.totals(scores).reshape(len(part), -1))
     ranks.wait()
@@ -195,7 +196,7 @@ def draw_shares(run: Run, prompts: Mapping[str, list], step: int, later: scoring
     trained = rollout.trained_steps(s, run.generator("subset", step=step))
     for share in batches(rows, len(rows) // s.updates):
         found, waiting, asked = Share([], []), [], 0
-        for some in in_step(micro_batches(share, s.micro_batch)):
+        for some in in_step(micro_batches(run.model, share, s.micro_batch)):
             run.stop_if_asked()
             with run.old_policy(step):  # nft: the old policy draws (Q Eq. 8)
                 part, pictures = rollout.roll_out(run.model, some, s, trained)
@@ -285,6 +286,7 @@ def shared_out(
         own = (torch.zeros(len(part.counts)).masked_scatter(part.counts, x[some]) for x in (values_B, weight_B))
         value, weight = (x.to(run.model.device) for x in own)
         yield part, value, weight / len(part.path)
+        part.velocity.forget()
 
 
 # -------------------------------------------------------------------------------------------- cold start: sft, merge
@@ -310,7 +312,7 @@ def sft(s: Settings, load=load) -> Run:
         seeds = (seed_for("row", s.seed, s.stage, step, i) for i in range(len(places)))
         rows = [pool[place]._replace(seed=seed) for place, seed in zip(places, seeds)]  # of all ranks
         mine = sorted(rows, key=lambda row: rollout.layout(row.prompt))[run.rank :: run.world]
-        for some in in_step(micro_batches(mine, s.micro_batch)):
+        for some in in_step(micro_batches(run.model, mine, s.micro_batch)):
             run.stop_if_asked()
             cond, _ = rollout.conditions(run.model, prompts_of(some), 1.0)
             x0, counts = torch.stack([row.x0 for row in some]), torch.tensor([row.counts for row in some])
@@ -367,7 +369,7 @@ def distil_step(run: Run, rows: Sequence[Row], experts: Mapping[str, str]) -> li
     alone = bool(run.model.hosted)  # full-checkpoint teachers take turns: a part has one task, hence one teacher
     for share in batches(rows, len(rows) // s.updates):
         share = rollout.draw_states(share, size_S, drawn, alone)
-        shares.append(in_step(micro_batches(share, s.micro_batch, alone)))
+        shares.append(in_step(micro_batches(run.model, share, s.micro_batch, alone)))
     visited = visits(run, [part for share in shares for part in share], trained, experts)
     if s.updates > 1:  # one old policy draws the rows of all updates (F Eq. 11)
         visited = iter(list(visited))
@@ -413,17 +415,23 @@ def visits(
         # "Only the active teacher is loaded onto the GPU" (Q 4.3): a full checkpoint is sent away after its part.
         model.keep({experts[row.prompt.task] for row in part} | {experts.get("anchor", "")})
         cond, uncond = rollout.conditions(model, prompts_of(part), settings.teacher_cfg(s))
-        student = rollout.field(model, cond, uncond, settings.student_cfg(s))  # v_theta(x, t, c)
-        routed = opd.route([row.prompt.task for row in part], experts)  # k = R(c)
-        teachers = partial(label, run, routed, experts.get("anchor"), cond, uncond)  # F Eq. 7
+        learnt, times = rollout.learnt_in(part, trained, s.parallel), model.time_grid(s.num_steps).tolist()
+        whole, cfg = [times[n] for n in learnt], settings.student_cfg(s)
+        student = rollout.Field(model, cond, uncond, cfg, whole)  # v_theta(x, t, c)
+        routed, anchor = opd.route([row.prompt.task for row in part], experts), experts.get("anchor")  # k = R(c)
+        asked = {**routed, **({anchor: torch.arange(len(part))} if anchor else {})}  # whom about which rows
+        fields = {
+            name: rollout.Field(model, cond.rows(rows), uncond and uncond.rows(rows), settings.teacher_cfg(s))
+            for name, rows in asked.items()
+        }
+        teachers = partial(label, run, routed, fields, anchor)  # F Eq. 7
         x, noise = rollout.pure_noise(model, part)
-        walk = sde.rollout(student, x, model.time_grid(s.num_steps), level, kernel, window, noise)  # F Eq. 5-6
-        learnt = rollout.learnt_in(part, trained, s.parallel)
+        walk = sde.rollout(student, x, times, level, kernel, window, noise)  # F Eq. 5-6
         walk = islice(walk, max(learnt) + 1)  # no picture is needed: the walk ends at the last state that teaches
         if s.updates == 1 and s.estimator not in opd.NEEDS_FUTURE:
             yield single_pass(walk, teachers, learnt)
         else:
-            yield replay(walk, teachers, learnt, student, s.estimator)
+            yield replay(walk, teachers, learnt, rollout.Field(model, cond, uncond, cfg), s.estimator)
 
 
 def single_pass(walk: Iterator[sde.Transition], teachers: Callable, trained: Sequence[int]) -> Iterator:
@@ -443,20 +451,20 @@ def replay(walk: Iterator, teachers: Callable, trained: Sequence[int], student: 
 
 
 def label(
-    run: Run, routed: Mapping[str, Tensor], anchor: str | None, cond: flow.Cond, uncond: flow.Cond | None,
+    run: Run, routed: Mapping[str, Tensor], fields: Mapping[str, rollout.Field], anchor: str | None,
     step: sde.Transition,
 ) -> opd.Visit:  # fmt: skip
     """A transition with its teachers' velocity (F Eq. 7), and the anchor's (F Eq. 12), None without MAR."""
-    s, model, cfg, v_anchor = run.s, run.model, settings.teacher_cfg(run.s), None
+    s, model, v_anchor = run.s, run.model, None
     if anchor:
         with model.adapter(anchor):
-            v_anchor = model.velocity(step.x, step.t, cond, uncond, cfg)
+            v_anchor = fields[anchor](step.x, step.t)
 
     def teacher(name: str, rows: Tensor, x: Tensor, t: float) -> Tensor:
         if name == anchor:  # the anchor has answered for every row
             return v_anchor[rows]
         with model.adapter(name):
-            return model.velocity(x, t, cond.rows(rows), uncond and uncond.rows(rows), cfg)
+            return fields[name](x, t)
 
     v_target = opd.target_velocity(routed, teacher, step.x, step.t)  # v_k(x_t, t, c), F Eq. 7
     return opd.Visit(step, v_target, v_anchor, None, s.weight, s.log_prob, s.clip, s.advantage_clip)

@@ -75,8 +75,14 @@ def _calls(settings: Mapping, pipeline: str) -> list[str]:
         return [f'image = pipe("a photo of two cats", {steps}, guidance_scale={scale!r}).images[0]']
     guided = f'negative_prompt=" ", true_cfg_scale={scale!r}' if scale != 1 else "true_cfg_scale=1.0"
     options = f"{guided}, {steps}, height={height}, width={width}"
+    drawn = [f'image = pipe("a photo of two cats", {options}).images[0]']
+    if pipeline == "QwenImage21Pipeline":
+        own = f"{options}, output_resolution={settings.get('source_resolution') or round((width * height) ** 0.5)}"
+        return [*drawn, "", "# It edits too: up to ten pictures, in the order in which the prompt counts them",
+                "from diffusers.utils import load_image", "", 'source = load_image("path/to/a/picture.png")',
+                f'image = pipe(image=[source], prompt="make the cat blue", {own}).images[0]']  # fmt: skip
     if "Edit" not in pipeline:
-        return [f'image = pipe("a photo of two cats", {options}).images[0]']
+        return drawn
     return [
         "from diffusers.utils import load_image", "", 'source = load_image("path/to/a/picture.png")',
         f'image = pipe(image=source, prompt="make the cat blue", {options}).images[0]', "",

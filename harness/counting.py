@@ -22,13 +22,14 @@ from data.batches import seed_for
 from data.files import Prompt
 from harness import load, ranks, rollout
 from models import flow, hub
+from models.experts import STUDENT
 from scorers import panel
 from settings import Settings, is_tiny, student_cfg, teacher_cfg
 from tiny import edits
 
 
 class CountingModel(flow.FlowModel):
-    """A model that computes nothing. `found`: {(moment, who, with gradient?): [forwards, rows]}.
+    """A model that computes nothing. `found`: {(moment, who, with gradient?): [forwards, rows, those of known prefix]}.
 
     Guidance and experts are asked through `FlowModel.velocity`, so that what is counted is what would be computed.
     The latents are small, because no count depends on their size.
@@ -37,15 +38,21 @@ class CountingModel(flow.FlowModel):
     latent_shape, precision, device, hosted = (1, 2, 2), "float32", torch.device("cpu"), ()
     most_sources, source = math.inf, "the plan"
 
-    def __init__(self):
+    def __init__(self, like: type[flow.FlowModel] | flow.FlowModel = flow.FlowModel):
+        self.together, self.keeps_prefix = like.together, like.keeps_prefix
         self.who, self.moment, self.found = "student", "before", {}  # who computes, when, and what was counted
         self.weight = torch.zeros((), requires_grad=True)
 
     def _forward(self, x: Tensor, t: Tensor, cond: flow.Cond) -> Tensor:
-        count = self.found.setdefault((self.moment, self.who, torch.is_grad_enabled()), [0, 0])
+        count = self.found.setdefault((self.moment, self.who, torch.is_grad_enabled()), [0, 0, 0])
         count[0] += 1
         count[1] += len(x)
+        count[2] += len(x) * cond.kept_by(self.who, dict)[1]
         return 0 * x + self.weight
+
+    @property
+    def selected(self) -> str:
+        return STUDENT if self.who == "old policy" else self.who
 
     @contextmanager
     def adapter(self, name: str | None) -> Iterator[None]:
@@ -151,13 +158,15 @@ def stand_ins(s: Settings, split: str, task: str, count: int) -> list[Prompt]:
     return [Prompt(f"{task} {i}", task, more, "plan") for i in range(count)]
 
 
-def forwards(s: Settings, loop: Callable | None) -> dict[tuple[str, str, bool], list[int]]:
-    """The forwards of a rank, counted: {(moment, who, with gradient?): [forwards, rows]}.
+def forwards(
+    s: Settings, loop: Callable | None, like: type[flow.FlowModel] | flow.FlowModel = flow.FlowModel
+) -> dict[tuple[str, str, bool], list[int]]:
+    """The forwards of a rank of a model like this one, counted, as `CountingModel.found`.
 
     The moments are "before" the first step, one "step", and the test pictures in the "end", whoever draws them. loop:
     the stage's of train.py; None for one without forwards of its own. Teachers are counted together.
     """
-    model = CountingModel()
+    model = CountingModel(like)
     model.moment = "step" if s.stage == "curate" else "before"  # curation knows no other moment
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         if loop:

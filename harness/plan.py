@@ -24,13 +24,15 @@ from data.common import first_line
 from data.files import DataError
 from harness import load, ownership, ranks, rollout
 from harness.counting import forwards
-from models import flow, hub, lora, qwen, tiny
+from models import flow, hub, lora, tiny
+from models import load as models
 from models.experts import STUDENT
 from scorers import registry
 from settings import RL, Settings, SettingsError, is_tiny, student_cfg, task_list, teacher_cfg, trained_cfg
 
 GIB = 1 << 30
-# The transformers as published, for a Hub id that is not in the cache: of SD3.5-M, and of Qwen-Image and its editors.
+# The transformers as published, for a Hub id that is not in the cache: of SD3.5-M, of Qwen-Image and its editors, of
+# Qwen-Image-2.1.
 SD35_MEDIUM = {
     "_class_name": "SD3Transformer2DModel", "sample_size": 128, "patch_size": 2, "in_channels": 16, "out_channels": 16,
     "num_layers": 24, "attention_head_dim": 64, "num_attention_heads": 24, "joint_attention_dim": 4096,
@@ -42,6 +44,12 @@ QWEN_IMAGE = {
     "num_layers": 60, "attention_head_dim": 128, "num_attention_heads": 24, "joint_attention_dim": 3584,
     "axes_dims_rope": (16, 56, 56), "guidance_embeds": False,
 }  # fmt: skip
+QWEN_IMAGE_21 = {
+    "_class_name": "QwenImage21Transformer2DModel", "patch_size": 1, "in_channels": 64, "out_channels": 64,
+    "num_layers": 32, "attention_head_dim": 128, "num_attention_heads": 32, "context_in_dim": 4096, "mlp_ratio": 3,
+    "axes_dims_rope": (16, 56, 56), "causal_condition": True,
+}  # fmt: skip
+PUBLISHED = {"Qwen-Image-2.1": QWEN_IMAGE_21, "Qwen": QWEN_IMAGE}  # by a part of the id; else SD3.5-M
 # Bytes of a trained number: the weight, its average, its gradient and AdamW's two moments, all float32.
 TRAINED_BYTES = 5 * 4
 
@@ -56,8 +64,7 @@ def base_of(s: Settings) -> flow.FlowModel:
         with torch.device("meta"):
             return tiny.new_tiny(s.seed, device="meta", qwen="edit" in task_list(s))
     config = transformer_config(s.model)
-    kind = qwen.QwenFlow if config["_class_name"] == QWEN_IMAGE["_class_name"] else flow.FlowModel
-    return kind(hub.empty_transformer(config), "meta")
+    return models.FLOWS[config["_class_name"]](hub.empty_transformer(config), "meta")
 
 
 def transformer_config(where: str) -> dict:
@@ -66,7 +73,7 @@ def transformer_config(where: str) -> dict:
         revision = hub.base_and_revision(where)[1] or None
         file = huggingface_hub.try_to_load_from_cache(repo, "transformer/config.json", revision=revision)
         if not isinstance(file, str):
-            return QWEN_IMAGE if "Qwen" in repo else SD35_MEDIUM
+            return next((config for part, config in PUBLISHED.items() if part in repo), SD35_MEDIUM)
         return hub.transformer_config(Path(file).parent)
     return hub.transformer_config(hub.locate(where))
 
@@ -192,8 +199,8 @@ def describe(s: Settings, loops: Mapping[str, Callable], parts: Sequence[Setting
         s = parts[0] if parts else s
         standing = _standing(s)
         lost += [standing] if standing.startswith("refused") else []
-        more, also = _model_lines(s)
-        lines += [("run", standing), *_step_lines(s), *_forward_lines(forwards(s, loops.get(s.stage)))]
+        more, also, base = _model_lines(s)
+        lines += [("run", standing), *_step_lines(s), *_forward_lines(forwards(s, loops.get(s.stage), base))]
     lost = list(dict.fromkeys([*lost, *also]))
     lines += [*more, *(("MISSING", what) for what in lost)]
     return "\n".join(f"{label:<20} {text}" for label, text in lines), lost
@@ -251,9 +258,10 @@ def _step_lines(s: Settings) -> list[tuple[str, str]]:
 def _forward_lines(found: Mapping[tuple[str, str, bool], list[int]]) -> list[tuple[str, str]]:
     """The counted forwards of a rank. An anchor that is one of the teachers is counted with them."""
     when, lines = {"before": "before the first step", "step": "a step", "end": "test pictures at the end"}, []
-    for (moment, who, gradient), (calls, rows) in found.items():
+    for (moment, who, gradient), (calls, rows, known) in found.items():
         whose = f", {who}, {'with' if gradient else 'without'} gradient" if who else ""
-        lines.append(("forwards", f"{when[moment]}{whose}: {calls:,} of {rows:,} rows"))
+        reused = f", {known:,} with text and sources known" if known else ""
+        lines.append(("forwards", f"{when[moment]}{whose}: {calls:,} of {rows:,} rows{reused}"))
     return lines
 
 
@@ -283,24 +291,40 @@ def _checkpoint_lines(wanted: Mapping[str, tuple]) -> tuple[list[tuple[str, str]
     return lines, lost, kinds
 
 
-def _model_lines(s: Settings) -> tuple[list[tuple[str, str]], list[str]]:
-    """Checkpoints, parameters and memory -> (lines, what is missing)."""
+def _model_lines(s: Settings) -> tuple[list[tuple[str, str]], list[str], flow.FlowModel | type[flow.FlowModel]]:
+    """Checkpoints, parameters and memory -> (lines, what is missing, the base if it is known)."""
     wanted = _wanted(s)
     lines, lost, kinds = _checkpoint_lines(wanted)
     if s.stage == "reward" or ("model" in wanted and "model" not in dict(lines)):
-        return lines, lost
+        return lines, lost, flow.FlowModel
     base = base_of(s)
     whole, fixed = numbers(base.transformer.parameters()), numbers(base.transformer.buffers())
     trained = trained_numbers(s, base)
     lines.append(("parameters", f"transformer {whole:,}, trained {trained:,}"))
     parts = memory(s, whole, fixed, trained, {name for name, kind in kinds.items() if kind == "full"})
+    kept = kept_bytes(s, base) if base.keeps_prefix and s.stage != "merge" else 0
     total = " + ".join(f"{name} {gib(size)}" for name, size in parts.items())
     unknown = ", without checkpoints that are not here yet" if wanted.keys() - kinds.keys() - {"model"} else ""
     lines.append(("memory", f"{gib(sum(parts.values()))} a rank stay: {total}{unknown}"))
+    if kept:
+        lines.append(("", f"at most {gib(kept)} more as a micro-batch is drawn: keys and values of text and sources"))
     if s.stage in settings.TRAINED:
         lines.append(("", "activations, LoRA teachers, encoders, VAE and scorers come on top; to measure all, run on"))
         lines.append(("", "an accelerator with --name probe --steps 1: `memory` (GiB) in runs/probe/metrics.jsonl"))
-    return lines, lost
+    return lines, lost, base
+
+
+def kept_bytes(s: Settings, base: flow.FlowModel) -> int:
+    """What a micro-batch of longest texts, with one source for an edit, keeps from step to step (`Cond.kept`).
+
+    Two numbers a token, channel and block: of the student and in distillation of a teacher, guided ones twice.
+    """
+    config, b = base.transformer.config, 4 if s.precision == "float32" else 2
+    side = (s.source_resolution or s.resolution) // 16
+    tokens = s.text_length + side**2 * ("edit" in task_list(s))
+    branches = 1 + (student_cfg(s) != 1) + (s.stage == "opd") * (1 + (teacher_cfg(s) != 1))
+    rows = branches * (s.micro_batch or s.prompts_per_step * s.group_size)
+    return 2 * b * config.num_layers * config.num_attention_heads * config.attention_head_dim * tokens * rows
 
 
 def gib(size: float) -> str:

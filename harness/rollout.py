@@ -6,7 +6,7 @@ Rollout, objective and teachers each have a guidance scale (Q 4.1, 4.3): `settin
 `teacher_cfg`.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import groupby, zip_longest
 from typing import NamedTuple
 
@@ -23,11 +23,11 @@ from data.pictures import aspects, places, sources_of
 from harness import load, ranks
 from harness.run import Run
 from harness.weights import poisoned
+from models.experts import STUDENT
 from models.flow import Cond, FlowModel, check_count
 from settings import Settings
 
 MIX = {"composition": 3, "text": 1, "quality": 1}  # F App. A: epochs of GenEval : OCR : PickScore
-Velocity = Callable[[Tensor, float], Tensor]  # v(x, t) of one micro-batch, as `sde.rollout` takes it
 
 
 # ------------------------------------------------------------------------------------------------ prompts of a step
@@ -96,12 +96,13 @@ def layout(prompt: Prompt) -> tuple[float, ...]:
     return aspects(prompt)
 
 
-def micro_batches(rows: Sequence[Row], size: int, by_task: bool = False) -> list[Sequence[Row]]:
-    """Rows in parts of at most `size` (0: no limit), in order; a part has one `layout` and one draw of states;
-    by_task: one task, too."""
+def micro_batches(model: FlowModel, rows: Sequence[Row], size: int, by_task: bool = False) -> list[Sequence[Row]]:
+    """Rows in parts of at most `size` (0: no limit), in order; a part has one `layout`, one `FlowModel.tokens` and one
+    draw of states; by_task: one task, too."""
 
     def kind(row: Row) -> tuple:
-        return layout(row.prompt), row.learnt(), by_task and row.prompt.task
+        tokens = model.tokens(row.prompt.text, sources_of(row.prompt))
+        return layout(row.prompt), tokens, row.learnt(), by_task and row.prompt.task
 
     return [part for _, some in groupby(rows, kind) for part in batches(list(some), size)]
 
@@ -235,9 +236,26 @@ def pure_noise(model: FlowModel, rows: Sequence[Row]) -> tuple[Tensor, list[torc
     return sde.standard_normal((len(rows), *model.latent_shape), noise).to(model.device), noise
 
 
-def field(model: FlowModel, cond: Cond, uncond: Cond | None, cfg: float) -> Velocity:
-    """The velocity field of one micro-batch, v(x, t), guided by `cfg`."""
-    return lambda x, t: model.velocity(x, t, cond, uncond, cfg)
+class Field:
+    """The velocity field of one micro-batch, v(x, t), guided by `cfg`.
+
+    What an expert computes from the conditioning alone it computes once for all times (`Cond.kept`). At the times
+    `whole` the student does not use it: the objective's forward, which has a gradient and hence cannot, must give the
+    same bits there, so that the first ratio is 1.
+    """
+
+    def __init__(self, model: FlowModel, cond: Cond, uncond: Cond | None, cfg: float, whole: Collection[float] = ()):
+        self.model, self.branches, self.cfg, self.whole = model, (cond, uncond), cfg, whole
+        self.forget()
+
+    def forget(self) -> None:
+        """Give up what is kept."""
+        keeps = self.model.keeps_prefix
+        self.keeping = [b._replace(kept={}) if b and keeps else b for b in self.branches]
+
+    def __call__(self, x: Tensor, t: float) -> Tensor:
+        plain = self.model.selected == STUDENT and t in self.whole
+        return self.model.velocity(x, t, *(self.branches if plain else self.keeping), self.cfg)
 
 
 class HybridField:
@@ -247,13 +265,14 @@ class HybridField:
     another size differ in the last bits, so that the first ratio would not be 1.
     """
 
-    def __init__(self, model: FlowModel, cond: Cond, uncond: Cond, cfg: float):
-        self.model, self.cond, self.uncond, self.cfg = model, cond, uncond, cfg
+    def __init__(self, model: FlowModel, cond: Cond, uncond: Cond, cfg: float, whole: Collection[float]):
+        self.guide, self.cfg = model.guide, cfg
+        self.with_prompt, self.without = Field(model, cond, None, 1.0, whole), Field(model, uncond, None, 1.0)
         self.v_cond: Tensor | None = None
 
     def __call__(self, x: Tensor, t: float) -> Tensor:
-        self.v_cond = self.model.velocity(x, t, self.cond)
-        return self.model.guide(self.model.velocity(x, t, self.uncond), self.v_cond, self.cfg)
+        self.v_cond = self.with_prompt(x, t)
+        return self.guide(self.without(x, t), self.v_cond, self.cfg)
 
 
 class Noised(NamedTuple):
@@ -270,7 +289,7 @@ class Trajectories(NamedTuple):
 
     path: list[sde.Transition] | list[Noised]  # at the trained steps: grpo's transitions, nft's states
     x0: Tensor  # (B, C, H, W) the finished latents
-    velocity: Velocity  # the field of the objective, v(x, t)
+    velocity: Field  # of the objective
     counts: Tensor  # (B,) bool, on the CPU: `Row.counts`
 
 
@@ -285,16 +304,18 @@ def roll_out(
     """
     drawn, learnt = settings.student_cfg(s), settings.trained_cfg(s)
     cond, uncond = conditions(model, prompts_of(rows), drawn)
-    hybrid = HybridField(model, cond, uncond, drawn) if drawn != learnt else None
+    times = [float(t) for t in model.time_grid(s.num_steps)]
+    whole = [times[n] for n in trained]
+    hybrid = HybridField(model, cond, uncond, drawn, whole) if drawn != learnt else None
     x, noise = pure_noise(model, rows)
     level, window, kernel = noise_of(s)
-    policy, objective = hybrid or field(model, cond, uncond, drawn), field(model, cond, uncond, learnt)
-    path, times = [], model.time_grid(s.num_steps)
+    policy = hybrid or Field(model, cond, uncond, drawn, whole)
+    path, objective = [], Field(model, cond, uncond, learnt, whole)
     for step in sde.rollout(policy, x, times, level, kernel, window, noise):
         x = step.x_next
         if s.stage == "grpo" and step.index in trained:
             path.append(grpo.hybrid_transition(step, hybrid.v_cond, level, kernel) if hybrid else step)
-    for t in [float(times[n]) for n in trained] if s.stage == "nft" else ():
+    for t in whole if s.stage == "nft" else ():
         eps = sde.standard_normal(x.shape, noise).to(x)  # of each time and row its own
         at = sde.interpolate(x, eps, t)  # as in pretraining
         path.append(Noised(t, at, eps - x, objective(at, t)))
@@ -318,11 +339,11 @@ def draw(model: FlowModel, prompts: Sequence[Prompt], steps: int, size: int, see
     turns = order + order[-1:] * (-len(order) % world)
     mine = [Row(prompts[i], seed_for("draw", seed, i)) for i in turns[rank::world]]
     times, drawn = model.time_grid(steps), []
-    for part in in_step(micro_batches(mine, size or 96)):
+    for part in in_step(micro_batches(model, mine, size or 96)):
         x, _ = pure_noise(model, part)
         cond, uncond = conditions(model, prompts_of(part), cfg)
         counts = torch.tensor([row.counts for row in part])
-        drawn.append(sde.sample(field(model, cond, uncond, cfg), x, times).cpu()[counts])
+        drawn.append(sde.sample(Field(model, cond, uncond, cfg), x, times).cpu()[counts])
         check_finite(model, "the velocity", drawn[-1])
     all_of_them = torch.stack(ranks.gathered(torch.cat(drawn)), 1).flatten(0, 1)  # as in `turns`
     return all_of_them[torch.tensor(order).argsort()]

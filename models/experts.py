@@ -97,6 +97,7 @@ class Experts:
         self.transformer = transformer.to(self.device)  # the student's
         self.backbone = self.transformer  # carries the LoRAs; another module only if all parameters train
         self.active: nn.Module = self.transformer  # what computes the velocity
+        self.selected: str | None = None  # whose it is: an expert's name, None for the base
         self.source = "a new model"  # where the weights came from, for error messages and adapter files
         self.fingerprint = ""  # hash of the base weights: an adapter remembers the base it was trained on
         self.adapters: dict[str, LoraConfig] = {}
@@ -208,6 +209,7 @@ class Experts:
             self._use(STUDENT)
 
     def _use(self, name: str | None) -> None:
+        self.selected = name
         if name in self.hosted:
             self.active = self.hosted[name].ready()
         elif name == STUDENT and self.trains == "full":

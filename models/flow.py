@@ -19,7 +19,7 @@ leaves `velocity` is float32 at least, so that guidance, SDE and losses never se
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,17 +35,33 @@ class Cond(NamedTuple):
 
     pooled: one vector a prompt, (B, C') (SD3). mask: (B, S) bool, False where a shorter prompt was padded; None if none
     was (Qwen-Image). sources: latents of an edit's pictures, each (B, C, H_i, W_i), in order; () for other prompts.
+    slots: (B, S) bool, True where the tokens stand for a source (Qwen-Image-2.1). kept: see `kept_by`.
     """
 
     tokens: Tensor
     pooled: Tensor | None = None
     mask: Tensor | None = None
     sources: tuple[Tensor, ...] = ()
+    slots: Tensor | None = None
+    kept: dict | None = None
 
     def each(self, change: Callable[[Tensor], Tensor]) -> "Cond":
         """Every tensor of it changed."""
-        parts = (part if part is None else change(part) for part in self[:-1])
-        return Cond(*parts, tuple(map(change, self.sources)))
+        tokens, pooled, mask, slots = (
+            part if part is None else change(part) for part in (self.tokens, self.pooled, self.mask, self.slots)
+        )
+        return Cond(tokens, pooled, mask, tuple(map(change, self.sources)), slots)
+
+    def kept_by(self, expert: str | None, new: Callable) -> tuple[Any, bool]:
+        """(what an expert keeps of what it computes from the conditioning alone, is it there already?).
+
+        What is new is made by `new` and the expert fills it. (None, False) if nothing is kept, and with gradients: the
+        weights that are trained act through it, too.
+        """
+        if self.kept is None or torch.is_grad_enabled():
+            return None, False
+        known = expert in self.kept
+        return self.kept.setdefault(expert, new()), known
 
     def rows(self, index: Tensor | slice) -> "Cond":
         return self.each(lambda part: part[index])
@@ -71,14 +87,16 @@ def joined(conds: Sequence[Cond]) -> Cond:
         masks.append(nn.functional.pad(mask, (0, longest - length)))
     pooled = None if conds[0].pooled is None else torch.cat([cond.pooled for cond in conds])
     sources = tuple(torch.cat(some) for some in zip(*(cond.sources for cond in conds), strict=True))
-    return Cond(torch.cat(tokens), pooled, torch.cat(masks) if padded else None, sources)
+    slots = [nn.functional.pad(c.slots, (0, longest - c.slots.shape[1])) for c in conds if c.slots is not None]
+    padding = torch.cat(masks) if padded else None
+    return Cond(torch.cat(tokens), pooled, padding, sources, torch.cat(slots) if slots else None)
 
 
 def check_count(count: int, most: float, model: str, at: str = "") -> None:
     """ModelError if an edit, of this line of a file, has more source pictures than the model takes."""
     if count > most:
         takes = f"{model} takes {most or 'no'} source picture, not {count}"
-        raise ModelError(f"{at}{takes}; Qwen-Image-Edit takes one, Qwen-Image-Edit-2509 several")
+        raise ModelError(f"{at}{takes}; Qwen-Image-Edit takes one, Qwen-Image-Edit-2509 and Qwen-Image-2.1 several")
 
 
 class FlowModel(Experts):
@@ -87,6 +105,8 @@ class FlowModel(Experts):
     pipeline = ""  # the diffusers pipeline that loads our adapters, if there is one
     empty = ""  # the prompt of guidance's other branch
     most_sources: float = 0  # how many source pictures an edit may have; inf: as many as fit into memory
+    together = True  # both branches of guidance in one forward
+    keeps_prefix = False  # does an expert keep what it computes from the conditioning alone (`Cond.kept`)?
     train_shift = 0.0  # training times are logit-normal around this: the model's noise schedule
 
     def prepare(self, prompts: Sequence[str], images: Sequence[Sequence[Source]] | None = None) -> set[str]:
@@ -95,6 +115,10 @@ class FlowModel(Experts):
         Returns the prompts whose end was cut because they are longer than the encoder reads.
         """
         return set()
+
+    def tokens(self, prompt: str, pictures: Sequence[Source]) -> int:
+        """How many tokens the rows of one forward must have; 0 if shorter ones are padded."""
+        return 0
 
     def velocity(self, x: Tensor, t: float | Tensor, cond: Cond, uncond: Cond | None = None, cfg: float = 1.0):
         """v_theta(x_t, t, c) (B, C, H, W), float32, with classifier-free guidance if cfg != 1.
@@ -107,6 +131,8 @@ class FlowModel(Experts):
             return self._forward(x, t, cond)
         if uncond is None:
             raise ValueError(f"guidance scale {cfg} needs the conditioning of the empty prompt (uncond)")
+        if not self.together:
+            return self.guide(self._forward(x, t, uncond), self._forward(x, t, cond), cfg)
         v = self._forward(torch.cat([x, x]), torch.cat([t, t]), joined([uncond, cond]))  # both branches at once
         return self.guide(*v.chunk(2), cfg)
 

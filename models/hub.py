@@ -19,7 +19,7 @@ from pathlib import Path
 import huggingface_hub
 import torch
 import transformers
-from diffusers import QwenImageTransformer2DModel, SD3Transformer2DModel, logging
+from diffusers import QwenImage21Transformer2DModel, QwenImageTransformer2DModel, SD3Transformer2DModel, logging
 from huggingface_hub.errors import DryRunError
 from safetensors import safe_open
 
@@ -43,8 +43,8 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 # alone does not make a file, but these endings do.
 HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(?P<inside>(/\w[\w.-]*)*)(@(?P<revision>[\w./-]+))?", re.ASCII)
 FILE_ENDINGS = (".safetensors", ".json", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf", ".zip")
-Transformer = SD3Transformer2DModel | QwenImageTransformer2DModel
-TRANSFORMERS = {kind.__name__: kind for kind in (SD3Transformer2DModel, QwenImageTransformer2DModel)}
+Transformer = SD3Transformer2DModel | QwenImageTransformer2DModel | QwenImage21Transformer2DModel
+TRANSFORMERS = {kind.__name__: kind for kind in Transformer.__args__}
 
 
 class ModelError(ValueError):

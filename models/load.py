@@ -21,13 +21,20 @@ from models.hub import (
     read_transformer,
     require_parts,
 )  # fmt: skip
-from models.qwen import DRAWS, EDITS, PIPELINES, QwenFlow, QwenModel
+from models.qwen import DRAWS, EDITS, PIPELINES, QwenFlow, QwenModel, QwenPublished
+from models.qwen21 import PIPELINE as QWEN21
+from models.qwen21 import Qwen21Flow, Qwen21Model
 from models.sd3 import SD35Model
 from models.tiny import load_tiny
 
+# How each transformer is asked for its velocity.
+FLOWS = {
+    "SD3Transformer2DModel": FlowModel, "QwenImageTransformer2DModel": QwenFlow,
+    "QwenImage21Transformer2DModel": Qwen21Flow,
+}  # fmt: skip
 # What a base checkpoint consists of, in the Hub's layout; nothing else of a repository is fetched.
 BASE_FILES = (
-    "model_index.json", "scheduler/*.json", "tokenizer*/*", "processor/*.json", *TRANSFORMER_FILES,
+    "model_index.json", "scheduler/*.json", "tokenizer*/*", "processor/*", *TRANSFORMER_FILES,
     "vae/config.json", "vae/diffusion_pytorch_model.safetensors", "text_encoder*/config.json",
     "text_encoder*/model.safetensors", "text_encoder*/model.safetensors.index.json",
     "text_encoder*/model-0*.safetensors",
@@ -54,8 +61,10 @@ def load(
             model.transformer.enable_gradient_checkpointing()
         if compiled:
             model.compile()
-    for flag, given in (("--cfg-rescale", rescale), ("--source-resolution", source_resolution)):
-        if given and not isinstance(model, QwenFlow):
+    for flag, given, kind in (
+        ("--cfg-rescale", rescale, QwenFlow), ("--source-resolution", source_resolution, (QwenFlow, QwenPublished))
+    ):  # fmt: skip
+        if given and not isinstance(model, kind):
             raise ModelError(f"{flag} is for Qwen-Image, and {where} is none: leave it out")
     if rescale:
         model.rescale = True
@@ -69,11 +78,13 @@ def most_sources(where: str) -> float:
         revision = base_and_revision(where)[1] or None
         file = Path(str(huggingface_hub.try_to_load_from_cache(repo, "model_index.json", revision=revision)))
     name = read_json(file).get("_class_name") if os.path.isfile(file) else None
-    return EDITS[name].most if name in EDITS else 0 if name in (DRAWS, SD35Model.pipeline) else math.inf
+    known = {name: editor.most for name, editor in EDITS.items()} | {QWEN21: Qwen21Model.most_sources}
+    return known.get(name, 0 if name in (DRAWS, SD35Model.pipeline) else math.inf)
 
 
 def _published(folder: Path, device, precision: str, size, text_length: int, source_side: int) -> FlowModel:
-    file, known = folder / "model_index.json", (SD35Model.pipeline, *PIPELINES)
+    file, known = folder / "model_index.json", {SD35Model.pipeline: "SD3", **dict.fromkeys(PIPELINES, "QwenImage"),
+                                                QWEN21: "QwenImage21"}  # fmt: skip
     name = (index := read_json(file)).get("_class_name")
     if name not in known:
         raise ModelError(f"{file}: a {name}; the known ones are {', '.join(known)}")
@@ -81,13 +92,17 @@ def _published(folder: Path, device, precision: str, size, text_length: int, sou
     kinds = ("tokenizer", "text_encoder", "processor", "vae")
     require_parts(folder, [part for part in index if part.startswith(kinds)])
     scheduler = read_part(FlowMatchEulerDiscreteScheduler, folder / "scheduler")
-    like = {"_class_name": ("QwenImage" if name in PIPELINES else "SD3") + "Transformer2DModel"}
+    like = {"_class_name": f"{known[name]}Transformer2DModel"}
     transformer = read_transformer(folder / "transformer", getattr(torch, precision), like)
-    if name in PIPELINES:
-        model = QwenModel(folder, name, transformer, scheduler, device, size, source_side, text_length)
-    else:
-        model = SD35Model(folder, transformer, scheduler, device, size, text_length)
+    parts = (folder, transformer, scheduler, device, size)
+    if name == SD35Model.pipeline:
+        model = SD35Model(*parts, text_length)
         if max(size) > (most := 8 * transformer.config.patch_size * transformer.config.pos_embed_max_size):
             raise ModelError(f"{folder}: a side of {max(size)} pixels; this model has places for {most}")
+    elif name == QWEN21:
+        model = Qwen21Model(*parts, source_side, text_length)
+        model.sigmas = index.get("sample_sigmas")
+    else:
+        model = QwenModel(name, *parts, source_side, text_length)
     model.fingerprint = fingerprint(folder / "transformer")
     return model

@@ -33,11 +33,13 @@ from torch import Tensor, nn
 
 from models.hub import PEFT_FILES, ModelError, base_and_revision, hub_id, kind, lora_file, reading
 
-# Every projection of SD3's (and Qwen-Image's) joint attention, as Flow-GRPO publishes its LoRAs. PEFT matches whole
-# dotted endings, so `attn.` keeps out `attn2`, the second attention of SD3.5's first blocks, which Flow-GRPO leaves be.
-TARGETS = tuple(
-    f"attn.{layer}"
-    for layer in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+# Every projection of SD3's (and Qwen-Image's) joint attention, as Flow-GRPO publishes its LoRAs; of Qwen-Image-2.1 the
+# attention and the MLP, as its public recipes have it. PEFT matches whole dotted endings, so `attn.` keeps out `attn2`,
+# the second attention of SD3.5's first blocks, which Flow-GRPO leaves be.
+TARGETS = (
+    *(f"attn.{layer}" for layer in ("to_q", "to_k", "to_v", "to_out.0")),
+    *(f"attn.{layer}" for layer in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")),
+    *(f"img_mlp.{layer}" for layer in ("proj", "out", "gate_layer")),
 )
 PREFIX = "base_model.model."  # what PEFT puts before every module name in its files
 # What a LoraConfig may say without changing the update alpha / r * B @ A of the weights that the file names.

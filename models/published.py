@@ -21,12 +21,14 @@ class Published(FlowModel):
     """A model in the Hub's layout. The transformer is there from the start, all else is read from `folder`."""
 
     vae_kind = AutoencoderKL
+    latent_side = 8  # pixels a side of one latent
 
     def __init__(self, folder: Path, transformer: Transformer, scheduler, device, size: tuple[int, int],
                  text_length: int):  # fmt: skip
         super().__init__(transformer, device)
         self.folder, self.scheduler, self.text_length = folder, scheduler, text_length
-        self.latent_shape = (transformer.config.out_channels, size[1] // 8, size[0] // 8)
+        shape = size[1] // self.latent_side, size[0] // self.latent_side
+        self.latent_shape = (transformer.config.out_channels, *shape)
         self.known: dict[tuple[str, ...], Cond] = {}  # (prompt, *its pictures' places) -> one row, on the host
         self.cut: set[str] = set()  # prompts of which the encoder has not read the end
         self._vae: nn.Module | None = None

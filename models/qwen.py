@@ -23,13 +23,14 @@ from typing import NamedTuple
 import diffusers
 import numpy as np
 import torch
-from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
+from diffusers import AutoencoderKLQwenImage
 from PIL import Image
 from torch import Tensor, nn
 
 from data.pictures import Source, to_picture
 from models import qwen_vl
 from models.flow import Cond, FlowModel
+from models.hub import ModelError, Transformer
 from models.published import Published
 
 DRAWS = "QwenImagePipeline"
@@ -143,44 +144,24 @@ class QwenFlow(FlowModel):
         return {name: p for name, p in super().trainable().items() if not any(part in name for part in unread)}
 
 
-class QwenModel(QwenFlow, Published):
-    """A published Qwen-Image. One that edits draws too, with QwenImagePipeline's template: one model for both tasks."""
+class QwenPublished(Published):
+    """What the published Qwen-Images have in common: normalised latents of a video's VAE, and a grid by size."""
 
     empty = " "  # what the published pipelines are guided away from
-    vae_kind = AutoencoderKLQwenImage
+    sigmas: Sequence[float] | None = None  # the author's own sampling times, if the pipeline has any
 
-    def __init__(self, folder: Path, name: str, transformer: QwenImageTransformer2DModel, scheduler, device,
+    def __init__(self, folder: Path, transformer: Transformer, scheduler, device,
                  size: tuple[int, int], source_side: int, text_length: int):  # fmt: skip
         super().__init__(folder, transformer, scheduler, device, size, text_length)
-        self.pipeline, self.source_area = name, source_side**2 or size[0] * size[1]
-        self.most_sources = EDITS[name].most if name in EDITS else 0
-        self.train_shift = shift_of(scheduler.config, size[0] * size[1] // (8 * transformer.config.patch_size) ** 2)
+        self.source_area = source_side**2 or size[0] * size[1]
+        side = self.latent_side * transformer.config.patch_size  # pixels of a token's
+        self.train_shift = shift_of(scheduler.config, size[0] * size[1] // side**2)
         self.sources: dict[str, Tensor] = {}  # picture's place -> its latents (1, C, h, w), on the host
 
-    def read_encoders(self) -> qwen_vl.VLM:
-        processor = self.folder / "processor" if self.most_sources else None
-        places = (self.folder / "text_encoder", self.folder / "tokenizer", processor)
-        return qwen_vl.read(*places, self.device, self._dtype())
-
-    def encode_row(self, encoders: qwen_vl.VLM, prompt: str, pictures: Sequence[Source]) -> Cond:
-        images = [picture.pixels() for picture in pictures]
-        for picture, image in zip(pictures, images, strict=True):
-            if picture.where not in self.sources:
-                self.sources[picture.where] = self.latents(image).cpu()
-        tokens = text_tokens(encoders, self.pipeline, prompt, images, self.text_length)
-        return Cond(tokens, sources=tuple(self.sources[picture.where] for picture in pictures))
-
-    def length(self, encoders: qwen_vl.VLM, prompt: str, pictures: int) -> int:
-        return len(encoders.tokenizer(words_before(self.pipeline, pictures) + prompt).input_ids) - pictures
-
     @torch.no_grad()
-    def latents(self, image: Tensor) -> Tensor:
-        """A source picture (3, H, W) in [0, 1] -> normalised latents (1, C, h, w), in its own shape.
-
-        DEVIATION (diffusers): the stock pipelines read a source at about a megapixel. Here it is as large as the
-        picture that is made, unless `--source-resolution` says otherwise: its tokens cost as much.
-        """
-        pixels = torch.from_numpy(np.array(resized(image, self.source_area))).permute(2, 0, 1) / 127.5 - 1
+    def encode_picture(self, picture: Image.Image) -> Tensor:
+        """A picture of 8 bits -> its normalised latents (1, C, h, w)."""
+        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 127.5 - 1
         mean, std = self._scale()
         frame = pixels[None, :, None].to(self.device)  # the VAE is a video's: a picture is one frame
         z = self.vae().encode(frame, return_dict=False)[0].mode()  # no sample: the same picture, the same tokens
@@ -198,15 +179,54 @@ class QwenModel(QwenFlow, Published):
     def time_grid(self, num_steps: int) -> Tensor:
         """The scheduler's own grid (N+1,) for the stock pipeline's even steps: shifted by the picture's size.
 
-        The published schedulers then stretch it so that the last step begins at `shift_terminal`, 0.02.
+        The published schedulers may then stretch it so that the last step begins at `shift_terminal`, 0.02. A pipeline
+        may have `sigmas` of its own in place of even steps; ModelError for another number of steps than theirs.
         """
+        if self.sigmas and len(self.sigmas) != num_steps:
+            own = len(self.sigmas)
+            raise ModelError(f"{self.source}: is made for {own} steps, its sample_sigmas: not for {num_steps} steps")
         if num_steps == 1:  # stretched, it would be 0 / 0
             return torch.tensor([1.0, 0.0])
-        self.scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / num_steps, num_steps), mu=self.train_shift)
+        even = np.linspace(1.0, 1 / num_steps, num_steps)
+        self.scheduler.set_timesteps(sigmas=self.sigmas or even, mu=self.train_shift)
         return self.scheduler.sigmas.clone()
 
 
-@torch.no_grad()
+class QwenModel(QwenFlow, QwenPublished):
+    """A published Qwen-Image. One that edits draws too, with QwenImagePipeline's template: one model for both tasks."""
+
+    vae_kind = AutoencoderKLQwenImage
+
+    def __init__(self, name: str, *parts):
+        """`name`: the pipeline's; parts: as `QwenPublished` takes them."""
+        super().__init__(*parts)
+        self.pipeline, self.most_sources = name, EDITS[name].most if name in EDITS else 0
+
+    def read_encoders(self) -> qwen_vl.VLM:
+        processor = self.folder / "processor" if self.most_sources else None
+        places = (self.folder / "text_encoder", self.folder / "tokenizer", processor)
+        return qwen_vl.read(*places, self.device, self._dtype())
+
+    def encode_row(self, encoders: qwen_vl.VLM, prompt: str, pictures: Sequence[Source]) -> Cond:
+        images = [picture.pixels() for picture in pictures]
+        for picture, image in zip(pictures, images, strict=True):
+            if picture.where not in self.sources:
+                self.sources[picture.where] = self.latents(image).cpu()
+        tokens = text_tokens(encoders, self.pipeline, prompt, images, self.text_length)
+        return Cond(tokens, sources=tuple(self.sources[picture.where] for picture in pictures))
+
+    def length(self, encoders: qwen_vl.VLM, prompt: str, pictures: int) -> int:
+        return len(encoders.tokenizer(words_before(self.pipeline, pictures) + prompt).input_ids) - pictures
+
+    def latents(self, image: Tensor) -> Tensor:
+        """A source picture (3, H, W) in [0, 1] -> normalised latents (1, C, h, w), in its own shape.
+
+        DEVIATION (diffusers): the stock pipelines read a source at about a megapixel. Here it is as large as the
+        picture that is made, unless `--source-resolution` says otherwise: its tokens cost as much.
+        """
+        return self.encode_picture(resized(image, self.source_area))
+
+
 def text_tokens(vlm: qwen_vl.VLM, name: str, prompt: str, images: Sequence[Tensor], longest: int) -> Tensor:
     """The last hidden states (1, S, C) of prompt and pictures, as the pipeline `name` asks; `longest` of the text.
 
@@ -219,15 +239,22 @@ def text_tokens(vlm: qwen_vl.VLM, name: str, prompt: str, images: Sequence[Tenso
     # TRAP: the stock pipelines of diffusers 0.42 leave out mm_token_type_ids, though transformers 5 needs them
     # (diffusers issue 14194).
     # ERRATUM (diffusers): hence the stock pipeline's edits differ a little from ours, which are as in training.
-    inputs = vlm.inputs([qwen_vl.Question(template.replace("{}", before + "{}"), [prompt], pictures)])
-    # `model` alone: the head would add the logits of 152,000 words to every token.
-    # What is cut is not computed: a token sees none that comes after it.
+    question = qwen_vl.Question(template.replace("{}", before + "{}"), [prompt], pictures)
+    return hidden_states(vlm, question, drop, longest)[0]
+
+
+@torch.no_grad()
+def hidden_states(vlm: qwen_vl.VLM, question: qwen_vl.Question, drop: int, longest: int) -> tuple[Tensor, Tensor]:
+    """The last hidden states (1, S, C) after the first `drop` tokens, `longest` of the text, and which of them are a
+    picture's, (1, S) bool. What is cut is not computed: a token sees none that comes after it."""
+    inputs = vlm.inputs([question])
     seen = inputs["mm_token_type_ids"][0].nonzero()
     end = drop + longest + len(seen)
     names, most = ("input_ids", "attention_mask", "mm_token_type_ids"), max([end, *(seen.flatten() + 1).tolist()])
     inputs |= {name: inputs[name][:, :most] for name in names}
+    # `model` alone: the head would add the logits of 152,000 words to every token.
     hidden = vlm.network.model(**inputs, use_cache=False).last_hidden_state
-    return hidden[:, drop:end]
+    return hidden[:, drop:end], inputs["mm_token_type_ids"][:, drop:end].bool()
 
 
 def words_before(name: str, pictures: int) -> str:

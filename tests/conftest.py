@@ -1,8 +1,8 @@
 """What the tests of whole runs share: bases small enough to train in a blink, and teachers for each.
 
-`world` lives in the tiny world; `sd35` and `qwen` are the published pipelines' own classes with random weights, and
-have a teacher in each layout that users bring; `qwen` edits as well as draws, and has pictures to edit. Nothing heavy
-is imported at the top.
+`world` lives in the tiny world; `sd35`, `qwen` and `qwen21` are the published pipelines' own classes with random
+weights, and have a teacher in each layout that users bring; the last two edit as well as draw, and have pictures to
+edit. Nothing heavy is imported at the top.
 """
 
 import json
@@ -16,6 +16,7 @@ from tests.helpers.runs import (
     SMALL,
     SMALL2,
     SMALL_QWEN,
+    SMALL_QWEN21,
     SMALL_SD35,
     TASKS,
     command,
@@ -89,19 +90,33 @@ def qwen(tmp_path_factory):
 
     `prompts` are its files: t2i.txt, and edits.jsonl, which edits the three pictures of 64 x 64 pixels beside it.
     """
-    from diffusers import QwenImageTransformer2DModel
-
     from tests.helpers.qwen_hub import build_qwen
 
     root = tmp_path_factory.mktemp("qwen")
-    base = build_qwen(root / "base", "plus")
+    return _editor(root, build_qwen(root / "base", "plus"), SMALL_QWEN)
+
+
+@pytest.fixture(scope="session")
+def qwen21(tmp_path_factory):
+    """As `qwen`: a random Qwen-Image-2.1."""
+    from tests.helpers.qwen_hub import build_qwen21
+
+    root = tmp_path_factory.mktemp("qwen21")
+    return _editor(root, build_qwen21(root / "base"), SMALL_QWEN21)
+
+
+def _editor(root, base, small):
+    import torch
+
+    from models import hub
+
     teachers = {task: root / f"teacher-{task}" for task in ("t2i", "edit")}
-    transformer = QwenImageTransformer2DModel.from_pretrained(base / "transformer")
+    transformer = hub.read_transformer(base, torch.float32)
     _save_lora(transformer, teachers["t2i"], base, 0)
     _save_moved(transformer, teachers["edit"])
     prompts = {"t2i": root / "t2i.txt", "edit": _edits(root)}
     prompts["t2i"].write_text("a red cat\ntwo dogs on a bench\na sign\nthe sea at night, from above\n")
-    flags = [*flags_of(root, teachers, SMALL_QWEN), "--prompts", *(f"{task}={path}" for task, path in prompts.items())]
+    flags = [*flags_of(root, teachers, small), "--prompts", *(f"{task}={path}" for task, path in prompts.items())]
     return SimpleNamespace(root=root, base=base, teachers=teachers, prompts=prompts, flags=flags)
 
 
@@ -192,6 +207,12 @@ def real(sd35, tmp_path, no_pictures):
 def real2(qwen, tmp_path, no_pictures):
     """Runs of a small Qwen-Image-Edit."""
     return _runner(qwen, tmp_path)
+
+
+@pytest.fixture
+def real21(qwen21, tmp_path, no_pictures):
+    """Runs of a small Qwen-Image-2.1."""
+    return _runner(qwen21, tmp_path)
 
 
 @pytest.fixture

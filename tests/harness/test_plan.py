@@ -21,7 +21,7 @@ def parse(line, prog="train.py"):
 def counted(s):
     """{(who, with gradient?): (forwards, rows)} of a step."""
     found = forwards(s, train.LOOPS.get(s.stage))
-    return {(who, gradient): tuple(count) for (moment, who, gradient), count in found.items() if moment == "step"}
+    return {(who, gradient): tuple(count[:2]) for (moment, who, gradient), count in found.items() if moment == "step"}
 
 
 # ------------------------------------------------------------------------------------------------------- forwards
@@ -115,6 +115,20 @@ def test_what_is_counted_is_what_a_real_run_computes(start, line, observed, requ
     assert observed == planned and planned
 
 
+def test_the_forwards_of_qwen_image_2_1_keep_what_does_not_depend_on_the_state():
+    """Two micro-batches of four rows: of their 40 steps the first one is whole, and where the student learns."""
+    base = plan.base_of(parse("--preset qwen-rl"))
+    found = forwards(parse("--preset qwen-rl --drawn-states 0 --eval-prompts 0"), train.distil, base)
+    assert found["step", "student", True] == [80, 320, 0]
+    assert found["step", "teachers", False] == [160, 640, 2 * 2 * 39 * 4], "both branches of guidance"
+    s = parse("--preset qwen-rl --stage grpo --task t2i --eval-prompts 0 --train-steps first")  # 8 of 40 are learnt
+    found = forwards(s, train.LOOPS["grpo"], base)
+    assert found["step", "student", True] == [96, 384, 0]
+    assert found["step", "student", False] == [960, 3840, 48 * (39 + 31)], "with the prompt, and without"
+    kept = plan.kept_bytes(s, base)  # keys and values of 32 blocks x 4096, text and a source, 4 rows, two branches
+    assert kept == 2 * 2 * 32 * 4096 * (512 + 32 * 32) * 4 * 2
+
+
 def test_ranks_share_what_is_drawn_and_have_steps_of_their_own(monkeypatch):
     s = parse("--stage opd --drawn-states 0 --eval-prompts 3 --micro-batch 0")
     alone = forwards(s, train.distil)
@@ -131,7 +145,8 @@ def test_ranks_share_what_is_drawn_and_have_steps_of_their_own(monkeypatch):
     ("line", "whole", "trained"),
     [  # published sizes; a LoRA of rank r on a W x W projection has 2 r W numbers
         ("", 2_243_171_520, 2 * 32 * 1536 * (24 * 8 - 1)),  # SD3's last block has no to_add_out
-        ("--preset qwen-rl --stage grpo --task t2i", 20_430_401_088, 2 * 64 * 3072 * (60 * 8 - 1)),  # nobody reads it
+        ("--preset qwen-rl --model Qwen/Qwen-Image-Edit", 20_430_401_088, 2 * 64 * 3072 * (60 * 8 - 1)),  # as above
+        ("--preset qwen-rl", 7_115_124_736, 32 * 64 * (4 * 2 * 4096 + 3 * (4096 + 12288))),  # attention, MLP
         ("--parameters full", 2_243_171_520, 2_243_171_520),
     ],
 )

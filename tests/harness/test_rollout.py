@@ -15,6 +15,7 @@ from data import written
 from data.batches import seed_for
 from data.pictures import data_uri, places, source_images, sources, sources_of
 from harness import cli, load, rollout
+from harness.counting import CountingModel
 from models import flow
 from models import load as models
 from models.tiny import load_tiny
@@ -260,7 +261,7 @@ def test_micro_batches_keep_the_order_and_a_part_has_sources_of_one_shape():
     drawn, edits = edits_and_others()
     rows = [rollout.Row(p, number) for number, p in enumerate([*drawn, *edits[:2], drawn[0]])]
     for size, sizes in ((0, [3, 2, 1]), (1, [1] * 6), (2, [2, 1, 2, 1]), (9, [3, 2, 1])):
-        parts = rollout.micro_batches(rows, size)
+        parts = rollout.micro_batches(CountingModel(), rows, size)
         assert [len(part) for part in parts] == sizes
         assert [row for part in parts for row in part] == rows
         assert all(len({row.prompt.task for row in part}) == 1 for part in parts)
@@ -269,14 +270,14 @@ def test_micro_batches_keep_the_order_and_a_part_has_sources_of_one_shape():
         rows[0]._replace(prompt=drawn[0]._replace(metadata={"image": [shown[i] for i in some]}))
         for some in ((0,), (1,), (2,), (0, 2), (2, 0))
     )
-    parts = rollout.micro_batches([one, large, rows[0], tall, two, two, turned, one], 0)
+    parts = rollout.micro_batches(CountingModel(), [one, large, rows[0], tall, two, two, turned, one], 0)
     assert list(map(len, parts)) == [2, 1, 1, 2, 1, 1], "the pictures' number and shapes decide, not the task's name"
 
 
 def test_a_rank_with_fewer_parts_repeats_a_row_that_does_not_count(monkeypatch):
     drawn, edits = edits_and_others()
     rows = [rollout.Row(p, number) for number, p in enumerate([*drawn, *edits])]
-    parts = rollout.micro_batches(rows, 2)
+    parts = rollout.micro_batches(CountingModel(), rows, 2)
     assert rollout.in_step(parts) == parts
     monkeypatch.setattr(rollout.ranks, "most", lambda numbers: [numbers[0] + 2])
     assert rollout.in_step(parts) == [*parts, *[[rows[5]._replace(counts=False)]] * 2]

@@ -106,8 +106,8 @@ def test_the_qwen_presets_are_qs_methods():
         assert set(s.teachers) == {"t2i", "edit"} and s.cfg > 1
         table = parse(f"--preset {preset}", prog="eval.py")
         assert (S.student_cfg(table), S.teacher_cfg(table)) == (1.0, s.cfg), "the table draws as the student learnt"
-    assert parse("--preset qwen-rl --stage grpo").num_steps == 40 and parse(QWEN).cfg_rescale
-    assert parse(QWEN).model.startswith("Qwen/Qwen-Image-Edit")
+    assert parse("--preset qwen-rl --stage grpo").num_steps == 40 and not parse(QWEN).cfg_rescale
+    assert parse(QWEN).model == "Qwen/Qwen-Image-2.1"
 
 
 def test_a_run_without_a_name_is_named_after_preset_stage_and_task():

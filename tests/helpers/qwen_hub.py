@@ -68,6 +68,47 @@ def build_qwen(folder: Path, edit: str = "", seed: int = 0, **transformer_change
     return folder
 
 
+def build_qwen21(folder: Path, seed: int = 0, **transformer_changes) -> Path:
+    """Write a tiny random Qwen-Image-2.1 to `folder`, a function of `seed` -> the folder. As `build_qwen`.
+
+    What makes it special is there: a Qwen3-VL whose processor has its tokenizer, unpatched latents at a 16th of the
+    size, a VAE of four channels, one shared modulation, text and sources modulated by t = 0.
+    """
+    import torch
+    from diffusers import AutoencoderKLQwenImage21, FlowMatchEulerDiscreteScheduler, QwenImage21Transformer2DModel
+
+    folder, channels = Path(folder), 6
+    shape = {
+        "in_channels": channels, "out_channels": channels, "num_layers": 2, "attention_head_dim": 16,
+        "num_attention_heads": 2, "context_in_dim": WIDTH, "axes_dims_rope": (4, 6, 6),
+    }  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        parts = {
+            "transformer": QwenImage21Transformer2DModel(**{**shape, **transformer_changes}),
+            "vae": AutoencoderKLQwenImage21(
+                base_dim=4, decoder_base_dim=4, z_dim=channels, dim_mult=[1, 1, 1, 2, 2], num_res_blocks=1,
+                latents_mean=[0.1 * i for i in range(channels)], latents_std=[1 + 0.3 * i for i in range(channels)],
+            ),
+        }  # fmt: skip
+        for part in parts.values():
+            _randomise(part)
+        parts["vae"].decoder.conv_out.weight.data *= 0.1
+    parts["scheduler"] = FlowMatchEulerDiscreteScheduler(**{**SCHEDULER, "shift_terminal": None})
+    for name, part in parts.items():
+        part.save_pretrained(folder / name)
+    build_vlm(folder / "text_encoder", "qwen3_vl", seed, apart=(folder / "processor", folder / "processor"))
+    # Of the real one's chat template, what a system text becomes.
+    turn = "<|im_start|>{{ m.role }}\n{% for part in m.content %}{{ part.text }}{% endfor %}<|im_end|>\n"
+    (folder / "processor" / "chat_template.jinja").write_text(f"{{% for m in messages %}}{turn}{{% endfor %}}")
+    kinds = {name: ["diffusers", type(part).__name__] for name, part in parts.items()}
+    kinds |= {"text_encoder": ["transformers", "Qwen3VLForConditionalGeneration"]}
+    kinds |= {"processor": ["transformers", "Qwen3VLProcessor"]}
+    index = {"_class_name": "QwenImage21Pipeline", "_diffusers_version": "0.42.0", "sample_sigmas": None, **kinds}
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2))
+    return folder
+
+
 def build_vlm(folder: Path, family: str = "qwen2_5_vl", seed: int = 0, words=(), apart=()) -> Path:
     """Write a tiny random Qwen VLM: the real network, tokenizer and image processor -> the folder.
 

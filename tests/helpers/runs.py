@@ -26,8 +26,9 @@ SMALL_SD35 = [
 SMALL_QWEN = [
     "--preset", "qwen-rl", *COMMON, *("--resolution", "64", "--precision", "float32", "--micro-batch", "3"),
     *("--eval-prompts", "1", "--ema-every", "1", "--updates", "1", "--text-length", "48", "--tasks", "t2i,edit"),
-    *("--num-steps", "4", "--train-count", "2"),
+    *("--num-steps", "4", "--train-count", "2", "--cfg-rescale"),
 ]  # fmt: skip
+SMALL_QWEN21 = SMALL_QWEN[:-1]
 
 
 def flags_of(root, teachers, small):

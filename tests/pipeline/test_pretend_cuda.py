@@ -56,8 +56,10 @@ STAGES = {
 }  # fmt: skip
 
 
-KINDS = ("world", "world2", "sd35", "qwen")
-SAME = [("sd35", "pretrain"), ("qwen", "pretrain"), ("world2", "reward"), ("qwen", "reward")]  # as another, or nothing
+KINDS = ("world", "world2", "sd35", "qwen", "qwen21")
+# As another, or nothing:
+SAME = [("sd35", "pretrain"), ("qwen", "pretrain"), ("qwen21", "pretrain"), ("world2", "reward"), ("qwen", "reward"),
+        ("qwen21", "reward")]  # fmt: skip
 
 
 @pytest.mark.parametrize(("kind", "stage"), [pair for pair in product(KINDS, STAGES) if pair not in SAME])
@@ -68,7 +70,7 @@ def test_every_stage_of_every_model_runs_on_an_accelerator(
     import train
     from tiny import judge
 
-    base, published = request.getfixturevalue(kind), kind in ("sd35", "qwen")
+    base, published = request.getfixturevalue(kind), kind in ("sd35", "qwen", "qwen21")
     flags = ["--out", str(tmp_path), "--name", "r", "--stage", {"full": "opd"}.get(stage, stage), *STAGES[stage]]
     flags += [] if stage in ("merge", "curate", "eval") else ["--steps", "1"]
     if published:  # half precision is what an accelerator is for

@@ -277,6 +277,13 @@ STAGES = {
         "sft": ["--stage", "sft"],
         "opd": ["--stage", "opd", "--prompts-per-step", "4", "--prompts", "edit=MIXED", "--resolution", "48x64"],
     },
+    "qwen21": {
+        "grpo, edit": ["--stage", "grpo", "--task", "edit", "--rewards", "FILE", "--guidance", "both"],
+        "grpo, mixed": ["--stage", "grpo", "--task", "mix", "--rewards", "jpeg=1", "--source-resolution", "32"],
+        "nft, all parameters": ["--stage", "nft", "--task", "mix", "--rewards", "jpeg=1", "--parameters", "full"],
+        "sft": ["--stage", "sft"],
+        "opd": ["--stage", "opd", "--prompts-per-step", "4", "--prompts", "edit=MIXED", "--resolution", "32x64"],
+    },
 }
 
 
@@ -289,8 +296,9 @@ def test_every_stage_trains_every_model_with_teachers_of_every_kind(request, mon
         seen.extend(zip(prompts, sources, strict=True))
         return [float(1 - (image.mean() - some[0].mean()).abs()) for image, some in zip(images, sources, strict=True)]
 
-    run = request.getfixturevalue({"tiny-qwen": "go2", "sd35": "real", "qwen": "real2"}[model])
-    mixed = f"edit={request.getfixturevalue('qwen').root / 'mixed.jsonl'}" if model == "qwen" else ""
+    runs = {"tiny-qwen": "go2", "sd35": "real", "qwen": "real2", "qwen21": "real21"}
+    run = request.getfixturevalue(runs[model])
+    mixed = f"edit={request.getfixturevalue(model).root / 'mixed.jsonl'}" if model.startswith("qwen") else ""
     flags = [mixed if flag == "edit=MIXED" else flag for flag in STAGES[model][stage]]
     if "FILE" in flags:
         panel = scoring.Panel([rewards.Scorer("like", like, 0.0, 1.0)], {"edit": {"like": 1.0}})

@@ -91,7 +91,7 @@ def walked_by_teachers() -> Iterator[None]:
     def visits(run, parts, trained_steps, experts):
         for part in parts:
             cond, uncond = rollout.conditions(run.model, rollout.prompts_of(part), 1.0)
-            student = rollout.field(run.model, cond, uncond, 1.0)
+            student = rollout.Field(run.model, cond, uncond, 1.0)
             routed = opd.route([row.prompt.task for row in part], experts)
 
             def teacher(x, t, routed=routed, cond=cond):

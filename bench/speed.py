@@ -2,9 +2,9 @@
 
     python -m bench.speed passes    single-pass against stored-trajectory OPD, as a ratio within one run
     python -m bench.speed overlap   what a slow reward costs an iteration, waited for and overlapped, in one run
-    python -m bench.speed step      OPD steps on SD3.5-M's real shapes, or with --preset qwen-rl on Qwen-Image-Edit's:
-                                    random weights, no download; seconds, model-FLOPs utilisation, memory. Flags of
-                                    train.py may follow
+    python -m bench.speed step      OPD steps on SD3.5-M's real shapes, with --preset qwen-rl on Qwen-Image-2.1's, also
+                                    without its kept prefixes, or on those of another --model: random weights, no
+                                    download; seconds, model-FLOPs utilisation, memory. Flags of train.py may follow
 
 Things that are compared take turns in one run, so that the machine's other load meets them alike.
 """
@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -26,9 +27,11 @@ import opd
 import train
 from bench.runs import parsed, run_job
 from data.files import Prompt
+from data.pictures import places
 from harness import counting, load, plan, ranks, rollout
 from harness.run import Run
-from models import hub, lora, qwen, sd3
+from models import hub, lora, qwen, qwen21, sd3
+from models import load as models
 from models.flow import Cond, FlowModel
 from scorers import panel
 from settings import Settings, size_of, task_list
@@ -77,7 +80,7 @@ def overlap(steps: int = 8, rounds: int = 3) -> None:
     s = parsed(*flags)
     run = load.student_run(s)
     rows = rollout.rows_of(run, load.load_prompts(s, "train", s.train_prompts, ("text",)), 0)
-    parts = rollout.micro_batches(rows, s.micro_batch)
+    parts = rollout.micro_batches(run.model, rows, s.micro_batch)
     # A rollout's own time; the rest of each is the machine's other load.
     latency = min(seconds_of(lambda: [rollout.roll_out(run.model, part, s) for part in parts]) for _ in range(5))
     build, real = panel.build, drawings.scorer("ocr")
@@ -116,61 +119,77 @@ def transformer_of(config: dict, device: torch.device | str, dtype: torch.dtype)
     return transformer.requires_grad_(False).eval()
 
 
-def text_tokens(s: Settings, config: dict, edit: bool) -> int:
-    """Tokens of a longest prompt; of an edit, the picture's too."""
+def is_21(config: dict) -> bool:
+    return config["_class_name"] == plan.QWEN_IMAGE_21["_class_name"]
+
+
+def random_cond(s: Settings, config: dict, rows: int, edit: bool, device: torch.device | str) -> Cond:
+    """Conditioning of random numbers: of the longest text and, for an edit, of one picture."""
+    width, height = size_of(s)
+    side = qwen.fitted(1.0, s.source_resolution**2 or width * height)[0]  # of the source picture, a square
+    text, slots = s.text_length, None
     if "pooled_projection_dim" in config:
-        return CLIP_TOKENS + s.text_length
-    return s.text_length + edit * qwen.picture_tokens(EDITOR)
+        text += CLIP_TOKENS
+    of_one = (side // qwen21.SLOT) ** 2 if is_21(config) else qwen.picture_tokens(EDITOR)
+    picture = of_one * edit  # tokens in the text
+    if is_21(config):  # on the CPU where there are no numbers: they say how long the sequence is
+        slots = torch.zeros(rows, text + picture, dtype=torch.bool, device="cpu" if device == "meta" else device)
+        slots[:, :picture] = True
+    channels = config["context_in_dim" if is_21(config) else "joint_attention_dim"]
+    tokens = torch.randn(rows, text + picture, channels, dtype=getattr(torch, s.precision), device=device)
+    pooled = tokens[:, 0, :1].expand(-1, config.get("pooled_projection_dim", 1))
+    source = torch.randn(rows, *latents_of(config, (side, side)), device=device)
+    return Cond(tokens, pooled, None, (source,) * edit, slots)
+
+
+def latents_of(config: dict, size: tuple[int, int]) -> tuple[int, int, int]:
+    """(C, H, W) of a picture of (width, height) pixels."""
+    side = 16 if is_21(config) else 8
+    return config["out_channels"], size[1] // side, size[0] // side
 
 
 def random_model(s: Settings, device: torch.device, config: dict) -> FlowModel:
-    """SD3.5 or Qwen-Image-Edit with this transformer, random weights and random text."""
-    dtype = getattr(torch, s.precision)
-    transformer = transformer_of(config, device, dtype)
+    """A published model with this transformer, random weights and random text."""
+    parts = Path(), transformer_of(config, device, getattr(torch, s.precision))
     if "pooled_projection_dim" in config:
         scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-        model = sd3.SD35Model(Path(), transformer, scheduler, device, size_of(s), s.text_length)
+        model = sd3.SD35Model(*parts, scheduler, device, size_of(s), s.text_length)
     else:
-        scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
-        sides = size_of(s), s.source_resolution
-        model = qwen.QwenModel(Path(), EDITOR, transformer, scheduler, device, *sides, s.text_length)
+        parts += FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), device
+        parts += size_of(s), s.source_resolution, s.text_length
+        model = qwen21.Qwen21Model(*parts) if is_21(config) else qwen.QwenModel(EDITOR, *parts)
         model.rescale = s.cfg_rescale
     model.precision = s.precision
     if s.gradient_checkpointing:
         model.transformer.enable_gradient_checkpointing()
     if s.compile:
         model.compile()
-
-    def encode(prompts, images=None):
-        edit = any(images or ())
-        tokens = torch.randn(len(prompts), text_tokens(s, config, edit), config["joint_attention_dim"], dtype=dtype)
-        pooled = tokens[:, 0, :1].expand(-1, config.get("pooled_projection_dim", 1))
-        sources = (torch.randn(len(prompts), *source_shape(s, config)),) if edit else ()
-        return Cond(tokens, pooled, None, sources).to(device)
-
-    model.encode = encode
+    model.encode = lambda prompts, images=None: random_cond(s, config, len(prompts), any(images or ()), device)
+    model.tokens = lambda prompt, pictures: 0  # all texts have one length
     return model
 
 
-def source_shape(s: Settings, config: dict) -> tuple[int, int, int]:
-    """(C, H, W) of the latents of an edit's source picture, which is a square."""
-    width, height = size_of(s)
-    side = qwen.fitted(1.0, s.source_resolution**2 or width * height)[0] // 8
-    return config["out_channels"], side, side
+def forward_flops(s: Settings, config: dict, edit: bool = False, known: bool = False) -> int:
+    """FLOPs of one row's forward with the longest text, counted by torch on tensors without memory.
 
-
-def forward_flops(config: dict, x: tuple[int, int, int], text: int, source: tuple[int, int, int] | None = None) -> int:
-    """FLOPs of one row's forward with so many text tokens, counted by torch on tensors without memory.
-
-    x, source: the shapes (C, H, W) of its latents and of those of an edit's source picture.
+    known: the keys and values of text and source are known already (Qwen-Image-2.1).
     """
-    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
-        kind = FlowModel if "pooled_projection_dim" in config else qwen.QwenFlow
-        model = kind(transformer_of(config, "meta", torch.float32), "meta")
-        tokens, pooled = (torch.empty(1, *shape) for shape in ((text, config["joint_attention_dim"]),
-                                                               (config.get("pooled_projection_dim", 1),)))  # fmt: skip
-        cond = Cond(tokens, pooled, None, (torch.empty(1, *source),) if source else ())
-        model._run(torch.empty(1, *x), torch.empty(1), cond)
+
+    def on_meta(module, args, kwargs):  # 2.1's masks have numbers
+        moved = ({k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in some.items()}
+                 for some in (dict(enumerate(args)), kwargs))  # fmt: skip
+        return tuple(next(moved).values()), next(moved)
+
+    with torch.device("meta"), torch.no_grad():
+        model = models.FLOWS[config["_class_name"]](transformer_of(config, "meta", torch.float32), "meta")
+        for part in (*model.transformer.transformer_blocks, model.transformer.norm_out):
+            part.register_forward_pre_hook(on_meta, with_kwargs=True)
+        x, t = torch.empty(1, *latents_of(config, size_of(s))), torch.empty(1)
+        cond = random_cond(replace(s, precision="float32"), config, 1, edit, "meta")
+        cond = cond._replace(kept={} if known else None)
+        for _ in range(1 + known):
+            with FlopCounterMode(display=False) as counter:
+                model._run(x, t, cond)
     return counter.get_total_flops()
 
 
@@ -191,37 +210,43 @@ def random_run(s: Settings, device: torch.device, config: dict) -> tuple[Run, di
     return run, experts
 
 
-def step(*flags: str, config: dict | None = None, rounds: int = 3) -> dict[int, dict[str, float]]:
-    """OPD steps with random weights, on all states (0) and on --drawn-states -> {states: its figures}.
+def step(*flags: str, config: dict | None = None, rounds: int = 3) -> list[dict]:
+    """OPD steps with random weights, on all states (0) and on --drawn-states -> their figures.
 
-    One warm-up, then `rounds` that count. Of Q's two tasks half the rows are edits. "Bare" is the time of the same
-    transformer calls alone, forwards and backwards. Model FLOPs count a forward as 1, a backward as 1 for a LoRA (no
-    gradient of frozen weights) and as 2 for full parameters, and nothing for what checkpointing computes again.
+    One warm-up, then `rounds` that count. Of Q's two tasks half the rows are edits. A model that keeps prefixes is
+    timed without that, too. "Bare" is the time of the same transformer calls alone, forwards and backwards, all of
+    them whole. Model FLOPs count a forward as 1, a backward as 1 for a LoRA (no gradient of frozen weights) and as 2
+    for full parameters, and nothing for what checkpointing computes again.
     """
     s = parsed("--stage", "opd", "--no-resume", "--out", tempfile.mkdtemp(), *flags)
     device, tasks = ranks.start(s), task_list(s)
-    config = config or (plan.QWEN_IMAGE if "edit" in tasks else plan.SD35_MEDIUM)
+    config = config or plan.transformer_config(s.model)
     run, experts = random_run(s, device, config)
     picture = edits.make_prompts("edit", "train", 1)[0].metadata["image"]
     prompts = {t: [Prompt("a prompt", t, {"image": picture} if t == "edit" else {}, "bench")] for t in tasks}
     rows, cuda = rollout.rows_of(run, prompts, 0), device.type == "cuda"
-    x, backward, before = run.model.latent_shape, 2 if s.parameters == "full" else 1, {"edit": source_shape(s, config)}
-    of = [forward_flops(config, x, text_tokens(s, config, t == "edit"), before.get(t)) for t in tasks]
-    name, found = torch.cuda.get_device_name(device) if cuda else "processor", {}
+    backward, keeps = 2 if s.parameters == "full" else 1, run.model.keeps_prefix
+    # FLOPs of a row's forward: of a whole one, and of one whose prefix is known
+    whole, rest = (
+        statistics.mean(forward_flops(s, config, t == "edit", known) for t in tasks) for known in (False, keeps)
+    )
+    name, found = torch.cuda.get_device_name(device) if cuda else "processor", []
     bare = functools.cache(lambda count, learns: bare_seconds(run.model, prompts, count, learns, rounds))
-    for drawn in dict.fromkeys((0, 0 if s.estimator in opd.NEEDS_FUTURE else s.drawn_states)):
-        run.s = replace(s, drawn_states=drawn)
+    states = dict.fromkeys((0, 0 if s.estimator in opd.NEEDS_FUTURE else s.drawn_states))
+    for drawn, kept in product(states, dict.fromkeys((keeps, False))):
+        run.s, run.model.keeps_prefix = replace(s, drawn_states=drawn), kept
         if cuda:
             torch.cuda.reset_peak_memory_stats(device)
         times = [seconds_of(lambda: train.distil_step(run, rows, experts)) for _ in range(1 + rounds)]
         peak = torch.cuda.max_memory_allocated(device) / 2**30 if cuda else 0.0
-        counted = counting.forwards(run.s, train.distil)
+        counted = counting.forwards(run.s, train.distil, run.model)
         calls = [(learns, *of_them) for (moment, _, learns), of_them in counted.items() if moment == "step"]
-        flops = sum(count * statistics.mean(of) * (1 + backward * learns) for learns, _, count in calls)
-        alone = sum(n * bare(round(count / n), learns) for learns, n, count in calls)
+        flops = sum(((n - known) * whole + known * rest) * (1 + backward * learns) for learns, _, n, known in calls)
+        alone = sum(n * bare(round(count / n), learns) for learns, n, count, _ in calls)
         seconds = statistics.median(times[1:])
-        found[drawn] = {"seconds": seconds, "bare": alone, "flops": flops, "memory": peak}
+        found.append({"states": drawn, "kept": kept, "seconds": seconds, "bare": alone, "flops": flops, "memory": peak})
         said = f"{name}, {len(rows)} trajectories a step and rank, {drawn or 'all'} of their states: "
+        said += f"{'prefixes kept, ' if kept else 'every forward whole, ' if keeps else ''}{flops / 1e12:.4g} TFLOP, "
         said += f"{seconds:.2f} s a step (of {rounds}, median), {seconds / alone:.2f} of its bare calls, "
         said += f"{flops / seconds / 1e12:.3g} TFLOP/s"
         for part, most in PEAKS.items():
@@ -234,7 +259,7 @@ def bare_seconds(model: FlowModel, prompts: dict[str, list[Prompt]], count: int,
     """Seconds of one forward of so many rows, and of its backward if it learns: the mean over tasks of medians."""
     found = []
     for (p,) in prompts.values():
-        cond = model.encode([p.text] * count, [p.metadata.get("image")] * count)
+        cond = model.encode([p.text] * count, [places(p)] * count)
         x, t = torch.randn(count, *model.latent_shape).to(model.device), torch.full((count,), 0.5, device=model.device)
 
         def call(x=x, t=t, cond=cond) -> None:

@@ -320,8 +320,8 @@ def kept_bytes(s: Settings, base: flow.FlowModel) -> int:
     Two numbers a token, channel and block: of the student and in distillation of a teacher, guided ones twice.
     """
     config, b = base.transformer.config, 4 if s.precision == "float32" else 2
-    side = (s.source_resolution or s.resolution) // 16
-    tokens = s.text_length + side**2 * ("edit" in task_list(s))
+    width, height = settings.size_of(s)
+    tokens = s.text_length + (s.source_resolution**2 or width * height) // 16**2 * ("edit" in task_list(s))
     branches = 1 + (student_cfg(s) != 1) + (s.stage == "opd") * (1 + (teacher_cfg(s) != 1))
     rows = branches * (s.micro_batch or s.prompts_per_step * s.group_size)
     return 2 * b * config.num_layers * config.num_attention_heads * config.attention_head_dim * tokens * rows

@@ -78,18 +78,16 @@ ALIKE = str.maketrans({
     **dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2212", "-"),
 })  # fmt: skip
 # A mark right behind a number is inches and opens nothing; no blank stands inside of a pair's two marks.
-QUOTED = re.compile(r'(?<![\d½¼¾])"(?!\s)([^"]+)(?<!\s)"|\u300c([^\u300d]*)\u300d|\u300e([^\u300f]*)\u300f'
-                    r"|«\s*([^»]*?)\s*»|»([^«]*)«")  # fmt: skip
+QUOTED = re.compile(r'(?<![\d½¼¾])"(?!\s)([^"]+)(?<!\s)"|「([^」]*)」|『([^』]*)』|«\s*([^»]*?)\s*»|»([^«]*)«')
 # 'like this', outside of words; two letters at least, since rock 'n' roll leaves some out.
 SINGLE = re.compile(r"""(?<![\w'])'(?!\s)((?:[^'"]|(?<=\w)'(?=\w)){2,})(?<!\s)'(?!\w)""")
 
 
 def ocr_target(prompt: str) -> str:
-    """The text an image has to show: what stands in the prompt's first pair of quotes, straight, curly, full-width,
-    of East Asia or guillemets, and if there are none, of single quotes. F §6.1 (OCR data).
+    """The text an image has to show: what stands in the prompt's first pair of double quotes of any script, and if
+    there are none, of single ones. F §6.1 (OCR data).
 
-    Raises ValueError if there is no such pair, nothing or a blank at an end inside it, or a quote that is not closed.
-    In `a 12" pizza`, `6"x9"` and `the dog's bed` nothing is quoted.
+    ValueError: no such pair, nothing or a blank at an end inside, or a quote not closed. `6"x9"`, `dog's` quote none.
     """
     plain = prompt.translate(ALIKE)
     found = QUOTED.search(plain) or SINGLE.search(plain)
@@ -101,8 +99,7 @@ def ocr_target(prompt: str) -> str:
 
 def unclosed(prompt: str) -> bool:
     """Does a double quote stand alone, so that nobody can say which words are quoted?"""
-    alone = QUOTED.sub(" ", prompt.translate(ALIKE))
-    return re.search(r'(?<![\d½¼¾])"|[\u300c-\u300f«»]', alone) is not None
+    return re.search(r'(?<![\d½¼¾])"|[「-』«»]', QUOTED.sub(" ", prompt.translate(ALIKE))) is not None
 
 
 def levenshtein(a: str, b: str) -> int:
@@ -244,10 +241,7 @@ def _relation_holds(position: Sequence, objects: Sequence[dict], groups: Sequenc
 
 
 def per_tag_accuracy(verdicts: Sequence[bool], tags: Sequence[str]) -> dict[str, float]:
-    """Share of True verdicts of each tag, in [0, 1], tags in order of first appearance. F §6.1 (GenEval).
-
-    Raises ValueError if there is not one tag a verdict.
-    """
+    """Share of True verdicts of each tag, in order of first appearance. F §6.1. ValueError for unequal lengths."""
     by_tag: dict[str, list[bool]] = {}
     for verdict, tag in zip(verdicts, tags, strict=True):
         by_tag.setdefault(tag, []).append(bool(verdict))
@@ -255,10 +249,7 @@ def per_tag_accuracy(verdicts: Sequence[bool], tags: Sequence[str]) -> dict[str,
 
 
 def geneval_score(verdicts: Sequence[bool], tags: Sequence[str]) -> float:
-    """GenEval's number, in [0, 1]: the unweighted mean of the per-tag accuracies. F Table 2.
-
-    A tag counts the same however many prompts it has. Raises ValueError without a verdict.
-    """
+    """GenEval's number, in [0, 1]: the mean of the per-tag accuracies, however many prompts a tag has. F Table 2."""
     return statistics.fmean(per_tag_accuracy(verdicts, tags).values())
 
 
@@ -273,9 +264,8 @@ RATING = re.compile(
 
 
 def answer(reply: str) -> str:
-    """What a judge says after its reasoning (<Thought>, <think>), which may quote what is no answer.
-
-    RewardError if the reasoning has no end: that reply was cut off.
+    """What a judge says after its reasoning (<Thought>, <think>), which may quote what is no answer. RewardError if the
+    reasoning has no end: that reply was cut off.
     """
     said = re.sub(rf"^.*</{REASONING}>", "", reply, flags=re.IGNORECASE | re.DOTALL)
     if re.search(rf"<{REASONING}>", said, re.IGNORECASE):

@@ -57,7 +57,7 @@ def families(text: str) -> tuple[list[str], str]:
     Chinese and Japanese write some letters differently under one number: a text with kana is Japanese.
     """
     language = "JP" if re.search("[\u3040-\u30ff]", text) else "KR" if re.search("[\uac00-\ud7af]", text) else "SC"
-    found, left = ["DejaVu Sans"], {c for c in text if unicodedata.category(c)[0] not in "CZ"}
+    found, left = ["DejaVu Sans"], {c for c in text if not c.isspace() and unicodedata.category(c) not in ("Cc", "Cf")}
     left -= {chr(code) for code in letters_of(found[0])}
     for family in sorted(known(), key=lambda name: not name.endswith(f"CJK {language}")) if left else ():
         if has := {c for c in left if ord(c) in letters_of(family)}:

@@ -23,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import train
+from bench.runs import survival
 from data import files
 from harness import cli, identity
 from harness.ranks import USER_ERRORS
@@ -218,13 +219,9 @@ def whole_runs(rng: random.Random, folder: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--times", type=int, default=10, help="how many times as many as `make test` tries")
-    times, total = parser.parse_args().times, [0, 0]
-    for layer, count in {**LAYERS, whole_runs: 10}.items():
-        tried, good = survived(layer, count * times)
-        total = [total[0] + tried, total[1] + good]
-        print(f"{layer.__name__}: {tried} tried, {good} survived", flush=True)
-    print(f"tried {total[0]}, survived {total[1]}")
-    return 0 if total[0] == total[1] else 1
+    times = parser.parse_args().times
+    found = ((layer, *survived(layer, count * times)) for layer, count in {**LAYERS, whole_runs: 10}.items())
+    return survival((layer.__name__, tried, "mutations", good) for layer, tried, good in found)
 
 
 if __name__ == "__main__":

@@ -21,10 +21,13 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Mapping
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
 import safetensors.torch
+
+from bench.runs import survival
 
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir"}  # audit events; "open" counts if it is for writing
 KILL, FULL = -signal.SIGKILL, 2  # what may happen before a write, and the exit code that it ends with
@@ -57,8 +60,9 @@ def forked(work: Callable[[Path], int], folder: Path, at: int = 0, fault: int = 
                 if 0 < at <= count and fault == FULL and event in ("open", "os.mkdir"):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        code = 1
+        code, log = 1, folder.with_name("log")
         try:
+            sys.stdout = sys.stderr = log.open("w")
             announce_safetensors()
             os.fsync = lambda file: None  # a process that is killed loses nothing of what the system has: save the time
             sys.addaudithook(hook)
@@ -66,6 +70,7 @@ def forked(work: Callable[[Path], int], folder: Path, at: int = 0, fault: int = 
         except BaseException:
             traceback.print_exc()
         os.write(writer, str(count).encode())
+        sys.stderr.flush()
         os._exit(code)
     os.close(writer)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -140,6 +145,7 @@ def survived(case: Case, every: int = 1, fault: int = KILL) -> tuple[int, int, i
             if code != fault or half or found != expected:
                 unlike = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
                 print(f"fault {fault} before write {at}: code {code}, {half}, other {unlike}", file=sys.stderr)
+                print(run.with_name("log").read_text()[-2000:], file=sys.stderr)
         return writes, tried, good
 
 
@@ -190,17 +196,12 @@ def main() -> int:
 
     os.environ["OMP_NUM_THREADS"] = "1"  # the runs leave this as it is:
     torch.set_num_threads(1)
-    total = [0, 0]
     with tempfile.TemporaryDirectory() as folder:
         model = new_tiny(0, width=32, layers=1)
         model.save_full(Path(folder), model.transformer.state_dict())
-        for name, case in cases(Path(folder)).items():
-            for fault, what in ((KILL, "kills"), (FULL, "full disks")):
-                writes, tried, good = survived(case, every, fault)
-                total = [total[0] + tried, total[1] + good]
-                print(f"{name}: {writes} writes, {tried} {what}, {good} survived", flush=True)
-    print(f"tried {total[0]}, survived {total[1]}")
-    return 0 if total[0] == total[1] else 1
+        met = product(cases(Path(folder)).items(), ((KILL, "kills"), (FULL, "full disks")))
+        found = ((name, what, survived(case, every, fault)) for (name, case), (fault, what) in met)
+        return survival((f"{name}, {n} writes", tried, what, good) for name, what, (n, tried, good) in found)
 
 
 if __name__ == "__main__":

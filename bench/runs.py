@@ -3,7 +3,7 @@
 import json
 import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from harness import cli, tables
@@ -25,6 +25,16 @@ def table(rows: Mapping[str, Sequence[Mapping[str, float]]], columns: Sequence[s
     """Print a markdown table. rows: {name: one dict of scores a seed}."""
     found = {name: tables.over_seeds(own, columns) for name, own in rows.items()}
     print("\n" + tables.markdown(tables.Table(found, first)))
+
+
+def survival(found: Iterable[tuple[str, int, str, int]]) -> int:
+    """Print (what, how many were tried, of what, how many survived) line by line, and the sums -> the exit code."""
+    total = [0, 0]
+    for what, tried, kind, good in found:
+        total = [total[0] + tried, total[1] + good]
+        print(f"{what}: {tried} {kind}, {good} survived", flush=True)
+    print(f"tried {total[0]}, survived {total[1]}")
+    return int(total[0] != total[1])
 
 
 def run_job(module: str, *jobs: Callable) -> None:

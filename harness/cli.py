@@ -9,7 +9,9 @@ import contextlib
 import difflib
 import io
 import os
+import signal
 import sys
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -28,9 +30,20 @@ def answer_early(argv: Sequence[str], prog: str = "train.py") -> None:
             parse(argv, prog)
         except SettingsError as fault:
             print(f"error: {one_line(fault)}", file=sys.stderr)
+            wait_for_rank_0()
             sys.exit(2)
         finally:
             flush()
+
+
+def wait_for_rank_0(seconds: float = 30.0) -> None:
+    """What another rank does with a user's error before it speaks: rank 0 mostly has the same one and prints it.
+
+    The launcher then ends this rank, with exit code 2. If this rank went first, rank 0 could be ended before it prints.
+    """
+    if int(os.environ.get("RANK", "0")) > 0:
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(2))
+        time.sleep(seconds)
 
 
 def flush() -> None:
@@ -55,9 +68,9 @@ def parse(argv: Sequence[str], prog: str = "train.py") -> tuple[Settings, dict]:
     file = _read_config(given["config"]) if given.get("config") else {}
     given = {**file, **given}
     if prog == "eval.py":
-        given["stage"] = "eval"
-    elif given.get("stage") == "eval":
-        raise SettingsError("--stage eval is a program of its own: python eval.py")
+        given.setdefault("stage", "eval")
+    if (given.get("stage") == "eval") != (prog == "eval.py"):
+        raise SettingsError(f"--stage {given['stage']} is not of {prog}: eval.py evaluates, train.py does all else")
     chosen = {name: given[name] for name in ("preset", "stage", "tasks") if name in given}
     values = unchecked(chosen)
     _check_values(values)
@@ -266,7 +279,7 @@ def _check_names(s: Settings) -> None:
     if Path(s.name).name != s.name or s.name in (".", "..") or not s.name.isprintable() or len(s.name.encode()) > 200:
         raise SettingsError(f"--name {s.name}: must be a plain folder name of at most 200 bytes")
     for name in s.compare:  # names adapters, files and rows of the table
-        if name in ("", "base") or set(name) & set("./\\"):
+        if name in ("", "base") or name.startswith("teacher ") or set(name) & set("./\\"):
             raise SettingsError(f"--compare {name}=...: give it a name of its own, without dots and slashes")
     known = {"tiny": settings.FLOW_TASKS, "tiny-qwen": settings.QWEN_TASKS}.get(s.preset, TASKS)
     own = {s.task} - {"", "mix"}

@@ -344,9 +344,10 @@ def memory(s: Settings, whole: int, fixed: int, trained: int, full: Collection[s
     fully = s.stage == "pretrain" or (s.parameters == "full" and s.stage in settings.LORA)
     asked = s.beta > 0 if s.stage in RL else bool({*load.checkpoints_of(s)} - full - {"init"})  # it carries LoRAs
     shards = {"fsdp": ranks.rank_and_world()[1], "hsdp": ranks.local_world()}.get(s.parallel, 1) if fully else 1
+    older = (s.stage == "nft") + (s.stage in RL and s.overlap)
     parts = {
         "base": b * (whole + fixed) * (not fully or (asked and s.stage != "pretrain")),
-        "student": (TRAINED_BYTES + 4 * (s.stage == "nft") + 4 * s.overlap) * trained / shards + 4 * fixed * fully,
+        "student": (TRAINED_BYTES + 4 * older) * trained / shards + 4 * fixed * fully,
         "full teachers": b * (whole + fixed) * min(len(full), 1 + ("anchor" in full)),
     }
     return {name: size for name, size in parts.items() if size}

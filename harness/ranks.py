@@ -102,9 +102,9 @@ def fail(fault: Exception) -> int:
     if isinstance(fault, OSError) and fault.errno not in DISK:
         raise fault
     rank, _ = rank_and_world()
-    get_error_handler().record_exception(fault)  # torchrun's own summary then shows the message
-    if rank > 0:
-        time.sleep(5)
+    fault.__cause__ = fault.__traceback__ = None  # torchrun's own summary then shows the message, and no stack
+    get_error_handler().record_exception(fault)
+    cli.wait_for_rank_0()
     who = f" (rank {rank})" if rank > 0 else ""
     if not isinstance(fault, BrokenPipeError):  # nobody is reading
         print(f"error{who}: {one_line(fault)}", file=sys.stderr)

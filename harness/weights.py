@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 import nft
 from harness.ranks import average, own
 from models.flow import FlowModel
-from settings import TRAINED, Settings
+from settings import RL, TRAINED, Settings
 
 
 def optimizers(model: FlowModel, s: Settings) -> list[torch.optim.Optimizer]:
@@ -57,7 +57,8 @@ class Weights:
         # DiffusionNFT's old policy, which draws (Q Eq. 7): it follows the student at a distance
         self.old = {n: p.detach().clone() for n, p in self.parameters.items()} if s.stage == "nft" else {}
         # --overlap: who draws, or has drawn, the step under way. A run that is stopped has it drawn again by the same.
-        self.drawer = {n: p.detach().clone() for n, p in self.parameters.items()} if s.overlap else {}
+        ahead = s.stage in RL and s.overlap
+        self.drawer = {n: p.detach().clone() for n, p in self.parameters.items()} if ahead else {}
         # How large the gradient is at each state, for `opd.state_probabilities`
         self.state_size = torch.zeros(s.num_steps if s.stage == "opd" else 0, dtype=torch.float64)
         self.optimizers = optimizers(model, s) if s.stage in TRAINED else []

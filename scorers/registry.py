@@ -149,9 +149,9 @@ def named(scorer: Scorer) -> Scorer:
         def score(*batch):
             try:
                 return torch.as_tensor(ask(*batch)).detach().cpu()
-            except ValueError:
+            except (ValueError, KeyboardInterrupt):
                 raise
-            except (Exception, SystemExit) as fault:  # its sys.exit would end the run without a checkpoint
+            except BaseException as fault:  # its sys.exit would end the run without a checkpoint
                 raise RewardError(f"scorer {scorer.name!r}: {type(fault).__name__}: {first_line(fault)}") from fault
 
         return score

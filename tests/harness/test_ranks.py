@@ -4,6 +4,7 @@ message whatever the number of ranks. Real process groups are in tests/pipeline/
 
 import json
 import math
+import signal
 import time
 from types import SimpleNamespace
 
@@ -129,6 +130,7 @@ def test_a_users_error_is_said_at_once_by_rank_0_and_after_a_wait_by_others(tmp_
     file, waits = tmp_path / "error.json", []
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
     monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.setattr(time, "sleep", lambda seconds: waits.append(capsys.readouterr().err))
     assert ranks.fail(ValueError("--lr fast: not a number")) == 2
     assert waits == ([""] if rank else []), "torchrun ends this rank during the wait, if it is not alone"

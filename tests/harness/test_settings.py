@@ -282,9 +282,10 @@ def test_what_cannot_work_is_refused_in_one_line_that_names_it(named, line):
     assert refusal(line).removeprefix("unknown flag ").startswith(named)
 
 
-@pytest.mark.parametrize("name", ["v1.0", "base", "a/b", ""])
+@pytest.mark.parametrize("name", ["v1.0", "base", "teacher text", "a/b", ""])
 def test_a_student_to_compare_has_a_name_that_is_a_file_and_a_row(name):
     assert refusal(["--compare", f"{name}=x"], prog="eval.py").startswith(f"--compare {name}=")
+    assert refusal("--stage opd", prog="eval.py").startswith("--stage opd")
 
 
 CONFIGS = [

@@ -5,6 +5,7 @@ train what one does, whatever the settings, is in test_world_size.py.
 """
 
 import json
+import re
 
 import pytest
 
@@ -18,7 +19,7 @@ WORKER = """
 import json, os, signal, sys, types
 sys.path.insert(0, {root!r})
 import train
-from harness import ranks
+from harness import cli
 from harness.run import Run
 from scorers import ocr
 rank, job, calls = int(os.environ["RANK"]), {{}}, {{}}
@@ -37,7 +38,7 @@ def fail():
 
 planted(ocr, "score_jpeg", "broken", 3, fail)  # the first call is the self-test
 planted(Run, "stop_if_asked", "told", 6, lambda: os.kill(os.getpid(), signal.SIGTERM))  # three calls a step
-ranks.time = types.SimpleNamespace(sleep=lambda seconds: None)  # rank 1 would wait for rank 0 to print first
+cli.time = types.SimpleNamespace(sleep=lambda seconds: None)  # rank 1 would wait for rank 0 to print first
 for job in json.load(open({jobs!r})):
     os.environ.update(job.get("env", {{}}))
     calls.clear()
@@ -305,6 +306,14 @@ def test_a_rank_that_fails_or_hangs_ends_the_job_with_a_message(sd35, tmp_path, 
     argv = job(sd35, tmp_path, "faulty", *OPD, *HALF, "--timeout", "0.1")
     code, output, seconds = torchrun(tmp_path / "faulty.py", *argv, timeout=300)
     assert code != 0 and message in output and seconds < 240
+
+
+@pytest.mark.parametrize("flags", [("--prompts", "text=none.txt"), ("--lr", "inf")], ids=["late", "early"])
+def test_bad_input_is_said_once_whichever_rank_finds_it_first(sd35, tmp_path, flags):
+    """Ranks that the launcher finds at work yet it ends itself, and the other code and traceback are its own."""
+    code, output, _ = torchrun(ROOT / "train.py", *job(sd35, tmp_path, "bad", *OPD, *flags))
+    assert code == 1 and output.count("error: ") == 1 == output.count("Traceback"), output
+    assert re.search(r"rank      : 0 .*\n  exitcode  : 2 ", output)
 
 
 def test_train_py_survives_kill_9_before_a_sample_of_its_writes(world):

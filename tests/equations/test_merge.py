@@ -237,6 +237,8 @@ def test_options_that_fit_no_merge_are_refused():
         with pytest.raises(ValueError):
             merge_lora(two, **options)
     with pytest.raises(ValueError):
+        merge_lora([make(1, 2, {"m": (2, 3)}), make(2, 3, {"m": (2, 3)})], rank=3)  # of 2 rows
+    with pytest.raises(ValueError):
         merge_lora([])
     with pytest.raises(ValueError, match="ranks"):
         merge_lora([make(1, 2), make(2, 3)], method="factor")

@@ -41,7 +41,7 @@ CALLS = {
     "multi_reward_advantages": lambda x, y, s, t: grpo.multi_reward_advantages(x.transpose(0, 1), [0.3, 0.7]),
     "clipped_objective": lambda x, y, s, t: grpo.clipped_objective(s, t, 0.9),
     "policy_loss": lambda x, y, s, t: grpo.policy_loss(drawn(x, s, t), y, t, 0.9, mean_ref=y.flip(2), beta=0.1)[0],
-    "policy_loss, guarded": lambda x, y, s, t: grpo.policy_loss(drawn(x, s, t), y, t, 0.9, guard=True)[0],
+    "policy_loss, guarded": lambda x, y, s, t: grpo.policy_loss(drawn(x, s, t), y, t, 0.9, 5, "sum", guard=True)[0],
     "log_ratio": lambda x, y, s, t: grpo.log_ratio(drawn(x, s, t), y),
     "guard_ratio": lambda x, y, s, t: grpo.guard_ratio(t, x, y, s),
     "optimality": lambda x, y, s, t: nft.optimality(s, 1.5),

@@ -57,7 +57,7 @@ class Scorer(NamedTuple):
     score(images, prompts, sources) -> (B,) float32 on the CPU, where images is (B, 3, H, W) in [0, 1] on the CPU,
     prompts are B `data.files.Prompt`, and sources, for editing only, are B tuples of source images (3, H', W'), one or
     more each, in the order of the prompt's pictures; else None.
-    low, high: the range that a score can have, checked by `scorers.common.check_scores`; infinite if there is none.
+    low, high: the range of a score, infinite if there is none; silent: nan, no answer, is one, in evaluations only.
     verdict: as score, 1 or 0, what an evaluation counts by tags (GenEval); None: it has the mean of score.
     check(prompt): ValueError for a prompt that it can never score well, asked before anything is drawn.
     """
@@ -68,6 +68,7 @@ class Scorer(NamedTuple):
     high: float
     verdict: Callable | None = None
     check: Callable = lambda prompt: None
+    silent: bool = False
 
 
 # ------------------------------------------------------------------------------------------ text on the image

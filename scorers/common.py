@@ -30,17 +30,20 @@ MODEL_FILES = ("config.json", *WEIGHTS, *PROCESSOR_FILES)
 
 
 def check_scores(
-    name: str, scores: Sequence[float], prompts: Sequence[str], low: float | None = None, high: float | None = None
-) -> np.ndarray:
+    name: str, scores: Sequence[float], prompts: Sequence[str], low: float | None = None, high: float | None = None,
+    silent: bool = False,
+) -> np.ndarray:  # fmt: skip
     """A scorer's answer for a batch as float64 (B,), or a RewardError naming scorer and prompt. F §6.1.
 
     There must be one score for each of the B `prompts`, in shape (B,) exactly: a (B, 1) would later broadcast
-    against (B,) to (B, B). Every score must be finite and, if given, low <= score <= high.
+    against (B,) to (B, B). Every score must be finite and, if given, low <= score <= high; nan passes if `silent`.
     """
     scores_B = np.asarray(scores, dtype=np.float64)
     if scores_B.shape != (len(prompts),):
         raise RewardError(f"scorer {name!r}: {len(prompts)} prompts but scores of shape {scores_B.shape}")
     for score, prompt in zip(scores_B, prompts, strict=True):
+        if silent and math.isnan(score):
+            continue
         if not math.isfinite(score):
             raise RewardError(f"scorer {name!r}: {score} is not finite, for the prompt {prompt!r}")
         if (low is not None and score < low) or (high is not None and score > high):

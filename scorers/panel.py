@@ -51,7 +51,12 @@ class Scores(NamedTuple):
 
 # ------------------------------------------------------------------------------------------------------------- asking
 class Panel:
-    """The scorers of a run, with a weight for each category of prompts."""
+    """The scorers of a run, with a weight for each category of prompts.
+
+    evaluates: a `silent` scorer may say nothing about a picture, nan, which nothing could learn from.
+    """
+
+    evaluates = False
 
     def __init__(self, scorers: Sequence[Scorer], weights: Mapping[str, Mapping[str, float]],
                  watched: Sequence[str] = (), drop: bool = False):  # fmt: skip
@@ -125,8 +130,8 @@ class Panel:
             except ValueError as fault:  # a RewardError, or such as a prompt without a target
                 said = first_line(fault)  # a scorer calls itself by its kind, the run by its name in --rewards
                 raise RewardError(said if repr(scorer.name) in said else f"scorer {scorer.name!r}: {said}") from fault
-            texts = [p.text for p in asked]
-            found[some] = check_scores(scorer.name, np.asarray(answer), texts, scorer.low, scorer.high)
+            texts, silent = [p.text for p in asked], scorer.silent and self.evaluates
+            found[some] = check_scores(scorer.name, np.asarray(answer), texts, scorer.low, scorer.high, silent)
         return found[rows]
 
 

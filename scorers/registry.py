@@ -40,7 +40,8 @@ KINDS = {
     "clipscore": "scorers.clip:clipscore", "aesthetic": "scorers.clip:aesthetic", "hps": "scorers.clip:hps",
     "imagereward": "scorers.clip:imagereward", "jpeg": "scorers.ocr:jpeg", "vlm": "scorers.vlm:vlm",
     "face": "scorers.faces:face", "trained": "scorers.vlm_trained:scorer", "judge": "scorers.remote:judge",
-    "served": "scorers.remote:served",
+    "served": "scorers.remote:served", "blipvqa": "scorers.vqa:blipvqa", "softtifa": "scorers.vqa:softtifa",
+    "diversity": "scorers.measures:diversity", "untouched": "scorers.measures:untouched",
 }  # fmt: skip
 # Scorers that have a name and are no kinds of their own: Q 3.2-3.3's judges, a Qwen-VL on a rubric each, and a face
 # model that has nothing to say about a picture without a face. None has a kind's name ("aesthetic" is LAION's head).

@@ -34,7 +34,7 @@ import torch
 
 from data.files import Prompt
 from data.pictures import png, to_picture
-from rewards import HIGHEST_RATING, LOWEST_RATING, RewardError, Scorer
+from rewards import RewardError, Scorer
 from scorers import rubrics
 from scorers.common import check_scores
 
@@ -261,7 +261,7 @@ def judge(
     RewardError, one line, for what cannot work.
     """
     asked = rubrics.named(rubric) if isinstance(rubric, str) else rubric
-    name, low, high = asked.name, LOWEST_RATING / HIGHEST_RATING, 1.0
+    name, low, high = asked.name, asked.low, 1.0
     client = Client(name, endpoints, read_key(key_env, required=key_env != KEY_ENV), limits)
     options = {"model": model, "temperature": 0, "max_tokens": asked.max_tokens}
     options |= {"logprobs": True, "top_logprobs": TOP_LOGPROBS} if asked.ask in rubrics.SCALES else {}
@@ -270,7 +270,7 @@ def judge(
     def question(prompt: Prompt, *pictures: torch.Tensor) -> Request:
         def read(answer: dict) -> float:
             rating = rubrics.read(asked, *reply_of(asked, answer["choices"][0]))
-            return float(check_scores(name, [rating], [prompt.text], low, high)[0])
+            return float(check_scores(name, [rating], [prompt.text], low, high, asked.ask == rubrics.PILLAR)[0])
 
         body = lambda: {**options, "messages": rubrics.messages(asked, prompt.text, pictures)}  # noqa: E731
         return Request("/chat/completions", body, read, f"the prompt {prompt.text!r}")
@@ -280,7 +280,7 @@ def judge(
         requests = [question(prompt, *before, image) for prompt, image, before in rows]
         return torch.tensor(client.ask_all(requests), dtype=torch.float32)
 
-    return Scorer(name, score, low, high)
+    return Scorer(name, score, low, high, silent=asked.ask == rubrics.PILLAR)
 
 
 def reply_of(rubric: rubrics.Rubric, choice: dict) -> tuple[str, dict[str, float] | None]:

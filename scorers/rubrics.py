@@ -13,6 +13,10 @@ of either into a number.
     editing_checklist     the same, demand by demand           yes or no, `capped_editing`   Q §3.3
     unifiedreward         alignment and quality                a number after `Final Score:` F Table 4
     deqa                  how good is the picture as such?     one word, excellent .. bad    F §6.1, Table 2
+    arena                 which of two pictures is better?     A, B or C, an expectation     Q 5, Fig. 4
+
+A rubric of a user's own is FILE.toml:NAME, a file such as rubrics.toml. With `ask = "pillar"` its answer is Q-Judger's
+JSON (Q Table 1), and its question has the benchmark's checklist.
 
 Every score lies in [0.2, 1]: all of them are ratings from 1 to 5, divided by 5, as F's tables print them. One score
 token carries more than the number that it spells: its probabilities give an expectation, which ranks pictures that
@@ -24,6 +28,7 @@ in which order and on which scale. Q prints none of its prompts. A reward model 
 scores best with that one: `rubric._replace(user=...)`.
 """
 
+import json
 import math
 import re
 import statistics
@@ -36,11 +41,14 @@ from PIL import Image
 from torch import Tensor
 
 import rewards
+from data.common import first_line
 from data.pictures import PNG_URI, png, to_picture
-from rewards import ALIGNMENT, HIGHEST_RATING, LEVELS, SCORE_TOKENS, RewardError
+from rewards import ALIGNMENT, HIGHEST_RATING, LEVELS, LOWEST_RATING, SCORE_TOKENS, RewardError
 
 NUMBER_WORDS = "zero one two three four five six seven eight nine ten".split()
-SCALES = {"expected": SCORE_TOKENS, "levels": LEVELS}  # the words of a one-token answer
+PREFERENCE = {"a": 5, "b": 1, "c": 3}  # of two pictures the first or the second is better, or neither
+SCALES = {"expected": SCORE_TOKENS, "levels": LEVELS, "preference": PREFERENCE}  # the words of a one-token answer
+PILLAR = "pillar"  # the form of Q-Judger's answer, see `_pillar`
 WRITTEN_TOKENS = 1024  # how long a written answer may get
 
 
@@ -50,15 +58,22 @@ class Rubric(NamedTuple):
     name: str
     ask: str  # the form of the answer: a key of `SCALES` or of `WRITTEN`
     system: str
-    user: str  # with the prompt's place, {prompt}, in it
+    user: str  # with the prompt's place, {prompt}, in it; a picture stands before it, or at {picture}
     images: tuple[str, ...] = ("picture",)  # what is shown, in order
     model: str = "Qwen/Qwen2.5-VL-7B-Instruct"  # the checkpoint that vlm.py takes by default
     side: int = 0  # pictures are resized to side x side first; 0 leaves them as they are
+    longest: int = 0  # larger pictures are shrunk to this many pixels on the longer side; 0 leaves them as they are
+    tokens: int = 0  # how long a written answer may get; 0: `WRITTEN_TOKENS`
 
     @property
     def max_tokens(self) -> int:
         """How long a reply may get, of a model that does not think by itself: the score token alone, or a form."""
-        return 1 if self.ask in SCALES else WRITTEN_TOKENS
+        return 1 if self.ask in SCALES else self.tokens or WRITTEN_TOKENS
+
+    @property
+    def low(self) -> float:
+        """The least score: of a rating from 1 to 5, or of Q-Judger's points from 0 to 100."""
+        return 0.0 if self.ask == PILLAR else LOWEST_RATING / HIGHEST_RATING
 
 
 # ---------------------------------------------------------------------------------------------------- the rubrics
@@ -66,6 +81,7 @@ class Rubric(NamedTuple):
 ONE_TOKEN = {
     "expected": "Answer with one digit from 1 (worst) to 5 (best) and nothing else.",
     "levels": "Answer with one of the words excellent, good, fair, poor, bad and nothing else.",
+    "preference": "Answer with A if the first is better, B if the second is, C if they are alike, and nothing else.",
 }
 
 
@@ -74,15 +90,25 @@ def _rubric(name: str, entry: dict) -> Rubric:
     return Rubric(name, **{key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()})
 
 
-_TEXTS = tomllib.loads(Path(__file__).with_name("rubrics.toml").read_text(encoding="utf-8"))
-RUBRICS = {name: _rubric(name, entry) for name, entry in _TEXTS.items()}
+def from_file(file: Path) -> dict[str, Rubric]:
+    """The rubrics of a file such as rubrics.toml. RewardError, one line, if it is none."""
+    try:
+        found = {name: _rubric(name, entry) for name, entry in tomllib.loads(file.read_text("utf-8")).items()}
+    except (OSError, ValueError, TypeError, AttributeError) as fault:
+        raise RewardError(f"{file}: no rubrics: {first_line(fault)}") from fault
+    for rubric in found.values():
+        if rubric.ask not in (forms := (*SCALES, *WRITTEN, PILLAR)):
+            raise RewardError(f"{file}: {rubric.name}: ask is {rubric.ask!r}; choose from {', '.join(forms)}")
+    return found
 
 
 def named(name: str) -> Rubric:
-    """A rubric of `RUBRICS`; RewardError for an unknown name."""
-    if name not in RUBRICS:
-        raise RewardError(f"unknown rubric {name!r}: choose one of {', '.join(RUBRICS)}")
-    return RUBRICS[name]
+    """A rubric of `RUBRICS`, or one of a user's own, FILE.toml:NAME. RewardError for an unknown one."""
+    file, _, own = name.rpartition(":")
+    known = from_file(Path(file)) if file else RUBRICS
+    if own not in known:
+        raise RewardError(f"unknown rubric {name!r}: choose one of {', '.join(known)}")
+    return known[own]
 
 
 # --------------------------------------------------------------------------------------------------- the question
@@ -94,17 +120,22 @@ def user_turn(rubric: Rubric, prompt: str, images: Sequence[Tensor]) -> list[str
     """
     if len(images) < len(rubric.images):
         raise RewardError(f"rubric {rubric.name!r} is about {' and '.join(rubric.images)}: {len(images)} given")
-    pictures = [to_picture(image) for image in (images if "source" in rubric.images else images[-1:])]
+    pictures = [to_picture(image) for image in (images if len(rubric.images) > 1 else images[-1:])]
     if rubric.side:
         pictures = [picture.resize((rubric.side, rubric.side), Image.Resampling.BICUBIC) for picture in pictures]
+    for picture in pictures if rubric.longest else ():
+        picture.thumbnail((rubric.longest, rubric.longest), Image.Resampling.LANCZOS)
     # A prompt must not end its own turn or add pictures: Qwen's control tokens all begin with these two characters.
-    text = rubric.user.replace("{prompt}", prompt.replace("<|", "< |"))
+    before, _, after = rubric.user.rpartition("{picture}")
+    before, text = (words.replace("{prompt}", prompt.replace("<|", "< |")) for words in (before, after))
     if rubric.ask in SCALES:
         text += "\n\n" + ONE_TOKEN[rubric.ask]
     if len(pictures) == 1:
-        return [*pictures, text]
-    names = ["Source"] if len(pictures) == 2 else [f"Source {i}" for i in range(1, len(pictures))]
-    parts = [part for name, each in zip([*names, "Result"], pictures, strict=True) for part in (f"\n{name}: ", each)]
+        return [*([before] if before else []), *pictures, text]
+    names = [name.title() for name in rubric.images]
+    if len(pictures) > 2:  # an edit of several
+        names = [*(f"Source {i}" for i in range(1, len(pictures))), "Result"]
+    parts = [part for name, each in zip(names, pictures, strict=True) for part in (f"\n{name}: ", each)]
     return [parts[0].lstrip(), *parts[1:], "\n" + text]
 
 
@@ -121,13 +152,16 @@ def messages(rubric: Rubric, prompt: str, images: Sequence[Tensor]) -> list[dict
 
 # ----------------------------------------------------------------------------------------------------- the answer
 def read(rubric: Rubric, reply: str, token_logprobs: Mapping[str, float] | None = None) -> float:
-    """The score of a reply, in [0.2, 1]: a rating from 1 to 5, by `WRITTEN` or `SCALES`, divided by 5.
+    """The score of a reply, in [0.2, 1]: a rating from 1 to 5, by `WRITTEN` or `SCALES`, divided by 5. Q-Judger's are
+    points from 0 to 100, divided by 100, nan if nothing of the pillar applies.
 
     token_logprobs: {token text: log-prob} of the likeliest tokens at the place of the score token (`score_token` finds
     it), for rubrics that ask for one; Q Eq. 12 then gives the expectation. Without them the word itself counts.
     RewardError, one line with the reply in it, if the reply is not what was asked for.
     """
     try:
+        if rubric.ask == PILLAR:
+            return _pillar(rubric, reply)
         if rubric.ask in WRITTEN:
             return WRITTEN[rubric.ask](reply) / HIGHEST_RATING
         scale, found = SCALES[rubric.ask], rewards.find_rating(rewards.answer(reply))
@@ -200,6 +234,23 @@ def _editing(reply: str) -> float:
     return rewards.capped_editing(*met, rewards.rating("<Coherence>", coherence, reply))
 
 
+def _pillar(rubric: Rubric, reply: str) -> float:
+    """Q Table 1: the pillar's points / 100, by `rewards.pillar_score`. The question has the hierarchy: a line
+    "## LEVEL 2" and below it lines "- LEVEL 3: question"."""
+    hierarchy: dict[str, list[str]] = {}
+    for mark, name in re.findall(r"^(## |- )([^:\n]+)", rubric.user, re.M):
+        if mark == "## ":
+            hierarchy[name.strip()] = []
+        elif hierarchy:
+            hierarchy[[*hierarchy][-1]].append(name.strip())
+    said = rewards.answer(reply)
+    found = json.loads(said[said.find("{") : said.rfind("}") + 1] or "null")
+    if not isinstance(found, dict):
+        raise RewardError(f"no JSON object in the reply: {reply}")
+    points = rewards.pillar_score(found, {name: facets for name, facets in hierarchy.items() if facets})
+    return math.nan if points is None else points / 100
+
+
 def _verdict(reply: str) -> list[tuple[str, str]]:
     """(name, content) of the tags in the last <Verdict> after all reasoning; none if that was begun and not ended."""
     _, begun, block = rewards.answer(reply).rpartition("<Verdict>")
@@ -211,3 +262,4 @@ WRITTEN = {  # how a longer answer becomes a rating in [1, 5]
     "overall": lambda reply: rewards.parse_judge(reply)["overall"],
     "final": _final, "alignment": _alignment, "editing": _editing,
 }  # fmt: skip
+RUBRICS = from_file(Path(__file__).with_name("rubrics.toml"))

@@ -14,8 +14,8 @@ from transformers import GenerationConfig
 
 from data.files import Prompt
 from models import qwen_vl
-from rewards import HIGHEST_RATING, LOWEST_RATING, RewardError, Scorer
-from scorers.rubrics import SCALES, Rubric, named, read, user_turn
+from rewards import RewardError, Scorer
+from scorers.rubrics import PILLAR, SCALES, Rubric, named, read, user_turn
 
 
 def vlm(
@@ -52,7 +52,7 @@ def vlm(
             scores += [score_of(row[0], *reply) for row, reply in zip(some, replies, strict=True)]
         return torch.tensor(scores, dtype=torch.float32)
 
-    return Scorer(asked.name, score, LOWEST_RATING / HIGHEST_RATING, 1.0)
+    return Scorer(asked.name, score, asked.low, 1.0, silent=asked.ask == PILLAR)
 
 
 @contextmanager

@@ -84,7 +84,51 @@ def test_a_prompt_cannot_end_its_turn_or_add_a_picture_and_what_cannot_be_shown_
     bad = picture(8, 8, 0)
     bad[1, 2, 3] = math.nan
     assert "not finite" in refusal(J.messages, judge, "p", [bad])
-    assert "source and picture" in refusal(J.messages, J.RUBRICS["editing"], "p", [picture(8, 8, 0)])
+    assert "source and result" in refusal(J.messages, J.RUBRICS["editing"], "p", [picture(8, 8, 0)])
+
+
+# ------------------------------------------------------------------------------------ rubrics of a user's own, Q-Judger
+PILLAR = '''[quality]
+ask = "pillar"
+system = "s"
+longest = 16
+tokens = 4096
+user = """Prompt: {prompt}
+Image: {picture}
+## Realism
+- Physical Logic: is it?
+- Material Texture: is it?
+## Detail
+- Noise: is there none?"""
+'''
+
+
+def test_a_pillar_is_read_by_the_checklist_of_its_question(tmp_path):
+    (tmp_path / "mine.toml").write_text(PILLAR)
+    rubric = J.named(f"{tmp_path}/mine.toml:quality")
+    before, shown, after = J.user_turn(rubric, "a {picture} <|im_end|>", [picture(24, 48, 0)])
+    assert before.startswith("Prompt: a {picture} < |im_end|>") and shown.size == (16, 8) and "Noise" in after
+    assert (rubric.low, rubric.max_tokens) == (0.0, 4096)
+    marks = {"Realism": {"Physical Logic": {"score": 2}, "Material Texture": {"score": 0}}}
+    marks["Detail"] = {"Noise": {"score": "N/A"}}
+    assert J.read(rubric, f"<think>{{1}}</think> {json.dumps(marks)}") == 0.5, "100 and 0; N/A is left out"
+    marks["Realism"]["Noise"] = {"score": 1}
+    del marks["Detail"]
+    assert J.read(rubric, json.dumps(marks)) == pytest.approx((0.5 + 0.6) / 2), "a misplaced key counts at its place"
+    assert math.isnan(J.read(rubric, json.dumps({"Detail": {"Noise": {"score": "N/A"}}})))
+    for wrong in ("no JSON", '{"Realism": {"Charm": {"score": 2}}}', '{"Detail": {"Noise": {"score": 3}}}'):
+        refusal(J.read, rubric, wrong)
+    for name in ("mine.toml:other", "none.toml:quality"):
+        refusal(J.named, f"{tmp_path}/{name}")
+
+
+def test_the_arenas_answer_is_an_expected_preference_for_what_is_shown_first():
+    rubric = J.RUBRICS["arena"]
+    turn = J.user_turn(rubric, "a cat", [picture(8, 8, 0), picture(8, 8, 1)])
+    assert [part for part in turn if isinstance(part, str)][:2] == ["First: ", "\nSecond: "]
+    half = {"A": math.log(0.5), "B": math.log(0.5)}
+    for said, score in (({"A": 0.0}, 1.0), ({"B": 0.0}, 0.2), ({"C": 0.0}, 0.6), (half, 0.6)):
+        assert J.read(rubric, "A", said) == pytest.approx(score)
 
 
 # ------------------------------------------------------------------------------------------- tiny models, offline

@@ -1,18 +1,22 @@
-"""How good is a checkpoint? F Table 2's question: every task's score, for base, teachers, merged and student.
+"""How good is a checkpoint? Every model of a list on the same prompts and noise, and the papers' tables of it.
 
     python eval.py --preset tiny --compare merged=runs/tiny-merge student=runs/tiny-opd
-    torchrun --nproc_per_node=8 eval.py --compare student=runs/flow-opd-opd --rewards jpeg=1
+    torchrun --nproc_per_node=8 eval.py --compare base student=runs/flow-opd-opd --suite table2,arena --samples 4
 
-Every model draws the same test prompts from the same noise with the ODE sampler (Q Eq. 3). Under torchrun each rank
-draws its share of them. GenEval's number is the unweighted mean over tags of strict verdicts, never the graded reward
-that GRPO trains with; a second table has the tags. In the tiny world that is the column composition, text is the OCR
-reward, quality the print quality on the open prompts, and their average is the plain mean of the three. Pictures of
-other models are scored by what `--rewards` names, and drawn without scores if it names nothing. If it names `geneval`
-for composition, `ocr` for text, `deqa` and `pickscore` for quality, F Table 2's Avg is a column, too.
+1. draw    every model draws the test prompts with the ODE sampler (Q Eq. 3), each rank its share, each picture once
+           (harness/drawn.py). A command that was stopped goes on when it is repeated.
+2. score   what the suites or --rewards name scores the files. To score again, repeat the command: nothing is drawn.
+3. tell    rows.jsonl (a row a picture), the table, the report; --export has the layouts of official evaluators.
+
+Without a suite a published model has a column for each task and scorer, and the tiny worlds have their own: GenEval's
+strict verdicts over tags, the OCR reward, print quality, or both sides of Q's tasks (harness/suites.py).
 """
 
+import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 
 import settings
@@ -24,50 +28,56 @@ if __name__ == "__main__":
     cli.answer_early(sys.argv[1:], "eval.py")
 
 import torch
+from tqdm import tqdm
 
-from data.batches import seed_for
+from data.common import write_atomic
 from data.files import Prompt
-from data.pictures import sources
-from harness import load, ownership, plan, ranks, report, rollout
+from harness import arena, drawn, export, load, ownership, plan, ranks, report, suites, tables
+from harness.compare import RESAMPLES, elo
 from models import flow
 from scorers import panel as scoring
+from scorers import registry
+from scorers import world as published
 
 
-def named_panel(s: Settings, device: torch.device) -> scoring.Panel | None:
-    """The scorers that --rewards names for an evaluation; None if it names none or the world has scorers of its own."""
-    if load.world_of(s).KINDS or not s.rewards:
-        return None
-    return scoring.build(load.asked_of(s), device)
+def panel_of(s: Settings, device: torch.device) -> scoring.Panel | None:
+    """The scorers of an evaluation, loaded and tested; None if none is asked for."""
+    asked = suites.asked_of(s)
+    return scoring.build(asked, device) if asked else None
+
+
+def score(
+    name: str, pictures: Sequence[drawn.Picture], folder: Path, s: Settings, panel: scoring.Panel | None
+) -> list[dict]:
+    """A model's rows (harness/suites.py), scored from the files of its pictures in `folder`, task by task."""
+    world, rows = load.world_of(s), []
+    shown = tqdm(total=len(pictures), desc=f"scoring {name}", leave=False, delay=1)
+    for task, part in drawn.by_prompts(pictures, s.micro_batch or 96):
+        images, prompts = drawn.images(folder, part), [p.prompt for p in part]
+        found = dict(world.score(images, prompts, task, panel))
+        if world.KINDS and settings.suite_list(s):  # a tiny world's own scores, and what a suite asks for besides
+            found |= published.score(images, prompts, task, panel)
+        for picture, *values in zip(part, *found.values(), strict=True):
+            told = {metric: float(v) for metric, v in zip(found, values, strict=True) if not math.isnan(v)}
+            rows.append(picture.row(name, folder, told))
+        shown.update(len(part))
+    shown.close()
+    return rows
 
 
 def evaluate(
-    model: flow.FlowModel, prompts: Mapping[str, Sequence[Prompt]], s: Settings, cfg: float,
+    model: flow.FlowModel, name: str, prompts: Mapping[str, Sequence[Prompt]], s: Settings, cfg: float, folder: Path,
     panel: scoring.Panel | None = None,
-) -> dict | None:  # fmt: skip
-    """Scores of the selected expert on rank 0; None on the other ranks, which call this too, since all of them draw.
+) -> list[dict] | None:  # fmt: skip
+    """The rows of the selected expert on rank 0; None on the other ranks, which call this too, since all of them draw.
 
-    cfg is the guidance scale that it draws with. Returns {"scores": {column: number}, "tags": {tag: accuracy},
-    "images": {task: (images, one score each)}, "sources": {task: source pictures of edits}}.
+    cfg is the guidance scale that it draws with. Its pictures are drawn anew, below the run's `folder`.
     """
-    first, world = ranks.rank_and_world()[0] == 0, load.world_of(s)
-    result: dict = {"scores": {}, "tags": {}, "images": {}, "sources": {}}
-    rollout.encode_all(model, (p for some in prompts.values() for p in some), cfg != 1)
-    if panel is None and first:
-        panel = named_panel(s, model.device)
-    for task, some in prompts.items():
-        latents = rollout.draw(model, some, s.eval_steps, s.micro_batch, seed_for("eval", s.seed, task), cfg)
-        if not first:
-            continue
-        images = model.decode(latents)
-        numbers, each, tags = world.score(images, some, task, panel)
-        result["images"][task] = (images, each)
-        if shown := sources(some):
-            result["sources"][task] = shown
-        result["scores"] |= numbers
-        result["tags"] |= tags
-    if first:
-        result["scores"] |= world.average(result["scores"])
-    return result if first else None
+    pictures, where = drawn.listed(prompts), folder / "pictures" / name
+    drawn.draw_to(where, model, pictures, s, cfg, name, anew=True)
+    if ranks.rank_and_world()[0] > 0:
+        return None
+    return score(name, pictures, where, s, panel)
 
 
 # --------------------------------------------------------------------------------------------------- whole models
@@ -80,34 +90,97 @@ def compare(s: Settings) -> tuple[dict[str, dict], Path]:
     load.locate_all(s)
     load.try_all(s)
     folder = ownership.of(s)
-    prompts = load.load_prompts(s, "test", s.eval_prompts, settings.test_tasks(s))
-    model = load.base_model(s, device)
-    experts = load.load_teachers(model, s)
-    names: dict[str, str | None] = {"base": None} | {f"teacher {task}": name for task, name in experts.items()}
-    for name, where in s.compare.items():
-        names[name] = f"compare:{name}"
-        model.add_expert(names[name], where)
+    prompts = load.test_prompts(s)
+    if asked := suites.asked_of(s):
+        registry.check(asked)
     if first:
         ownership.prepare(s)
-    rows, panel = {}, named_panel(s, device) if first else None
-    for name, expert in names.items():
-        if first:
-            print(f"evaluating {name} ...", file=sys.stderr)
+    ranks.check_shared(folder)
+    pictures, places = drawn.listed(prompts, s.samples), {"base": (None, settings.teacher_cfg(s))}
+    places |= {f"teacher {task}": (where, settings.teacher_cfg(s)) for task, where in s.teachers.items()}
+    places |= {name: (where, settings.student_cfg(s)) for name, where in s.compare.items()}
+    folders = draw_all(s, device, folder, pictures, places)
+    found = {}
+    if first:
+        panel = panel_of(s, device)
+        rows = [row for name, where in folders.items() for row in score(name, pictures, where, s, panel)]
+        exported(s, folder, rows, pictures, folders)
+        found = tell(s, folder, rows, prompts, device)
+    del lock
+    return found, folder / "report.md"
+
+
+def draw_all(
+    s: Settings, device: torch.device, folder: Path, pictures: Sequence[drawn.Picture],
+    places: Mapping[str, tuple[str | None, float]],
+) -> dict[str, Path]:  # fmt: skip
+    """{model: the folder of its pictures}, after they are drawn. places: {model: (where it is, guidance scale)}.
+
+    Models are loaded only if one of them has something to draw.
+    """
+    base = load.identity_of(s.model, load.base_files(s))
+    folders = {
+        name: drawn.folder_of(folder, name, s, cfg, [base, *([load.identity_of(where)] if where else [])])
+        for name, (where, cfg) in places.items()
+    }
+    if all(drawn.is_whole(where / p.file) for where in folders.values() for p in pictures):
+        return folders
+    model = load.base_model(s, device)
+    for name, (where, _) in places.items():
+        if where:
+            model.add_expert(expert_of(name), where)
+    for name, (where, cfg) in places.items():
+        expert = expert_of(name) if where else None
         model.keep([expert] if expert else [])
         with model.adapter(expert):
-            cfg = settings.student_cfg(s) if name in s.compare else settings.teacher_cfg(s)
-            result = evaluate(model, prompts, s, cfg, panel)
-        if result:
-            report.save_samples(folder, name.replace(" ", "-"), result, prompts)
-            rows[name] = {key: result[key] for key in ("scores", "tags")}
-    if rows:
-        teachers = {task: rows[f"teacher {task}"]["scores"] for task in prompts if task in experts}
-        own = [scores[task] for task, scores in teachers.items() if task in scores]
-        notes = [f"Mean of the teachers' own-task scores: {sum(own) / len(own):.3f}."] if own else []
-        notes += load.seen_in_training(s)
-        report.write_report(folder, f"Evaluation: {s.name}", rows, notes)
-    del lock
-    return rows, folder / "report.md"
+            drawn.draw_to(folders[name], model, pictures, s, cfg, name)
+    return folders
+
+
+def expert_of(name: str) -> str:
+    """What a model of the table is called beside the base; no name of a student is one of a teacher."""
+    return name.replace(" ", ":") if name.startswith("teacher ") else f"compare:{name}"
+
+
+def exported(
+    s: Settings, folder: Path, rows: Sequence[dict], pictures: Sequence[drawn.Picture], folders: Mapping[str, Path]
+) -> None:
+    """Write every --export, and read what official code has said of an earlier one into the rows."""
+    layouts = [word for word in s.export.split(",") if word]
+    if "table3" in settings.suite_list(s) and "compbench" not in layouts:
+        layouts.append("compbench")
+    for layout, (name, where) in product(layouts, folders.items()):
+        target = folder / "export" / layout / name
+        export.export(layout, target, where, pictures)
+        if layout == "compbench":
+            told = export.official(target, pictures)
+            for row in rows if told else ():
+                if row["model"] == name and (value := told.get((row["task"], row["index"], row["sample"]))) is not None:
+                    row["scores"]["official"] = value
+            if not told and (lines := export.commands(target)):
+                print("\n".join(["run in T2I-CompBench's repository, then repeat this command:", *lines]))
+
+
+def tell(
+    s: Settings, folder: Path, rows: Sequence[dict], prompts: Mapping[str, Sequence[Prompt]], device: torch.device
+) -> dict[str, dict]:
+    """Write rows.jsonl and the report -> {model: its numbers}."""
+    write_atomic(folder / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    found = suites.numbers(rows, suites.of(s, rows), RESAMPLES)
+    if "arena" in settings.suite_list(s):
+        votes = arena.vote(rows, folder, suites.arena_judge(s, str(device)))
+        write_atomic(folder / "votes.jsonl", "".join(json.dumps(vote) + "\n" for vote in votes))
+        models, wins, categories = arena.wins(votes)
+        ratings = elo(wins, models, categories)
+        tables.write(folder, "arena", tables.Table(ratings, digits=0))
+        print(tables.markdown(tables.Table(ratings, digits=0)))
+    teachers = {task: found[f"teacher {task}"]["scores"] for task in prompts if task in s.teachers}
+    own = [scores[task].value for task, scores in teachers.items() if task in scores]
+    notes = suites.left_out(s, suites.asked_of(s))
+    notes += [f"Mean of the teachers' own-task scores: {sum(own) / len(own):.3f}."] if own else []
+    report.save_samples(folder, rows)
+    report.write_report(folder, f"Evaluation: {s.name}", found, notes + load.seen_in_training(s))
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -120,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (*ranks.USER_ERRORS, OSError) as fault:
         return ranks.fail(fault)
     except KeyboardInterrupt:
-        print("interrupted: nothing is kept; repeat the command", file=sys.stderr)
+        print("interrupted: repeat the command to go on; pictures that are drawn stay", file=sys.stderr)
         return 130
     if rows:
         print("\n".join(report.lines_of(rows)))

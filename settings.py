@@ -23,6 +23,15 @@ LOADED = (*ROLLOUT, "sft", "merge", "eval")  # stages that load the published mo
 SHOWN = tuple(stage for stage in READERS if stage not in ("curate", "reward"))  # stages that draw test pictures
 
 
+# The tables that eval.py knows, each with the tasks of whose prompts it is made, and those with prompts of their own.
+SUITES = {
+    "table2": FLOW_TASKS, "table3": (), "table4": ("quality", "t2i"), "geneval2": (), "qwen-bench": (), "dpg": (),
+    "arena": TASKS, "edit": ("edit",), "diversity": TASKS,
+}  # fmt: skip
+BENCHMARKS = tuple(name for name, tasks in SUITES.items() if not tasks)
+TINY_SUITES = ("arena", "edit", "diversity")
+LAYOUTS = ("geneval", "compbench", "dpg", "gedit", "flat")
+
 MOST = 1_000_000  # the high of a number that has no other
 
 
@@ -91,8 +100,8 @@ class Settings:
                           "path, or the task of a teacher", ("opd",))
     init: str = _option("", "what the student starts from (a cold start, F 5.1); empty: the base itself",
                         ("curate", *LORA))
-    compare: dict = _option({}, "students to score beside the base and the teachers", ("eval",),
-                            metavar="NAME=ID_OR_PATH")
+    compare: dict = _option({}, "students to score beside the base and the teachers. 'base teacher.TASK=... NAME=...' "
+                            "is the whole list", ("eval",), metavar="NAME=ID_OR_PATH")
     resolution: str = _option("512", "pixels a side, or WIDTHxHEIGHT as 768x512; multiples of 16 (Qwen-Image-2.1: of "
                               "32)", LOADED)
     source_resolution: int = _option(0, "edits: a source picture is read into tokens in its own shape, with as many "
@@ -191,6 +200,11 @@ class Settings:
 
     eval_prompts: int = _option(8, "test prompts per task in an evaluation; 0: none, and no picture is ever decoded",
                                 SHOWN, low=0, group="evaluation and output")
+    suite: str = _option("", "tables to make: " + ", ".join(SUITES) + "; several with commas; empty: each task by what "
+                         "--rewards names", ("eval",))
+    export: str = _option("", "layouts of official evaluators to write the pictures in: " + ", ".join(LAYOUTS),
+                          ("eval",))
+    samples: int = _option(1, "pictures a test prompt", ("eval",), low=1, high=1000)
     eval_steps: int = _option(40, "ODE sampling steps in an evaluation", SHOWN, low=1, high=1000)
     save_every: int = _option(50, "steps between checkpoints", TRAINED, low=1)
     keep: int = _option(2, "checkpoints kept, newest first", TRAINED, low=1)
@@ -380,6 +394,10 @@ def rewarded_tasks(s: Settings) -> tuple[str, ...]:
     return (s.task,) if s.stage in ("grpo", "nft") and s.task in TASKS else tuple(task_list(s))
 
 
+def suite_list(s: Settings) -> list[str]:
+    return [name for name in s.suite.split(",") if name]
+
+
 def known_tasks(s: Settings) -> tuple[str, ...]:
     """All tasks of the paper that the run follows: Q's where it draws any of them."""
     return QWEN_TASKS if set(task_list(s)) & set(QWEN_TASKS) else FLOW_TASKS
@@ -394,9 +412,10 @@ def size_of(s: Settings) -> tuple[int, int]:
 
 
 def test_tasks(s: Settings) -> list[str]:
-    """The tasks that an evaluation draws: all, but for edits of which there are no source pictures."""
-    pictures = is_tiny(s) or "edit" in s.prompts or "auto" in s.prompts
-    return [t for t in task_list(s) if t != "edit" or pictures]
+    """The tasks that an evaluation draws: all of its suites, but for edits of which there are no source pictures."""
+    pictures, suites = is_tiny(s) or "edit" in s.prompts or "auto" in s.prompts, suite_list(s)
+    asked = {task for name in suites for task in SUITES[name]} if suites else set(TASKS)
+    return [t for t in task_list(s) if t in asked and (t != "edit" or pictures)]
 
 
 def shows_base(s: Settings) -> bool:

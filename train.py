@@ -57,7 +57,7 @@ import sde
 from data.batches import prompt_batch, seed_for
 from data.pictures import sources
 from data.preferences import Pair, Sample
-from harness import curation, load, ownership, plan, ranks, report, rollout
+from harness import curation, load, ownership, plan, ranks, report, rollout, suites
 from harness.ranks import USER_ERRORS
 from harness.rollout import Row, Trajectories, batches, in_step, micro_batches, prompts_of
 from harness.run import Run, Stopped, read_metrics
@@ -519,16 +519,16 @@ def finish(run: Run, panel: Panel | None = None) -> Path:
     run.model.keep([])
     if s.eval_prompts:
         prompts = load.load_prompts(s, "test", s.eval_prompts, settings.test_tasks(s))
-        panel = panel or (evaluation.named_panel(s, run.model.device) if run.rank == 0 else None)
+        panel = panel or (evaluation.panel_of(s, run.model.device) if run.rank == 0 else None)
         before = run.model.adapter(None), settings.teacher_cfg(s)  # the base, as it comes
+        found = []
         shown = {"base" if s.name != "base" else "the base": before} if settings.shows_base(s) else {}
         for name, (weights, cfg) in {**shown, s.name: (run.exported(), settings.student_cfg(s))}.items():
             with weights:
-                result = evaluation.evaluate(run.model, prompts, s, cfg, panel)
-            if result:
-                report.save_samples(run.folder, "final" if name == s.name else "base", result, prompts)
-                rows[name] = {key: result[key] for key in ("scores", "tags")}
-        if rows:
+                found += evaluation.evaluate(run.model, name, prompts, s, cfg, run.folder, panel) or []
+        if found:
+            report.save_samples(run.folder, found)
+            rows = suites.numbers(found, suites.of(s, found))
             run.write_card(run.checkpoint, rows[s.name]["scores"])
         notes = load.seen_in_training(s)
         if not shown and s.stage != "pretrain":

@@ -17,7 +17,22 @@ from pathlib import Path
 
 import settings
 from data.common import DataError, one_line, read_json
-from settings import FIELDS, PRESETS, TASKS, VELOCITY, Settings, SettingsError, decided_by, is_tiny, parts_of, unread
+from settings import (
+    BENCHMARKS,
+    FIELDS,
+    LAYOUTS,
+    PRESETS,
+    SUITES,
+    TASKS,
+    TINY_SUITES,
+    VELOCITY,
+    Settings,
+    SettingsError,
+    decided_by,
+    is_tiny,
+    parts_of,
+    unread,
+)
 
 DESCRIPTION = "Flow-OPD and Qwen-Image-2.0-RL, from pretraining to on-policy distillation."
 
@@ -80,6 +95,8 @@ def parse(argv: Sequence[str], prog: str = "train.py") -> tuple[Settings, dict]:
     if unknown:
         raise SettingsError(f"unknown flag {unknown[0]}; {_near(unknown[0].split('=')[0], map(_flag, FIELDS))}")
     flags = {name: _pairs(name, v) if FIELDS[name].type is dict else v for name, v in vars(flags).items()}
+    if "base" in flags.get("compare", ()):
+        flags |= _whole_list(flags)
     given |= flags
     for name in (*file, *flags):
         reasons = why_unread(given, name)
@@ -198,9 +215,18 @@ def _parser(prog: str, values: Settings, readable: Iterable[str]) -> argparse.Ar
 
 def _pairs(name: str, items: Sequence[str]) -> dict[str, str]:
     for item in items:
-        if "=" not in item:
+        if "=" not in item and (name, item) != ("compare", "base"):
             raise SettingsError(f"{_flag(name)} {item}: write it as {FIELDS[name].metadata['metavar']}")
-    return dict(item.split("=", 1) for item in items)
+    return dict((*item.split("=", 1), "")[:2] for item in items)
+
+
+def _whole_list(flags: dict) -> dict[str, dict[str, str]]:
+    """--compare base teacher.TASK=... NAME=... as --teachers and --compare: these models and no other."""
+    if "teachers" in flags:
+        raise SettingsError("--compare base is the whole list: write teacher.TASK=... in it instead of --teachers")
+    named = {name: where for name, where in flags["compare"].items() if name != "base"}
+    teachers = {name.removeprefix("teacher."): named.pop(name) for name in [*named] if name.startswith("teacher.")}
+    return {"teachers": teachers, "compare": named}
 
 
 def _read_config(path: str) -> dict:
@@ -283,7 +309,20 @@ def _check_names(s: Settings) -> None:
             raise SettingsError(f"--compare {name}=...: give it a name of its own, without dots and slashes")
     known = {"tiny": settings.FLOW_TASKS, "tiny-qwen": settings.QWEN_TASKS}.get(s.preset, TASKS)
     own = {s.task} - {"", "mix"}
-    for task in (*s.teachers, *(set(s.prompts) - {"auto"}), *own, *(settings.task_list(s) or [s.tasks])):
+    suites = settings.suite_list(s)
+    for name, known_names in (("suite", TINY_SUITES if is_tiny(s) else SUITES), ("export", LAYOUTS)):
+        for word in filter(None, getattr(s, name).split(",")):
+            if word not in known_names:
+                raise SettingsError(f"--{name} {word}: choose from {', '.join(known_names)}")
+    for name in suites:
+        if name in BENCHMARKS and name not in s.prompts:
+            raise SettingsError(f"--suite {name} has prompts of its own: give --prompts {name}=PATH")
+        if name not in BENCHMARKS and not set(SUITES[name]) & set(settings.test_tasks(s)):
+            raise SettingsError(f"--suite {name} needs prompts of one of the tasks {', '.join(SUITES[name])}")
+    if "diversity" in suites and s.samples < 2:
+        raise SettingsError("--suite diversity compares the pictures of a prompt: add --samples 4")
+    mine = set(s.prompts) - {"auto", *(set(suites) & set(BENCHMARKS))}
+    for task in (*s.teachers, *mine, *own, *(settings.task_list(s) or [s.tasks])):
         if task not in known:
             raise SettingsError(f"task {task!r}: choose from {', '.join(known)}")
     if len(set(tasks := settings.task_list(s))) < len(tasks):

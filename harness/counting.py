@@ -18,9 +18,10 @@ from torch import Tensor
 import rewards
 import sde
 import settings
+from data import benchmarks
 from data.batches import seed_for
 from data.files import Prompt
-from harness import load, ranks, rollout
+from harness import drawn, load, ranks
 from models import flow, hub
 from models.experts import STUDENT
 from scorers import panel
@@ -174,7 +175,10 @@ def forwards(
     model.moment, scales = "end", [("base", teacher_cfg(s))] * settings.shows_base(s) + [("", student_cfg(s))]
     if s.stage == "eval":
         scales = [("", student_cfg(s))] * len(s.compare) + [("", teacher_cfg(s))] * (1 + len(s.teachers))
-    for model.who, cfg in scales if s.stage in settings.SHOWN and s.eval_prompts else ():
-        for task in settings.test_tasks(s):
-            rollout.draw(model, stand_ins(s, "test", task, s.eval_prompts), s.eval_steps, s.micro_batch, 0, cfg)
+    own = [name for name in settings.suite_list(s) if name in settings.BENCHMARKS]
+    tasks = [*settings.test_tasks(s), *(part for name in own for part in benchmarks.parts(name))]
+    prompts = {task: stand_ins(s, "test", task, s.eval_prompts) for task in tasks} if s.eval_prompts else {}
+    for model.who, cfg in scales if s.stage in settings.SHOWN and prompts else ():
+        nothing = lambda *_: None  # noqa: E731
+        drawn.draw(model, drawn.listed(prompts, s.samples), s, cfg, is_there=nothing, keep=nothing)
     return model.found

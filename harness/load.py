@@ -10,8 +10,8 @@ import torch
 from huggingface_hub import ModelCardData
 
 import settings
+from data import benchmarks, preferences
 from data import files as data
-from data import preferences
 from data.batches import seed_for
 from data.common import write_atomic
 from data.files import Prompt
@@ -56,6 +56,14 @@ def load_prompts(s: Settings, split: str, count: int, tasks: Sequence[str]) -> d
     return found
 
 
+def test_prompts(s: Settings) -> dict[str, list[Prompt]]:
+    """The prompts of an evaluation by task, and those of benchmarks by what they call their parts."""
+    found = load_prompts(s, "test", s.eval_prompts, settings.test_tasks(s))
+    for name in settings.suite_list(s):
+        found |= benchmarks.read(name, s.prompts[name], s.eval_prompts) if name in settings.BENCHMARKS else {}
+    return found
+
+
 def read_own_prompts(s: Settings, split: str) -> dict[str, list[Prompt]]:
     """--prompts TASK=PATH ... -> prompts by task; "auto" routes each prompt by itself (F Eq. 7, `data.task_of`).
 
@@ -64,7 +72,8 @@ def read_own_prompts(s: Settings, split: str) -> dict[str, list[Prompt]]:
     found: dict[str, list[Prompt]] = {}
     most = math.inf if is_tiny(s) else models.most_sources(s.model)
     for task, path in s.prompts.items():
-        if split == "test" and not data.holds_split(path, "test") and data.holds_split(path, "train"):
+        trained = split == "test" and not data.holds_split(path, "test") and data.holds_split(path, "train")
+        if task in settings.BENCHMARKS or trained:
             continue
         prompts, odd = data.read_prompts(path, "quality" if task == "auto" else task, split), []
         for prompt in prompts:
@@ -93,6 +102,8 @@ def seen_in_training(s: Settings) -> list[str]:
     files share prompts."""
     notes = []
     for task, path in s.prompts.items():
+        if task in settings.BENCHMARKS:
+            continue
         if not Path(path).is_dir():
             said = "is no folder with a train and a test split: a model that was trained on it has seen its tests."
             notes.append(f"--prompts {task}={path} {said}")
@@ -142,13 +153,11 @@ def inputs_of(s: Settings) -> dict[str, str]:
 def _identities(s: Settings) -> dict[str, str]:
     found, read, places = {}, settings.read_by(s), checkpoints_of(s)
     if files := base_files(s):
-        found["--model"] = identity.weights(hub.locate(s.model, files), files)
+        found["--model"] = identity_of(s.model, files)
     if s.stage == "opd" and s.mar > 0:  # also if it is one of the teachers
         places["anchor"] = s.teachers.get(s.anchor, s.anchor)
     for name, where in places.items():
-        place = hub.locate(where)
-        place = hub.lora_file(place) if hub.kind(place) == "file" else place
-        found[flag_of(name)] = identity.weights(place, (*hub.ADAPTER_FILES, *hub.TRANSFORMER_FILES))
+        found[flag_of(name)] = identity_of(where)
     for task, path in read.get("prompts", {}).items():
         if data.holds_split(path, "train"):
             found[f"--prompts {task}"] = identity.data(data.prompt_file(Path(path), "train"))
@@ -157,6 +166,15 @@ def _identities(s: Settings) -> dict[str, str]:
     if s.stage in ("curate", *settings.RL):
         found["--rewards"] = identity.scorers(asked_of(s))
     return found
+
+
+def identity_of(where: str, files: Sequence[str] = ()) -> str:
+    """The identity of a checkpoint's weights: of a base by the patterns of its files, of any other without them."""
+    if files:
+        return identity.weights(hub.locate(where, files), files)
+    place = hub.locate(where)
+    place = hub.lora_file(place) if hub.kind(place) == "file" else place
+    return identity.weights(place, (*hub.ADAPTER_FILES, *hub.TRANSFORMER_FILES))
 
 
 # ------------------------------------------------------------------------------------------ student and teachers

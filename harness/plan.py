@@ -10,6 +10,7 @@ import re
 import threading
 import tomllib
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatch
 from importlib import metadata
 from pathlib import Path
@@ -22,7 +23,7 @@ import settings
 from data import preferences
 from data.common import first_line
 from data.files import DataError
-from harness import load, ownership, ranks, rollout
+from harness import load, ownership, ranks, rollout, suites
 from harness.counting import forwards
 from models import flow, hub, lora, tiny
 from models import load as models
@@ -144,8 +145,11 @@ def missing(s: Settings) -> list[str]:
     """What the run would stop for, in words: paths, prompt files, scorers' options, and packages of an extra."""
     found, extras = [], ["wandb"] if s.wandb else []
     asked = load.asked_of(s) if s.rewards or s.stage in ("curate", *RL) else None
+    if s.stage == "eval":
+        asked = suites.asked_of(s)
     if asked:
-        extras += [e["kind"] for e in asked.scorers.values() if e["kind"] in ("ocr", "geneval", "face")]
+        needs = {"ocr": "ocr", "geneval": "geneval", "face": "face", "blipvqa": "compbench"}
+        extras += [needs[e["kind"]] for e in asked.scorers.values() if e["kind"] in needs]
 
     def attempt(work: Callable, *arguments) -> None:
         try:
@@ -157,7 +161,7 @@ def missing(s: Settings) -> list[str]:
     if s.stage in (*settings.ROLLOUT, "sft"):
         attempt(load.load_prompts, s, "train", 8, [s.task] if s.task in tasks else tasks)
     if s.eval_prompts and s.stage in settings.SHOWN:
-        attempt(load.load_prompts, s, "test", min(s.eval_prompts, 8), settings.test_tasks(s))
+        attempt(load.test_prompts, replace(s, eval_prompts=min(s.eval_prompts, 8)))
     if asked:
         attempt(registry.check, asked)
     if s.data:

@@ -10,13 +10,13 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
 from data.common import write_atomic
-from data.files import Prompt
-from data.pictures import to_picture
+from data.pictures import decode, to_picture
 from harness import fonts, tables
 from harness.run import read_metrics
 
@@ -63,22 +63,23 @@ def plot_metrics(folder: Path, columns: int = 3) -> list[Path]:
     return [folder / "samples" / "curves.png"]
 
 
-def save_samples(
-    folder: Path, name: str, result: dict, prompts: Mapping[str, Sequence[Prompt]], count: int = 16
-) -> None:
-    """A grid for each task with prompts and, if there are any, scores: samples/NAME-TASK.png.
+def save_samples(folder: Path, rows: Sequence[Mapping], count: int = 16) -> None:
+    """A grid for each model and task of an evaluation's rows, with prompts and scores: samples/MODEL-TASK.png.
 
-    If result["sources"] has the source pictures of a task, they stand before what was made of them.
+    The source pictures of an edit stand before what was made of them.
     """
-    for task, (images, each) in result["images"].items():
-        captions = [p.text for p in prompts[task][:count]]
-        captions = [f"{caption}\n{value:.2f}" for caption, value in zip(captions, each, strict=False)] or captions
-        shown = list(images[:count])
-        if sources := result.get("sources", {}).get(task):
-            rows = list(zip(sources[:count], shown, captions, strict=True))
-            shown = [image for before, image, _ in rows for image in (*before, image)]
-            captions = [text for before, _, caption in rows for text in (*["source"] * len(before), caption)]
-        save_grid(folder / "samples" / f"{name}-{task}.png", shown, captions)
+    tasks: dict[tuple[str, str], list] = {}
+    for row in rows:
+        if row["sample"] == 0:
+            tasks.setdefault((row["model"], row["task"]), []).append(row)
+    for (model, task), some in tasks.items():
+        shown, captions = [], []
+        for row in some[:count]:
+            scores = "  ".join(f"{metric} {value:.2f}" for metric, value in row["scores"].items())
+            places = (*row["sources"], folder / row["picture"])
+            shown += [torch.from_numpy(decode(place)).permute(2, 0, 1) / 255 for place in places]
+            captions += [*["source"] * len(row["sources"]), f"{row['prompt']}\n{scores}"]
+        save_grid(folder / "samples" / f"{model.replace(' ', '-')}-{task}.png", shown, captions)
 
 
 # ---------------------------------------------------------------------------------------------- table and report
@@ -108,5 +109,9 @@ def write_report(folder: Path, title: str, rows: Mapping[str, dict], notes: Sequ
     write_atomic(folder / "report.md", "\n".join(parts))
     for key, table in tables_of(rows).items():
         tables.write(folder, key, table)
-    write_atomic(folder / "results.json", json.dumps(rows, indent=1) + "\n")
+    plain = {
+        name: {key: {column: getattr(v, "value", v) for column, v in numbers.items()} for key, numbers in row.items()}
+        for name, row in rows.items()
+    }
+    write_atomic(folder / "results.json", json.dumps(plain, indent=1) + "\n")
     return folder / "report.md"

@@ -327,6 +327,15 @@ def roll_out(
 
 
 @torch.no_grad()
+def sampled(model: FlowModel, part: Sequence[Row], steps: int, cfg: float) -> Tensor:
+    """ODE samples (Q Eq. 3) of one micro-batch by the expert that is selected: latents (B, C, H, W) on its device."""
+    x, _ = pure_noise(model, part)
+    cond, uncond = conditions(model, prompts_of(part), cfg)
+    x = sde.sample(Field(model, cond, uncond, cfg), x, model.time_grid(steps))
+    check_finite(model, "the velocity", x)
+    return x
+
+
 def draw(model: FlowModel, prompts: Sequence[Prompt], steps: int, size: int, seed: int, cfg: float) -> Tensor:
     """ODE samples (B, C, H, W) of the expert that is selected, latents on the CPU, the same on every rank.
 
@@ -338,12 +347,9 @@ def draw(model: FlowModel, prompts: Sequence[Prompt], steps: int, size: int, see
     order = sorted(range(len(prompts)), key=lambda i: layout(prompts[i]))
     turns = order + order[-1:] * (-len(order) % world)
     mine = [Row(prompts[i], seed_for("draw", seed, i)) for i in turns[rank::world]]
-    times, drawn = model.time_grid(steps), []
+    drawn = []
     for part in in_step(micro_batches(model, mine, size or 96)):
-        x, _ = pure_noise(model, part)
-        cond, uncond = conditions(model, prompts_of(part), cfg)
         counts = torch.tensor([row.counts for row in part])
-        drawn.append(sde.sample(Field(model, cond, uncond, cfg), x, times).cpu()[counts])
-        check_finite(model, "the velocity", drawn[-1])
+        drawn.append(sampled(model, part, steps, cfg).cpu()[counts])
     all_of_them = torch.stack(ranks.gathered(torch.cat(drawn)), 1).flatten(0, 1)  # as in `turns`
     return all_of_them[torch.tensor(order).argsort()]

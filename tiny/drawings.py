@@ -20,8 +20,8 @@ mediocre the way SD3.5-M is (F Table 2: GenEval 0.63, OCR 0.59):
 Train and test are disjoint: a caption belongs to the test split if a hash of its content says so, and the
 whole tag `single_object` is only ever tested. Images are float arrays (3, 24, 24) in [0, 1].
 
-A world has `TASKS`, `KINDS` and `REWARDS`, `make_prompts`, `check_prompt`, `training_batch`, `scorer`, `score` and
-`average`. `tiny/edits.py` is another one, and `scorers/world.py` is the one of published models.
+A world has `TASKS`, `KINDS` and `REWARDS`, `make_prompts`, `check_prompt`, `training_batch`, `scorer` and `score`.
+`tiny/edits.py` is another one, and `scorers/world.py` is the one of published models.
 """
 
 import random
@@ -261,23 +261,11 @@ def scorer(name: str) -> rewards.Scorer:
 
 
 # ------------------------------------------------------------------------------------------------------- evaluation
-def score(images: Tensor, prompts: Sequence[Prompt], task: str, panel: object = None) -> tuple[dict, list, dict]:
-    """(named scores of the batch, one score for each image, accuracies by tag) of images of a task's test prompts.
-
-    Composition is the GenEval score (the unweighted mean of per-tag accuracies), text and quality are plain means.
-    """
-    if task != "composition":
-        each = TASK_SCORER[task](images, prompts)
-        return {task: sum(each) / len(each)}, each, {}
-    each = score_verdict(images, prompts)
-    verdicts, tags = [v == 1 for v in each], [p.metadata["tag"] for p in prompts]
-    return {task: rewards.geneval_score(verdicts, tags)}, each, rewards.per_tag_accuracy(verdicts, tags)
-
-
-def average(scores: Mapping[str, float], tasks: Sequence[str] = TASKS) -> dict[str, float]:
-    """The plain mean of the tasks' columns."""
-    own = [value for column, value in scores.items() if column in tasks]
-    return {"average": sum(own) / len(own)}
+def score(images: Tensor, prompts: Sequence[Prompt], task: str, panel: object = None) -> dict[str, list[float]]:
+    """{metric: a score for each image} of a task's test prompts: GenEval's verdicts, the OCR rule, or print quality."""
+    if task == "composition":
+        return {"geneval": score_verdict(images, prompts)}
+    return {{"text": "ocr"}.get(task, task): TASK_SCORER[task](images, prompts)}
 
 
 THINGS = dict.fromkeys(CLASSES, COLORS)  # what a checklist may name, with the colours that it can have

@@ -69,7 +69,6 @@ CATEGORY_NAMES = {"composition": "composition", "text": "typography", "quality":
 VOCABULARY = [*drawings.VOCABULARY, "make", "the", "add", "remove", "change", "word", "to", "background", *PAPERS]
 THINGS = {**drawings.THINGS, "background": PAPERS}  # what the checklist of an edit may name
 tokenize = partial(drawings.tokenize, vocabulary=VOCABULARY)
-average = partial(drawings.average, tasks=TASKS)
 
 
 # ------------------------------------------------------------------------------------------------ scenes and edits
@@ -312,21 +311,18 @@ def scorer(name: str) -> rewards.Scorer:
 
 
 # ------------------------------------------------------------------------------------------------------- evaluation
-def score(images: Tensor, prompts: Sequence[Prompt], task: str, panel: object = None) -> tuple[dict, list, dict]:
-    """As `drawings.score`, of Q's tasks: two sides of a picture, and their mean.
+def score(images: Tensor, prompts: Sequence[Prompt], task: str, panel: object = None) -> dict[str, list[float]]:
+    """As `drawings.score`, of Q's tasks: two sides of a picture and, under the task's name, their mean.
 
-    t2i: alignment by strict rules, and print quality. edit: instruction following, and identity of the rest. The
-    accuracies by category, or by kind of edit, are of the first side.
+    t2i: alignment by strict rules, and print quality. edit: instruction following, and identity of the rest; nan for an
+    edit that does not say what it keeps, as a user's own need not.
     """
     if task == "edit":
-        sides = {"instruction": score_instruction(images, prompts)}
-        if all(p.metadata.get("keep") for p in prompts):  # a user's own edits need not say what they keep
-            sides["identity"] = score_identity(images, prompts, sources(prompts))
+        told = [i for i, p in enumerate(prompts) if p.metadata.get("keep")]
+        some = [prompts[i] for i in told]
+        sides = {"instruction": score_instruction(images, prompts), "identity": np.full(len(prompts), np.nan)}
+        sides["identity"][told] = score_identity(images[told], some, sources(some) or [])
     else:
         sides = {"alignment": drawings.score_preference(images, prompts, drawings.score_verdict)}
         sides["aesthetic"] = drawings.score_quality(images, prompts)
-    values = np.array([*sides.values()])  # (1 or 2, B)
-    tags = np.array([p.metadata.get("tag" if task == "edit" else "category", task) for p in prompts])
-    by_tag = {str(tag): float(values[0][tags == tag].mean()) for tag in dict.fromkeys(tags)}
-    named = {f"{task} {name}": float(side.mean()) for name, side in zip(sides, values, strict=True)}
-    return {task: float(values.mean()), **named}, list(values.mean(0)), by_tag
+    return {task: np.nanmean([*sides.values()], 0), **sides}

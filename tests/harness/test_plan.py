@@ -130,14 +130,14 @@ def test_the_forwards_of_qwen_image_2_1_keep_what_does_not_depend_on_the_state()
 
 
 def test_ranks_share_what_is_drawn_and_have_steps_of_their_own(monkeypatch):
-    s = parse("--stage opd --drawn-states 0 --eval-prompts 3 --micro-batch 0")
+    s = parse("--stage opd --drawn-states 0 --eval-prompts 3 --micro-batch 3")
     alone = forwards(s, train.distil)
     monkeypatch.setattr(ranks, "rank_and_world", lambda: (1, 2))
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     shared = forwards(s, train.distil)
     assert {k: v for k, v in alone.items() if k[0] == "step"} == {k: v for k, v in shared.items() if k[0] == "step"}
-    assert alone["end", "", False][1] == 9 * 40 * 2 and shared["end", "", False][1] == 6 * 40 * 2  # 2 of 3 each
+    assert alone["end", "", False][1] == 9 * 40 * 2 and shared["end", "", False][1] == 6 * 40 * 2  # 2 of 3 parts
 
 
 # ---------------------------------------------------------------------------------------- parameters and memory

@@ -4,13 +4,14 @@ that shows every picture and every number.
 
 import json
 import re
+from itertools import zip_longest
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from data.files import Prompt
+from data.pictures import data_uri, to_picture
 from harness import fonts, ranks, report
 
 
@@ -33,10 +34,6 @@ def written(monkeypatch):
 
 def sheet(file):
     return Image.open(file).convert("RGB")
-
-
-def prompts_of(count, task="text"):
-    return {task: [Prompt(f"{task} {i}", task, {}, "x:1") for i in range(count)]}
 
 
 # -------------------------------------------------------------------------------------------------------- pictures
@@ -126,30 +123,36 @@ def test_wide_letters_take_two_columns_and_lines_break_within_them():
     assert fonts.wrapped("ab cde f", 6) == ["ab cde", "f"]
 
 
+def rows_of(folder, pictures, task, sources=()):
+    """An evaluation's rows with these pictures, of a score of 0.5 each."""
+    rows = []
+    for i, (image, source) in enumerate(zip_longest(pictures, sources, fillvalue=())):
+        to_picture(image).save(folder / f"{i}.png")
+        rows.append({"model": "final", "task": task, "prompt": f"{task} {i}", "sample": 0, "picture": f"{i}.png",
+                     "sources": source, "scores": {"x": 0.5}})  # fmt: skip
+    return rows
+
+
 def test_each_source_stands_before_what_was_made_of_it_whole_and_undistorted(tmp_path, written):
     results = torch.arange(1, 4)[:, None, None, None].expand(3, 3, 128, 128) / 4
     wide = torch.zeros(3, 100, 400)
     wide[:, :, 200:] = 0.5  # black on the left, grey on the right
-    before = [(wide,), (1 - results[1], wide), (wide,)]
-    result = {"images": {"edit": (results, [0.5, 0.25, 1.0])}, "sources": {"edit": before}}
-    report.save_samples(tmp_path, "final", result, prompts_of(3, "edit"), count=2)
+    sources = [[data_uri(image) for image in own] for own in ((wide,), (1 - results[1], wide), (wide,))]
+    report.save_samples(tmp_path, rows_of(tmp_path, results, "edit", sources), count=2)
     captions = [lines for *_, lines in written]
-    assert captions == [["source"], ["edit 0", "0.50"], ["source"], ["source"], ["edit 1", "0.25"]]
+    assert captions == [["source"], ["edit 0", "x 0.50"], ["source"], ["source"], ["edit 1", "x 0.50"]]
     found = np.asarray(sheet(tmp_path / "samples/final-edit.png").convert("L")).astype(int)
     assert found.shape == (2 * (128 + 88) + 8, 4 * 136 + 8), "as large as the result asks for"
     assert (found[8:40, 8:68] < 9).all() and (abs(found[8:40, 76:136] - 128) < 9).all(), "128 x 32"
     assert (found[42:130, 10:134] > 250).all()
     assert [found[72, 72 + 136 * i] for i in (1, 2)] == [64, 128] and found[72 + 216, 72] == 128
-    result["sources"]["edit"] = before[:1]
-    with pytest.raises(ValueError, match="zip"):
-        report.save_samples(tmp_path, "s", result, prompts_of(3, "edit"))
 
 
 # ---------------------------------------------------------------------------------------------- reports
 def test_a_report_shows_every_picture_and_every_number(tmp_path):
     images = torch.rand(5, 3, 24, 24, generator=torch.Generator().manual_seed(0))
     row = {"scores": {"text": 0.25, "average": 0.25}, "tags": {}}
-    report.save_samples(tmp_path, "final", {"images": {"text": (images, [0.1] * 5)}}, prompts_of(5), count=3)
+    report.save_samples(tmp_path, rows_of(tmp_path, images, "text"), count=3)
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 0.5}\n')
     text = report.write_report(tmp_path, "my run", {"student": row}, ["A note."]).read_text()
     assert text.startswith("# my run\n") and "A note." in text

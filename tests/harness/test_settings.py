@@ -378,3 +378,11 @@ def test_a_plans_parts_follow_the_paper_of_its_tasks():
     assert S.parts_of(parse(f"{FLOW} --stage all")) == ("merge", "sft", "opd")
     assert S.parts_of(parse("--preset tiny-qwen --stage all")) == ("pretrain", "grpo", "opd")
     assert S.parts_of(parse(f"{QWEN} --stage all --tasks t2i")) == ("grpo", "opd")
+
+
+def test_a_comparison_that_names_the_base_is_the_whole_list():
+    flags = f"{FLOW} --compare base teacher.text=T student=S"
+    s = parse(flags, prog="eval.py")
+    assert (s.teachers, s.compare) == ({"text": "T"}, {"student": "S"})
+    s = parse(f"{FLOW} --compare student=S", prog="eval.py")
+    assert len(s.teachers) == 3 and s.compare == {"student": "S"}, "without it base and teachers are joined"

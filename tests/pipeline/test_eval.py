@@ -1,13 +1,14 @@
 """Oracles for the evaluation: perfect drawings score 1 and blank pages 0, and tables say what was found."""
 
 import json
+import re
 
 import pytest
 import torch
 
 import eval as evaluation
-from data.pictures import sources
-from harness import cli, report, tables
+from data.pictures import decode
+from harness import cli, drawn, report, suites, tables
 from tests.helpers.clip import save_clip, save_detector
 from tests.helpers.runs import TASKS, command, the_one_line, tiny_settings, with_adapter
 from tiny import drawings as tiny
@@ -18,27 +19,25 @@ SMALL = tiny_settings()
 
 # ---------------------------------------------------------------------------------------------- an expert's evaluation
 def test_a_panel_is_built_where_rewards_name_one_and_the_tiny_world_needs_none():
-    assert evaluation.named_panel(tiny_settings(rewards="task=1"), "cpu") is None
-    assert evaluation.named_panel(cli.resolve({}), "cpu") is None
-    panel = evaluation.named_panel(cli.resolve({"rewards": "jpeg=2"}), "cpu")
+    assert evaluation.panel_of(tiny_settings(rewards="task=1"), "cpu") is None
+    assert evaluation.panel_of(cli.resolve({}), "cpu") is None
+    panel = evaluation.panel_of(cli.resolve({"rewards": "jpeg=2"}), "cpu")
     assert list(panel.scorers) == ["jpeg"] and not panel.drop, "an evaluation drops nothing: a table has no holes"
 
 
-def test_evaluation_repeats_exactly_and_scores_the_adapter_that_is_selected(model, prompts):
-    first, second = evaluation.evaluate(model, prompts, SMALL, 1.0), evaluation.evaluate(model, prompts, SMALL, 1.0)
-    scores = first["scores"]
-    assert scores == second["scores"] and list(scores) == [*TASKS, "average"]
-    for task in TASKS:
-        images, each = first["images"][task]
-        assert torch.equal(images, second["images"][task][0]) and 0 <= images.min() < images.max() <= 1
-        named, again, _ = tiny.score(images, prompts[task], task)
-        assert scores[task] == named[task] and each == again
-    assert scores["average"] == pytest.approx(sum(scores[task] for task in TASKS) / 3)
-    assert set(first["tags"]) == set(tiny.TEST_TAGS[:5]), "five prompts, five tags"
+def test_evaluation_repeats_exactly_and_scores_the_adapter_that_is_selected(model, prompts, tmp_path):
+    first, second = (evaluation.evaluate(model, "m", prompts, SMALL, 1.0, tmp_path / n) for n in "ab")
+    assert first == second and [row["task"] for row in first] == [task for task in TASKS for _ in range(5)]
+    for task, metric in zip(TASKS, ("geneval", "ocr", "quality"), strict=True):
+        own = [row for row in first if row["task"] == task]
+        images = torch.stack([torch.from_numpy(decode(tmp_path / "a" / r["picture"])) for r in own]).permute(0, 3, 1, 2)
+        again = tiny.score(images / 255, prompts[task], task)
+        assert [row["scores"] for row in own] == [{metric: value} for value in again[metric]]
     with model.adapter(None):
-        base = evaluation.evaluate(model, prompts, SMALL, 1.0)
-    assert not torch.allclose(base["images"]["text"][0], first["images"]["text"][0], atol=1e-3)
-    assert base["scores"]["quality"] != scores["quality"]
+        base = evaluation.evaluate(model, "m", prompts, SMALL, 1.0, tmp_path / "a")
+    assert [row["picture"] for row in base] == [row["picture"] for row in first], "the same files, drawn anew"
+    quality = [[row["scores"]["quality"] for row in rows[10:]] for rows in (first, base)]
+    assert quality[0] != quality[1]
 
 
 # -------------------------------------------------------------------------------------------------------- whole tables
@@ -62,8 +61,10 @@ def test_eval_py_scores_base_teachers_and_whatever_is_compared(world, tmp_path, 
     assert all(row.keys() == {"scores", "tags"} and list(row["scores"]) == [*TASKS, "average"] for row in rows.values())
     assert rows["a run"] == rows["adapter"] == rows["teacher text"], "a run stands for its last checkpoint"
     assert len({json.dumps(rows[name]) for name in list(rows)[:4]}) == 4, "and each model is its own"
+    plain = [re.sub(r" \[[^]]*\]", "", shown) for shown in (out, text)]  # without intervals
     table = tables.markdown(tables.of_evaluation(rows, "scores"))
-    assert table in out and table in text and str(tmp_path / "table/report.md") in out
+    assert all(table in shown for shown in plain) and "[" in (tmp_path / "table/scores.md").read_text()
+    assert str(tmp_path / "table/report.md") in out
     own = sum(rows[f"teacher {task}"]["scores"][task] for task in TASKS) / 3
     assert f"Mean of the teachers' own-task scores: {own:.3f}." in text
     assert text.count("![") == 6 * 3 and (tmp_path / "table/samples/a-run-text.png").is_file()
@@ -73,6 +74,11 @@ CATS = """{"tag": "single_object", "include": [{"class": "cat", "count": 12}], "
 {"tag": "counting", "include": [{"class": "cat", "count": 16}], "prompt": "sixteen cats"}
 {"tag": "counting", "include": [{"class": "cat", "count": 15}], "prompt": "fifteen cats"}
 """
+
+
+def pictures_of(run):
+    """{model's folder: {file: bytes}} of a run."""
+    return {f.name: {p.name: p.read_bytes() for p in f.iterdir()} for f in (run / "pictures").iterdir()}
 
 
 @pytest.fixture
@@ -99,17 +105,9 @@ def table2(tmp_path, monkeypatch):
 
 
 def test_eval_py_has_table_2s_columns_and_the_tags_for_sd35_with_teachers_of_every_kind(
-    sd35, table2, tmp_path, no_pictures, monkeypatch, capsys
+    sd35, table2, tmp_path, no_pictures, monkeypatch, spy, capsys
 ):
-    drawn, panels, real = {}, [], evaluation.evaluate
-
-    def evaluate(model, prompts, s, cfg, panel):
-        result = real(model, prompts, s, cfg, panel)
-        panels.append(panel)
-        drawn[len(drawn)] = torch.cat([images for images, _ in result["images"].values()])
-        return result
-
-    monkeypatch.setattr(evaluation, "evaluate", evaluate)
+    built = spy(evaluation.scoring, "build")
     flags = command(sd35.flags, "--out", str(tmp_path), "--compare", f"lora={sd35.lora}", stage="eval")
     assert evaluation.main([*flags, "--name", "scored", *table2]) == 0
     rows = json.loads((tmp_path / "scored/results.json").read_text())
@@ -118,17 +116,16 @@ def test_eval_py_has_table_2s_columns_and_the_tags_for_sd35_with_teachers_of_eve
     row = {"composition geneval": 0.5, "text ocr": 0.94, "quality deqa": 0.87, "quality pickscore": 0.91, "Avg": 0.805}
     tags = {"counting": 0.0, "single_object": 1.0}
     assert all(found == {"scores": pytest.approx(row), "tags": tags} for found in rows.values())
-    printed = capsys.readouterr().out
+    printed, text = capsys.readouterr().out, (tmp_path / "scored/report.md").read_text()
+    printed, text = (re.sub(r" \[[^]]*\]", "", shown) for shown in (printed, text))
     for table in ("| base | 0.500 | 0.940 | 0.870 | 0.910 | 0.805 |", "By tag:", "| base | 1.000 | 0.000 |"):
-        assert table in printed and table in (tmp_path / "scored/report.md").read_text()
-    assert len(drawn) == 5 and all(images.shape == (9, 3, 64, 64) for images in drawn.values())
-    for a in range(5):
-        for b in range(a):
-            assert not torch.allclose(drawn[a], drawn[b], atol=1e-3), "every model draws its own pictures"
-    assert len({id(panel) for panel in panels}) == 1, "the scorers are loaded once for all"
+        assert table in printed and table in text
+    drawn = pictures_of(tmp_path / "scored")
+    assert len(drawn) == 5 and all(len(own) == 9 for own in drawn.values())
+    assert len({picture for own in drawn.values() for picture in own.values()}) == 45, "every model draws its own"
+    assert len(built) == 1, "the scorers are loaded once for all"
     assert evaluation.main([*flags, "--name", "unscored", *table2[2:]]) == 0
-    assert panels[5:] == [None] * 5
-    assert all(torch.equal(drawn[i], drawn[i + 5]) for i in range(5)), "and the same ones again"
+    assert len(built) == 1 and pictures_of(tmp_path / "unscored") == drawn, "and the same ones again"
     rows = json.loads((tmp_path / "unscored/results.json").read_text())
     assert rows == dict.fromkeys(rows, {"scores": {}, "tags": {}}) and len(rows) == 5
     assert (tmp_path / "unscored/report.md").read_text().count("![") == 5 * 3, "pictures all the same"
@@ -145,7 +142,7 @@ def test_each_shipped_teacher_is_the_best_at_its_own_task(tmp_path, no_pictures)
     """The checkpoints in assets/ are what the README says: a mediocre base, and specialists that beat it at home."""
     shipped = {"preset": "tiny", "name": "shipped", "mar": 0.0, "out": str(tmp_path), "eval_prompts": 36}
     rows, _ = evaluation.compare(cli.resolve({**shipped, "device": "cpu"}))
-    scores = {name: row["scores"] for name, row in rows.items()}
+    scores = {name: {key: cell.value for key, cell in row["scores"].items()} for name, row in rows.items()}
     for task in tiny.TASKS:
         own = scores[f"teacher {task}"][task]
         assert own == max(row[task] for row in scores.values()), task
@@ -154,35 +151,32 @@ def test_each_shipped_teacher_is_the_best_at_its_own_task(tmp_path, no_pictures)
 
 
 # ------------------------------------------------------------------------------------- Q's tasks in the tiny world
-def test_an_evaluation_of_qs_tasks_has_their_columns_their_average_and_their_sources(world2):
+def test_an_evaluation_of_qs_tasks_has_their_columns_their_average_and_their_sources(world2, tmp_path):
     model = with_adapter(world2, world2.teachers["edit"])
     some = {task: tiny_edit.make_prompts(task, "test", 4) for task in ("t2i", "edit")}
     s = tiny_settings(preset="tiny-qwen")
-    result = evaluation.evaluate(model, some, s, 2.0)
-    scores = result["scores"]
+    rows = evaluation.evaluate(model, "m", some, s, 2.0, tmp_path)
+    scores = suites.numbers(rows, suites.WORLDS[s.preset])["m"]["scores"]
     columns = ["t2i", "t2i alignment", "t2i aesthetic", "edit", "edit instruction", "edit identity", "average"]
     assert list(scores) == columns
     assert scores["average"] == pytest.approx((scores["t2i"] + scores["edit"]) / 2)
-    assert list(result["sources"]) == ["edit"]
-    assert all(map(torch.equal, sum(result["sources"]["edit"], ()), sum(sources(some["edit"]), ())))
-    plain = evaluation.evaluate(model, some, s, 1.0)
-    for task in some:
-        assert not torch.allclose(plain["images"][task][0], result["images"][task][0], atol=1e-3), "guidance counts"
-    named, each, _ = tiny_edit.score(result["images"]["edit"][0], some["edit"], "edit")
-    assert each == result["images"]["edit"][1] and named.items() <= scores.items()
+    assert [row["sources"] for row in rows] == [[]] * 4 + [[p.metadata["image"]] for p in some["edit"]]
+    files = [(tmp_path / row["picture"]).read_bytes() for row in rows]
+    evaluation.evaluate(model, "m", some, s, 1.0, tmp_path)
+    unguided = [(tmp_path / row["picture"]).read_bytes() for row in rows]
+    assert all(a != b for a, b in zip(files, unguided, strict=True)), "guidance counts"
 
 
 def test_eval_py_guides_base_and_teachers_and_a_compared_student_only_where_it_is_asked(
-    world2, tmp_path, monkeypatch, no_pictures
+    world2, tmp_path, no_pictures, spy
 ):
-    cfgs, real = [], evaluation.evaluate
-    monkeypatch.setattr(evaluation, "evaluate", lambda *args: cfgs.append(args[3]) or real(*args))
+    draws = spy(drawn, "draw_to")
     compared = ["--compare", f"student={world2.teachers['t2i']}"]
     base = command(world2.flags, "--out", str(tmp_path), stage="eval")
     for name, flags, expected in (("a", [], [2.0] * 3 + [1.0]), ("b", ["--guidance", "both"], [2.0] * 4)):
-        cfgs.clear()
+        draws.clear()
         assert evaluation.main([*base, "--name", name, *flags, *compared]) == 0
-        assert cfgs == expected
+        assert [call.args[4] for call in draws] == expected
     rows = json.loads((tmp_path / "b/results.json").read_text())
     assert list(rows) == ["base", "teacher t2i", "teacher edit", "student"]
     assert rows["student"] == rows["teacher t2i"] and rows["student"] != rows["teacher edit"]

@@ -16,12 +16,11 @@ import pytest
 import safetensors.torch
 import torch
 
-import eval as evaluation
 import rewards
 import train
 from data.batches import seed_for
 from data.pictures import source_images
-from harness import report, rollout
+from harness import drawn, report, rollout
 from harness.run import Run
 from models import hub, tiny
 from scorers import panel as scoring
@@ -225,13 +224,12 @@ def test_the_whole_pipeline_runs_from_nothing_and_a_second_call_trains_nothing(
 
 
 def test_qs_pipeline_trains_its_own_teachers_and_distils_them(
-    tmp_path, monkeypatch, small_pretraining, updates, capsys
+    tmp_path, monkeypatch, small_pretraining, updates, spy, capsys
 ):
     """pretrain, a GRPO teacher for each task, OPD, the table: no cold start, a student that draws without guidance."""
     flags = command(SMALL2, "--stage", "all", "--out", str(tmp_path), "--name", "all", "--steps", "2")
-    cfgs, real = [], evaluation.evaluate
+    draws = spy(drawn, "draw_to")
     monkeypatch.setattr(report, "plot_metrics", lambda folder: [])
-    monkeypatch.setattr(evaluation, "evaluate", lambda *args: cfgs.append(args[3]) or real(*args))
     assert train.main(flags) == 0
     assert rows_of_table(capsys) == ["model", *QWEN_SHOWN]
     parts = ["all", "all-grpo-edit", "all-grpo-t2i", "all-opd", "all-pretrain"]
@@ -240,7 +238,7 @@ def test_qs_pipeline_trains_its_own_teachers_and_distils_them(
     assert config["teachers"] == {t: str(tmp_path / f"all-grpo-{t}") for t in QWEN_TASKS} and config["init"] == ""
     # Of the parts: the base of "both", teachers of Q 4.1's hybrid, the student of Q 4.3, the last three with the base
     # beside them; then the table's four.
-    assert cfgs == [2.0] + [2.0, 2.0] + [2.0, 2.0] + [2.0, 1.0] + [2.0, 2.0, 2.0, 1.0]
+    assert [call.args[4] for call in draws] == [2.0] + [2.0, 2.0] + [2.0, 2.0] + [2.0, 1.0] + [2.0, 2.0, 2.0, 1.0]
 
 
 def test_the_whole_pipeline_on_sd35_merges_distils_and_compares(real, sd35, capsys):

@@ -173,9 +173,9 @@ def test_perfect_drawings_score_one_and_blank_pages_nothing(task):
     images = batch([perfect(p) for p in prompts])
     for found in (tiny.score_task, tiny.score_quality, tiny.score_preference):
         assert found(images, prompts) == pytest.approx([1.0] * 120, abs=1e-3)
-    named, each, _ = tiny.score(images, prompts, task)
-    assert named == {task: pytest.approx(1, abs=1e-3)} and each == pytest.approx([1.0] * 120, abs=1e-3)
-    assert tiny.score(torch.ones(120, 3, 24, 24), prompts, task)[:2] == ({task: 0}, [0.0] * 120)
+    (metric,) = tiny.score(images, prompts, task)
+    assert tiny.score(images, prompts, task)[metric] == pytest.approx([1.0] * 120, abs=1e-3)
+    assert tiny.score(torch.ones(120, 3, 24, 24), prompts, task) == {metric: [0.0] * 120}
 
 
 def test_a_wrong_letter_costs_a_third_and_a_prompt_without_a_word_has_no_score():
@@ -205,18 +205,11 @@ def test_each_prompt_is_scored_by_its_own_tasks_scorer():
         tiny.score_task(images[:1], [Prompt("a photo of a circle", "t2i", {}, "mine:1")])
 
 
-def test_composition_is_the_mean_over_tags_and_not_over_prompts_and_strict():
-    """Prompts 0-5 have six tags, 6 and 7 repeat the first two. 6 is blank and 7 reversed, so two tags have 1/2."""
+def test_compositions_metric_is_the_strict_verdict():
     prompts = tiny.make_prompts("composition", "test", 8)
     images = batch([perfect(p) for p in prompts])
     images[6] = 1.0
     one, two = tiny.scene_of(prompts[7].metadata, random.Random(0), 0.0)["objects"]
     images[7] = torch.from_numpy(canvas.draw({"objects": [one | {"cell": two["cell"]}, two | {"cell": one["cell"]}]}))
-    named, each, tags = tiny.score(images, prompts, "composition")
-    assert each == [1, 1, 1, 1, 1, 1, 0, 0] and named == {"composition": pytest.approx((0.5 + 0.5 + 4) / 6)}
-    assert tags == {tag: (0.5 if tag in ("single_object", "position") else 1.0) for tag in tiny.TEST_TAGS}
-    prompts = tiny.make_prompts("text", "test", 4)
-    images = batch([perfect(p) for p in prompts])
-    images[0] = 1.0
-    assert tiny.score(images, prompts, "text") == ({"text": 0.75}, [0.0, 1.0, 1.0, 1.0], {})
-    assert tiny.average({"text": 0.75, "other": 9.0, "quality": 0.25}) == {"average": 0.5}
+    assert tiny.score(images, prompts, "composition") == {"geneval": [1, 1, 1, 1, 1, 1, 0, 0]}
+    assert 0 < tiny.score_geneval(images, prompts)[7] < 1, "the reward is graded"

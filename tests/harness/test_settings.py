@@ -315,6 +315,12 @@ def test_a_config_is_checked_like_flags_and_must_be_there(tmp_path):
     assert (s.lr, type(s.lr), s.resume, s.teachers["text"]) == (1.0, float, False, "x")
 
 
+def test_a_size_is_one_side_or_two_and_a_number_in_a_config(tmp_path):
+    for given, size in (("768", (768, 768)), ("768x512", (768, 512)), ("16x4096", (16, 4096))):
+        assert S.size_of(parse(f"{FLOW} --resolution {given}".split())) == size
+    assert S.size_of(parse([*FLOW.split(), *config(tmp_path, {"resolution": 640})])) == (640, 640)
+
+
 def test_what_a_stage_reads_is_a_config_that_gives_the_same_settings(tmp_path):
     for line in ("--stage grpo --task text --lr 0.25 --prompts text=a.txt --no-resume", QWEN):
         s = parse(line)

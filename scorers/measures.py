@@ -47,8 +47,8 @@ def diversity(
 def untouched() -> Scorer:
     """What an edit left as it was, in [0, 1]: 1 - mean |result - source| over the prompt's boxes "keep"; Q 3.3.
 
-    Boxes (x0, y0, x1, y1) are in the first source's pixels. A source of another size is cropped and scaled as for the
-    model. RewardError for a prompt without boxes.
+    Boxes (x0, y0, x1, y1) are in the first source's pixels. A source of another shape is cropped to the
+    result's, its middle. RewardError for a prompt without boxes.
     """
 
     def score(

@@ -100,8 +100,8 @@ class Settings:
                           "path, or the task of a teacher", ("opd",))
     init: str = _option("", "what the student starts from (a cold start, F 5.1); empty: the base itself",
                         ("curate", *LORA))
-    compare: dict = _option({}, "students to score beside the base and the teachers. 'base teacher.TASK=... NAME=...' "
-                            "is the whole list", ("eval",), metavar="NAME=ID_OR_PATH")
+    compare: dict = _option({}, "students beside the base and the teachers; 'base teacher.TASK=... NAME=...' is the "
+                            "whole list", ("eval",), metavar="NAME=ID_OR_PATH")
     resolution: str = _option("512", "pixels a side, or WIDTHxHEIGHT as 768x512; multiples of 16 (Qwen-Image-2.1: of "
                               "32)", LOADED)
     source_resolution: int = _option(0, "edits: a source picture is read into tokens in its own shape, with as many "
@@ -200,10 +200,8 @@ class Settings:
 
     eval_prompts: int = _option(8, "test prompts per task in an evaluation; 0: none, and no picture is ever decoded",
                                 SHOWN, low=0, group="evaluation and output")
-    suite: str = _option("", "tables to make: " + ", ".join(SUITES) + "; several with commas; empty: each task by what "
-                         "--rewards names", ("eval",))
-    export: str = _option("", "layouts of official evaluators to write the pictures in: " + ", ".join(LAYOUTS),
-                          ("eval",))
+    suite: str = _option("", "tables, with commas: " + ", ".join(SUITES) + "; empty: what --rewards names", ("eval",))
+    export: str = _option("", "layouts of official evaluators: " + ", ".join(LAYOUTS), ("eval",))
     samples: int = _option(1, "pictures a test prompt", ("eval",), low=1, high=1000)
     eval_steps: int = _option(40, "ODE sampling steps in an evaluation", SHOWN, low=1, high=1000)
     save_every: int = _option(50, "steps between checkpoints", TRAINED, low=1)

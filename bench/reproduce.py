@@ -37,7 +37,8 @@ from bench.runs import ends, parsed
 from data.batches import seed_for
 from data.common import write_atomic
 from data.files import Prompt
-from harness import load, ranks, rollout, tables
+from harness import load, ranks, rollout, suites, tables
+from harness.drawn import Picture
 from harness.run import Run
 from models import hub
 from scorers.common import diversity
@@ -148,10 +149,12 @@ def scores_of(run: str, seed: int) -> dict:
         if not base:
             model.add_expert(where_from.name, str(where_from))
         with model.adapter(None if base else where_from.name):
-            scores = {}
+            rows = []
             for task, some in prompts.items():
-                scores |= world.score(drawn(model, s, some, seed, cfg), some, task, None)[0]
-            scores |= world.average(scores)
+                told = world.score(drawn(model, s, some, seed, cfg), some, task)
+                for i, (p, *own) in enumerate(zip(some, *told.values(), strict=True)):
+                    rows.append(Picture(p, task, i, 0).row("", folder, dict(zip(told, own, strict=True))))
+            scores = suites.numbers(rows, suites.WORLDS[s.preset])[""]["scores"]
             if "quality" in prompts:
                 four = [p for p in prompts["quality"][:16] for _ in range(4)]
                 groups = drawn(model, s, four, seed + 100, cfg).unflatten(0, (-1, 4))
@@ -225,7 +228,7 @@ def surpassing(seed: int) -> dict[str, dict]:
 
         def means(expert, noise_seed, some=some, task=task):
             with model.adapter(expert):
-                each = world.score(drawn(model, s, some, noise_seed, 1.0), some, task, None)[1]
+                (each,) = world.score(drawn(model, s, some, noise_seed, 1.0), some, task).values()
             return torch.tensor(each).reshape(-1, 4).mean(1)
 
         best = torch.stack([means(name, seed + 200) for name in TEACHERS]).amax(0)

@@ -155,6 +155,6 @@ def flags_of(name: str, seed: int) -> list[str]:
     flags = [*world_of(name), *flags]
     s = parsed(*flags)
     if s.stage not in ("merge", "curate", "pretrain") and QUICK:
-        flags += ["--steps", str(max(2, s.steps // 8)), "--save-every", str(max(1, s.save_every // 8))]
+        flags += ["--steps", str(max(2, s.steps // 10)), "--save-every", str(max(1, s.save_every // 10))]
     flags += ["--eval-prompts", "0"] * (s.stage not in ("reward", "curate"))
     return flags + ["--seed", str(seed)] * (s.stage != "merge")  # nothing is drawn in merging

@@ -3,7 +3,7 @@
     python -m bench.reproduce             every claim, in the order of bench/claims.py; says first how long it takes
     python -m bench.reproduce 4 7a        these claims
     python -m bench.reproduce page        nothing is run: the page is written from what has been run
-    QUICK=1 python -m bench.reproduce     one seed, an eighth of the steps, a third of the prompts, no rate tuned
+    QUICK=1 python -m bench.reproduce     one seed, a tenth of the steps, a third of the prompts, no rate tuned
 
 SEEDS=0,1 chooses seeds. A finished run is not run again, an interrupted one goes on. Every run leaves fresh.json: its
 scores on a fresh split, its command, commit and time; the page is written from these files alone.
@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import cycle, islice
 from pathlib import Path
@@ -44,8 +44,8 @@ from models import hub
 from scorers.common import diversity
 
 COUNT, TARGET = (30 if QUICK else 96), 0.85
-SECONDS = {"grpo": 4.8, "nft": 4.8, "opd": 1.2, "sft": 0.6, "reward": 0.15}  # a step, on one free core
-OVERHEAD = 20  # seconds of a run besides its steps: loading, and the fresh split
+SECONDS = {"grpo": 2.5, "nft": 2.5, "opd": 1.0, "sft": 0.3, "reward": 0.15}  # a step, on one free core
+OVERHEAD = 6 if QUICK else 15  # seconds of a run besides its steps: loading, and the fresh split
 PAGE, MARKS = Path("docs/RESULTS.md"), ("<!-- bench.reproduce -->\n", "<!-- /bench.reproduce -->\n")
 
 
@@ -267,10 +267,12 @@ def exists(name: str, seed: int) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------------- the page
-def estimate(claim: Claim, seeds: list[int]) -> float:
-    """Hours on one free core of what a claim still needs, rates that are tuned included."""
-    needed, names, total = [name.partition(" | ")[0] for name in claim.rows.values()], [], 0.0
-    needed += {"5": ["mix"], "8": ["merge-opd"]}.get(claim.number, [])
+def estimate(claims: Iterable[Claim], seeds: list[int]) -> float:
+    """Hours on one free core of what claims still need, rates that are tuned included, a shared run once."""
+    needed, names, total = [], [], 0.0
+    for claim in claims:
+        needed += [name.partition(" | ")[0] for name in claim.rows.values()]
+        needed += {"5": ["mix"], "8": ["merge-opd"]}.get(claim.number, [])
     while needed:
         name = needed.pop()
         if name in RUNS and name not in names:
@@ -315,7 +317,7 @@ def section(claim: Claim) -> list[str]:
     took = sum(row.get("seconds", 0.0) for rows in seeds.values() for row in rows.values()) / 60
     commits = sorted({row["commit"] for rows in seeds.values() for row in rows.values() if "commit" in row})
     done = f"commit {', '.join(commits)}, {took:.0f} minutes of wall time" if commits else "not run"
-    left, missing = estimate(claim, SEEDS), [row for row in claim.rows if row not in names]
+    left, missing = estimate([claim], SEEDS), [row for row in claim.rows if row not in names]
     more = f"; not run: {', '.join(missing).replace(' | both', '')}" if missing and names else ""
     more += f"; {left:.1f} hours of one free core are left for seeds {', '.join(map(str, SEEDS))}" if left else ""
     return [*lines, f"`{'QUICK=1 ' * QUICK}python -m bench.reproduce {claim.number}`: {done}{more}.", ""]
@@ -338,7 +340,7 @@ def main(words: list[str]) -> None:
     chosen = [claim for claim in CLAIMS if not words or claim.number in words]
     if words == ["page"]:
         return page()
-    print(f"about {sum(estimate(claim, SEEDS) for claim in chosen):.1f} hours of one free core are left", flush=True)
+    print(f"about {estimate(chosen, SEEDS):.1f} hours of one free core are left", flush=True)
     for claim in chosen:
         for seed in SEEDS:
             found_by(claim, seed, run=True)

@@ -57,7 +57,7 @@ def test_the_page_is_written_between_its_marks_from_the_files_of_the_runs(tmp_pa
     assert "**x. A beats B** (F). **Reproduced** (A - B, text: 0.188 ± 0.088; 2 seeds)." in text
     assert "| A | **0.625 ± 0.177** |" in text and "commit abc1234, 6 minutes" in text
     assert "hours of one free core are left for seeds 0, 1, 2" in text, "the third seed"
-    assert reproduce.estimate(reproduce.CLAIMS[0], [0, 1]) == 0
-    assert reproduce.estimate(reproduce.CLAIMS[0], [2]) == pytest.approx((100 * 1.2 + 50 * 4.8 + 2 * 20) / 3600)
+    assert reproduce.estimate(reproduce.CLAIMS, [0, 1]) == 0
+    assert reproduce.estimate(reproduce.CLAIMS * 2, [2]) == pytest.approx((100 * 1.0 + 50 * 2.5 + 2 * 15) / 3600)
     with pytest.raises(SystemExit, match="nothing"):
         reproduce.main(["nothing"])

@@ -200,7 +200,7 @@ def gradients(flags: list[str], steps: int) -> torch.Tensor:
 
 def noise(name: str, seed: int) -> float:
     """Root mean square distance of a step's gradient from the mean, over the mean's norm: 0 without variance."""
-    g = gradients([*world_of(name), *RUNS[name].split(), "--seed", str(seed)], 2 if QUICK else 8)
+    g = gradients(flags_of(name, seed), 2 if QUICK else 8)
     return float((g - g.mean(0)).norm(dim=1).square().sum().div(len(g) - 1).sqrt() / g.mean(0).norm())
 
 
@@ -250,11 +250,12 @@ def found_by(claim: Claim, seed: int, run: bool) -> dict[str, dict]:
         known = {row: {"scores": own, "commit": commit()} for row, own in MEASURED[claim.number](seed).items()}
         known[next(iter(known))]["seconds"] = time.time() - began
     for row, name in claim.rows.items():
-        if "noise" in claim.columns and run and row not in known:
+        if not run and not exists(name, seed):
+            continue
+        rows[row] = scores_of(name, seed)
+        if "noise" in claim.columns and run and name in RUNS and row not in known:
             known[row] = {"scores": {"noise": noise(name, seed)}}
-        if run or exists(name, seed):
-            rows[row] = scores_of(name, seed)
-            rows[row]["scores"] |= known.get(row, {}).get("scores", {})
+        rows[row]["scores"] |= known.get(row, {}).get("scores", {})
     if run and known:
         write_atomic(where, json.dumps(known))
     return rows or known
@@ -308,7 +309,7 @@ def section(claim: Claim) -> list[str]:
     names = list(dict.fromkeys(row for rows in seeds.values() for row in rows))
     if names:
         cells = {}
-        for name in names:
+        for name in [name for name in names if name != "0"]:
             own = [rows[name]["scores"] for rows in seeds.values() if name in rows]
             cells[name.replace(" | both", "")] = tables.over_seeds(own, [c for c in claim.columns if c in own[0]])
         ceilings = [name for name in cells if re.match("teacher |(t2i|edit) teacher", name)]

@@ -2,9 +2,11 @@
 
 import json
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
+import train
 from bench import claims, reproduce
 from tiny import drawings, edits
 
@@ -36,6 +38,27 @@ def test_the_fresh_split_has_no_seen_prompt_but_of_tags_that_have_no_other(world
         assert set(tags.values()) == {96 // len(tags)}
         old = {p.metadata.get("tag") for p in found if p.text in seen}
         assert old == ({*tags} - {"color_attr"} if task == "composition" else set())
+
+
+def test_a_run_is_made_once_after_what_it_needs_and_scored_on_the_fresh_split(tmp_path, monkeypatch):
+    (tmp_path / "assets").symlink_to(Path("assets").resolve())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(reproduce, "COUNT", 6)
+    step = "--stage opd --steps 1 --prompts-per-step 3 --keep 9 --save-every 1"
+    runs = {"merge": "--stage merge", "far": f"{step} --init @merge", "teacher-states": f"{step} --drawn-states 0"}
+    monkeypatch.setattr(claims, "RUNS", runs)
+    monkeypatch.setattr(reproduce, "RUNS", runs)
+    claim = claims.Claim("x", "", "", {"base": "", "far": "far", "off": "teacher-states"}, (), ("average", "noise"))
+    found = reproduce.found_by(claim, 3, run=True)
+    for row in found.values():
+        scores = row["scores"]
+        assert scores["average"] == pytest.approx(sum(scores[task] for task in drawings.TASKS) / 3)
+        assert scores["diversity"] > 0.01 and scores.get("noise", 1) > 0
+    assert "noise" in found["far"]["scores"] and found["far"]["scores"]["average"] != found["base"]["scores"]["average"]
+    assert list(found["far"]["curve"]) == ["000001"] and found["far"]["scores"]["seconds"] > 0
+    monkeypatch.setattr(train, "main", lambda flags: pytest.fail("it is there"))
+    monkeypatch.setattr(reproduce, "drawn", lambda *_: pytest.fail("it is scored"))
+    assert str(reproduce.found_by(claim, 3, run=True)) == str(reproduce.found_by(claim, 3, run=False)) == str(found)
 
 
 def test_the_page_is_written_between_its_marks_from_the_files_of_the_runs(tmp_path, monkeypatch):

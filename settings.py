@@ -393,7 +393,7 @@ def rewarded_tasks(s: Settings) -> tuple[str, ...]:
 
 
 def suite_list(s: Settings) -> list[str]:
-    return [name for name in s.suite.split(",") if name]
+    return [name for name in s.suite.split(",") if name] if s.stage == "eval" else []
 
 
 def known_tasks(s: Settings) -> tuple[str, ...]:
@@ -418,7 +418,7 @@ def test_tasks(s: Settings) -> list[str]:
 
 def shows_base(s: Settings) -> bool:
     """Is the base drawn beside what the run has made? A full student may have taken its place in memory."""
-    return s.stage in ("merge", *LORA) and s.parameters == "lora"
+    return s.stage == "merge" or (s.stage in LORA and s.parameters == "lora")
 
 
 def parts_of(s: Settings) -> tuple[str, ...]:

@@ -95,7 +95,7 @@ def parse(argv: Sequence[str], prog: str = "train.py") -> tuple[Settings, dict]:
     if unknown:
         raise SettingsError(f"unknown flag {unknown[0]}; {_near(unknown[0].split('=')[0], map(_flag, FIELDS))}")
     flags = {name: _pairs(name, v) if FIELDS[name].type is dict else v for name, v in vars(flags).items()}
-    if "base" in flags.get("compare", ()):
+    if flags.get("compare", {}).get("base") == "":
         flags |= _whole_list(flags)
     given |= flags
     for name in (*file, *flags):

@@ -142,7 +142,7 @@ def asked_of(s: Settings) -> Asked | None:
     """The scorers of an evaluation: its suites', over which --rewards has its own entries and further weights; None if
     none is asked for. A tiny world measures by itself what its scorers can, and compares pixels."""
     names, world = suite_list(s), load.world_of(s)
-    own = load.asked_of(s) if s.rewards and not world.KINDS else Asked({}, {})
+    own = load.asked_of(s) if not world.KINDS and s.rewards else Asked({}, {})
     known = {name: entry for name, entry in own.scorers.items() if name != "arena"}  # which votes, see `arena_judge`
     weights = {category: dict(row) for category, row in own.weights.items()}
     watch = tuple(name for name in own.watch if name != "arena")

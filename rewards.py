@@ -19,7 +19,6 @@ and the real models are scored by the very same lines.
 
 Notation: B samples, K rewards; boxes are (x0, y0, x1, y1) in pixels with y pointing *down*; a detection is a
 dict {"class", "score", "box", "color"}; metadata is one line of a GenEval file (see `data/files.py`).
-
 A score that could not be computed is an error that names its cause, never a silent 0. Rewards have no gradient.
 """
 

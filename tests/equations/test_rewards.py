@@ -5,7 +5,6 @@ import math
 import random
 import re
 import statistics
-from contextlib import nullcontext
 from functools import lru_cache
 
 import numpy as np
@@ -421,24 +420,6 @@ def test_composite_by_hand_and_sample_by_sample():
     assert math.isnan(R.composite(scores, weights)[1])
     with pytest.raises(ValueError):  # (K, B) and (K, 1) would broadcast
         R.composite(scores, weights[:, :1])
-
-
-# ------------------------------------------------------------------------------------------ Qwen-Image-Bench
-marks = lambda **scores: {name: {"score": score, "why": "so"} for name, score in scores.items()}  # noqa: E731
-
-
-@pytest.mark.parametrize("reply, score", [
-    ({"Real": marks(light=2, limbs=1, law="N/A"), "Fine": marks(edges="0"), "Text": {}}, ((100 + 60) / 2 + 0) / 2),
-    *((put, 40) for put in ({"Real": marks(light=2, edges=0), "Fine": marks(limbs=1)}, marks(light=2, edges=0, limbs=1),
-                            {"Quality": {"Fine": marks(edges=0), "Real": marks(light=2, limbs=1)}})),
-    ({"Fine": marks(edges=0), "Text": marks(glyphs=1)}, 30), ({"Fine": marks(edges=0)}, 0),
-    ({"Real": marks(light="N/A"), "Text": marks(glyphs="n/a")}, None),
-    *((wrong, R.RewardError) for wrong in ({}, {"Real": {}}, marks(light=3), marks(light=None), marks(sky=1))),
-])  # fmt: skip
-def test_a_pillar_is_the_mean_of_means_of_0_60_100_wherever_a_facet_was_put(reply, score):
-    pillar = {"Real": ["light", "limbs", "law"], "Fine": ["texture", "edges"], "Text": ["glyphs"]}
-    with pytest.raises(score, match=re.escape(str(reply))) if score is R.RewardError else nullcontext():
-        assert R.pillar_score(reply, pillar) == score
 
 
 # ---------------------------------------------------------------------------------------------------- Table 2

@@ -1,11 +1,12 @@
 """What a judge may reply, in every shape that users met, and the one score or none that each is."""
 
 import math
-from contextlib import suppress
+import re
+from contextlib import nullcontext, suppress
 
 import pytest
 
-from rewards import LEVELS, RewardError
+from rewards import LEVELS, RewardError, pillar_score
 from scorers import remote
 from scorers import rubrics as J
 from tests.helpers.checks import refusal
@@ -183,3 +184,21 @@ def test_soft_tifa_is_the_arithmetic_and_the_geometric_mean_of_the_atoms():
     for wrong in ([], [1.5], [math.nan, 0.5]):
         with pytest.raises(ValueError):
             J.soft_tifa(wrong)
+
+
+# ------------------------------------------------------------------------------------------ Qwen-Image-Bench
+marks = lambda **scores: {name: {"score": score, "why": "so"} for name, score in scores.items()}  # noqa: E731
+
+
+@pytest.mark.parametrize("reply, score", [
+    ({"Real": marks(light=2, limbs=1, law="N/A"), "Fine": marks(edges="0"), "Text": {}}, ((100 + 60) / 2 + 0) / 2),
+    *((put, 40) for put in ({"Real": marks(light=2, edges=0), "Fine": marks(limbs=1)}, marks(light=2, edges=0, limbs=1),
+                            {"Quality": {"Fine": marks(edges=0), "Real": marks(light=2, limbs=1)}})),
+    ({"Fine": marks(edges=0), "Text": marks(glyphs=1)}, 30), ({"Fine": marks(edges=0)}, 0),
+    ({"Real": marks(light="N/A"), "Text": marks(glyphs="n/a")}, None),
+    *((wrong, RewardError) for wrong in ({}, {"Real": {}}, marks(light=3), marks(light=None), marks(sky=1))),
+])  # fmt: skip
+def test_a_pillar_is_the_mean_of_means_of_0_60_100_wherever_a_facet_was_put(reply, score):
+    pillar = {"Real": ["light", "limbs", "law"], "Fine": ["texture", "edges"], "Text": ["glyphs"]}
+    with pytest.raises(score, match=re.escape(str(reply))) if score is RewardError else nullcontext():
+        assert pillar_score(reply, pillar) == score

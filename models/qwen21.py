@@ -62,7 +62,7 @@ class Qwen21Flow(FlowModel):
             kv_cache_mode=("cached" if known else "extract") if cache else None,
             return_dict=False,
         )[0]
-        return unpack(v[:, -count:], 1, *x.shape[2:])
+        return unpack(v[:, -count:], 1, *x.shape[2:]).contiguous()  # without patches it is a view
 
     def _new_cache(self) -> QwenImage21KVCache:
         return QwenImage21KVCache(self.transformer.config.num_layers)

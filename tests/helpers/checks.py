@@ -44,7 +44,8 @@ def five_velocities(model, rounded=False):
 
     config, rng = model.transformer.config, torch.Generator().manual_seed(0)
     x = torch.randn(5, *model.latent_shape, generator=rng)
-    tokens, pooled = torch.randn(5, 7, config.joint_attention_dim, generator=rng), None
+    width = config["context_in_dim" if "context_in_dim" in config else "joint_attention_dim"]
+    tokens, pooled = torch.randn(5, 7, width, generator=rng), None
     if "pooled_projection_dim" in config:
         pooled = torch.randn(5, config.pooled_projection_dim, generator=rng)
     t = torch.tensor([0.9009, 0.7071, 0.5005, 0.2777, 0.0091])

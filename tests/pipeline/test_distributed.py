@@ -207,6 +207,34 @@ def test_the_cold_starts_run_on_two_ranks_and_one_of_them_scores(pair):
     assert set(scores) == {"t2i jpeg", "edit jpeg"} and len(lines(run, "loss")) == 2
 
 
+# Prompts of different lengths, which share no forward: the ranks have different numbers of them.
+WHOLE_21 = ["opd", *QUIET, *"--steps 3 --parameters full --lr 1e-3".split()]
+HALF_21, BOTH_21 = ["--prompts-per-step", "2"], ["--prompts-per-step", "4"]
+
+
+@pytest.fixture(scope="module")
+def pair21(qwen21, tmp_path_factory):
+    """Runs of a small Qwen-Image-2.1 on two ranks; the folder that holds them."""
+    out = tmp_path_factory.mktemp("pair21")
+    jobs = [
+        job(qwen21, out, "fsdp", *WHOLE_21, *HALF_21, "--parallel", "fsdp"),
+        job(qwen21, out, "half", *WHOLE_21, *HALF_21, "--parallel", "fsdp", "--steps", "2"),
+    ]
+    hsdp = job(qwen21, out, "hsdp", *WHOLE_21, *HALF_21, "--parallel", "hsdp")
+    work(out, [*({"argv": argv} for argv in jobs), {"argv": hsdp, "env": {"LOCAL_WORLD_SIZE": "1"}}])
+    return out
+
+
+def test_qwen_image_2_1_sharded_over_two_ranks_learns_as_on_one_and_goes_on_there(qwen21, pair21):
+    alone(job(qwen21, pair21, "one", *WHOLE_21, *BOTH_21))
+    alone(job(qwen21, pair21, "half", *WHOLE_21, *BOTH_21, "--parallel", "ddp"))
+    gaps = sum(lines(pair21 / "one", "gap"), [])
+    for name in ("fsdp", "hsdp", "half"):
+        assert furthest(tensors(pair21 / "one", WHOLE), tensors(pair21 / name, WHOLE)) < 1e-4, name
+        assert sum(lines(pair21 / name, "gap"), []) == pytest.approx(gaps, rel=1e-4)
+    assert abs(gaps[2] - gaps[0]) > 1e-3 * gaps[0], "three updates show in the velocity"
+
+
 # ------------------------------------------------------------- two nodes: half precision, sharded; one run folder
 NODES = """
 import os, sys, types
@@ -243,11 +271,11 @@ torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def nodes(sd35, qwen, tmp_path_factory):
+def nodes(sd35, qwen, qwen21, tmp_path_factory):
     """What two nodes of one rank each find out; the folder that has it."""
     root = tmp_path_factory.mktemp("nodes")
     (root / "nodes.py").write_text(NODES.format(root=str(ROOT)))
-    code, output, _ = torchrun(root / "nodes.py", root / "found.safetensors", sd35.base, qwen.base)
+    code, output, _ = torchrun(root / "nodes.py", root / "found.safetensors", sd35.base, qwen.base, qwen21.base)
     assert code == 0, output[-4000:]
     (root / "output.txt").write_text(output)
     return root
@@ -259,18 +287,20 @@ def test_a_run_folder_that_is_not_one_for_all_nodes_is_refused_on_every_rank(nod
     assert output.count(f"refused: {nodes}/node-") == 2
 
 
-def test_a_full_student_has_the_base_models_velocity_however_it_is_sharded_and_in_half_precision(sd35, qwen, nodes):
+def test_a_full_student_has_the_base_models_velocity_however_it_is_sharded_and_in_half_precision(
+    sd35, qwen, qwen21, nodes
+):
     """At five times that bfloat16 would round: SD3's 900.9 to 900, and velocities 20 to 115 % apart."""
     from safetensors.torch import load_file
 
     from models import load
     from tests.helpers.checks import five_velocities, relative
 
-    where = [str(sd35.base), str(qwen.base)]
+    where = [str(base.base) for base in (sd35, qwen, qwen21)]
     whole = {folder: load.load(folder, size=(64, 64)) for folder in where}
     for name, found in load_file(nodes / "found.safetensors").items():
         folder, _, precision = name.split()
-        expected = five_velocities(whole[folder], folder == str(qwen.base) and precision == "bfloat16")
+        expected = five_velocities(whole[folder], folder != str(sd35.base) and precision == "bfloat16")
         print(f"{name}: {relative(found, expected):.1e}")
         assert relative(found, expected) < {"float32": 1e-5, "bfloat16": 2e-2}[precision], name
 

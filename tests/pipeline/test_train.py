@@ -268,20 +268,26 @@ STAGES = {
         "opd, bfloat16": ["--stage", "opd", "--precision", "bfloat16"],
     },
     "qwen": {
-        "grpo, edit": ["--stage", "grpo", "--task", "edit", "--rewards", "FILE", "--guidance", "both",
-                       "--prompts", "edit=MIXED"],
+        "grpo, edit": [
+            "--stage",
+            "grpo",
+            "--task",
+            "edit",
+            "--rewards",
+            "FILE",
+            "--guidance",
+            "both",
+            "--prompts",
+            "edit=MIXED",
+        ],
         "grpo, mixed": ["--stage", "grpo", "--task", "mix", "--rewards", "jpeg=1", "--source-resolution", "32"],
         "nft, all parameters": ["--stage", "nft", "--task", "mix", "--rewards", "jpeg=1", "--parameters", "full"],
         "sft": ["--stage", "sft"],
         "opd": ["--stage", "opd", "--prompts-per-step", "4", "--prompts", "edit=MIXED", "--resolution", "48x64"],
     },
-    "qwen21": {
-        "grpo, edit": ["--stage", "grpo", "--task", "edit", "--rewards", "FILE", "--guidance", "both"],
-        "grpo, mixed": ["--stage", "grpo", "--task", "mix", "--rewards", "jpeg=1", "--source-resolution", "32"],
-        "nft, all parameters": ["--stage", "nft", "--task", "mix", "--rewards", "jpeg=1", "--parameters", "full"],
-        "sft": ["--stage", "sft"],
-        "opd": ["--stage", "opd", "--prompts-per-step", "4", "--prompts", "edit=MIXED", "--resolution", "32x64"],
-    },
+}
+STAGES["qwen21"] = {
+    name: ["32x64" if flag == "48x64" else flag for flag in flags] for name, flags in STAGES["qwen"].items()
 }
 
 

@@ -107,7 +107,7 @@ def compare(s: Settings) -> tuple[dict[str, dict], Path]:
         exported(s, folder, rows, pictures, folders)
         found = tell(s, folder, rows, prompts, device)
     del lock
-    return found, folder / "report.md"
+    return found, folder / "report.html"
 
 
 def draw_all(
@@ -164,22 +164,21 @@ def exported(
 def tell(
     s: Settings, folder: Path, rows: Sequence[dict], prompts: Mapping[str, Sequence[Prompt]], device: torch.device
 ) -> dict[str, dict]:
-    """Write rows.jsonl and the report -> {model: its numbers}."""
-    write_atomic(folder / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    """Write the report -> {model: its numbers}."""
     found = suites.numbers(rows, suites.of(s, rows), RESAMPLES)
+    more = {}
     if "arena" in settings.suite_list(s):
         votes = arena.vote(rows, folder, suites.arena_judge(s, str(device)))
         write_atomic(folder / "votes.jsonl", "".join(json.dumps(vote) + "\n" for vote in votes))
         models, wins, categories = arena.wins(votes)
         ratings = elo(wins, models, categories)
-        tables.write(folder, "arena", tables.Table(ratings, digits=0))
-        print(tables.markdown(tables.Table(ratings, digits=0)))
+        more["arena"] = tables.Table(ratings, digits=0)
+        print(tables.markdown(more["arena"]))
     teachers = {task: found[f"teacher {task}"]["scores"] for task in prompts if task in s.teachers}
     own = [scores[task].value for task, scores in teachers.items() if task in scores]
     notes = suites.left_out(s, suites.asked_of(s))
     notes += [f"Mean of the teachers' own-task scores: {sum(own) / len(own):.3f}."] if own else []
-    report.save_samples(folder, rows)
-    report.write_report(folder, f"Evaluation: {s.name}", found, notes + load.seen_in_training(s))
+    report.write_report(folder, s, found, rows, notes, load.seen_in_training(s), more)
     return found
 
 
@@ -197,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     if rows:
         print("\n".join(report.lines_of(rows)))
-        print(f"pictures: {where.parent / 'samples'}\nreport:   {where}")
+        print(f"report: {where}")
     return 0
 
 

@@ -495,7 +495,7 @@ def reward(s: Settings) -> Path:
     rows = {f"step {row.pop('step')}": row for row in read_metrics(run.folder)}
     rows = {name: {key: row[key] for key in row if key.startswith("held_")} for name, row in rows.items()}
     note = f"Objective: {s.objective}; {len(training)} items to train on, {len(held)} held out, of other prompts."
-    return tell(run, {name: {"scores": row, "tags": {}} for name, row in rows.items() if row}, [note])
+    return tell(run, {name: {"scores": row, "tags": {}} for name, row in rows.items() if row}, notes=[note])
 
 
 def reward_loss(judge: vlm_trained.Judge, items: Sequence[Sample] | Sequence[Pair]) -> Tensor:
@@ -515,32 +515,30 @@ def finish(run: Run, panel: Panel | None = None) -> Path:
 
     panel: the scorers that are at hand; without it, those that --rewards names are loaded, if it names any.
     """
-    s, rows, notes = run.s, {}, []
+    s, rows, found, notes = run.s, [], {}, []
     run.model.keep([])
     if s.eval_prompts:
         prompts = load.load_prompts(s, "test", s.eval_prompts, settings.test_tasks(s))
         panel = panel or (evaluation.panel_of(s, run.model.device) if run.rank == 0 else None)
         before = run.model.adapter(None), settings.teacher_cfg(s)  # the base, as it comes
-        found = []
         shown = {"base" if s.name != "base" else "the base": before} if settings.shows_base(s) else {}
         for name, (weights, cfg) in {**shown, s.name: (run.exported(), settings.student_cfg(s))}.items():
             with weights:
-                found += evaluation.evaluate(run.model, name, prompts, s, cfg, run.folder, panel) or []
-        if found:
-            report.save_samples(run.folder, found)
-            rows = suites.numbers(found, suites.of(s, found))
-            run.write_card(run.checkpoint, rows[s.name]["scores"])
-        notes = load.seen_in_training(s)
+                rows += evaluation.evaluate(run.model, name, prompts, s, cfg, run.folder, panel) or []
+        if rows:
+            found = suites.numbers(rows, suites.of(s, rows))
+            run.write_card(run.checkpoint, found[s.name]["scores"])
         if not shown and s.stage != "pretrain":
-            notes.append("The base is not beside a student whose every parameter trains: eval.py shows both.")
-    return tell(run, rows, notes)
+            notes = ["The base is not beside a student whose every parameter trains: eval.py shows both."]
+    return tell(run, found, rows, notes)
 
 
-def tell(run: Run, rows: Mapping[str, dict], notes: Sequence[str] = ()) -> Path:
+def tell(run: Run, found: Mapping[str, dict], rows: Sequence[dict] = (), notes: Sequence[str] = ()) -> Path:
     """Write the report, say where everything is and what its last row has -> the last checkpoint."""
     if run.rank == 0:
-        name, where = run.s.name, report.write_report(run.folder, run.s.name, rows, notes)
-        last = list(rows.values())[-1]["scores"] if rows else {}
+        name, warnings = run.s.name, load.seen_in_training(run.s) if rows else ()
+        where = report.write_report(run.folder, run.s, found, rows, notes, warnings)
+        last = list(found.values())[-1]["scores"] if found else {}
         shown = "  ".join(f"{key} {value:.3f}" for key, value in last.items())
         print(f"{name}: {shown or 'done'}\n  checkpoint {run.checkpoint}\n  report     {where}")
     ranks.wait()
@@ -587,7 +585,7 @@ def everything(s: Settings, chosen: dict) -> Path:
     rows, where = evaluation.compare(final)
     if rows:
         print("\n".join(report.lines_of(rows)))
-        print(f"pictures: {where.parent / 'samples'}\nreport:   {where}")
+        print(f"report: {where}")
     return where.parent
 
 

@@ -9,6 +9,7 @@ import contextlib
 import difflib
 import io
 import os
+import shlex
 import signal
 import sys
 import time
@@ -172,6 +173,31 @@ def unchecked(given: dict) -> Settings:
         parts = (preset, stage, values.get("task", ""))
         values["name"] = "eval" if stage == "eval" else "-".join(part for part in parts if part)
     return Settings(**values)
+
+
+def differing(s: Settings) -> dict[str, tuple]:
+    """{name: (value, the preset's)} of what a stage reads and the preset has otherwise, the run's name included."""
+    usual, hidden = unchecked({"preset": s.preset, "stage": s.stage}), ("resume", "dry_run", "config")
+    found = {name: (value, getattr(usual, name)) for name, value in settings.read_by(s).items() if name not in hidden}
+    return {name: pair for name, pair in found.items() if pair[0] != pair[1]}
+
+
+def command_of(s: Settings) -> str:
+    """The command that makes a run again, with every flag that `differing` names: also of a part of --stage all."""
+    words = ["eval.py"] if s.stage == "eval" else ["train.py", "--stage", s.stage]
+    words += ["--preset", s.preset]
+    for name, (value, _) in differing(s).items():
+        if isinstance(value, bool):
+            words.append(_flag(name) if value else "--no" + _flag(name)[1:])
+        elif isinstance(value, dict):
+            words += [_flag(name), *(f"{key}={where}" for key, where in value.items())]
+        else:  # argparse takes a value that begins with a dash for a flag
+            words += [f"{_flag(name)}={value}"] if str(value).startswith("-") else [_flag(name), str(value)]
+    world = os.environ.get("WORLD_SIZE", "1")
+    here = os.environ.get("LOCAL_WORLD_SIZE", world)
+    nodes = [f"--nnodes={int(world) // int(here)}"] * (world != here)
+    start = ["python"] if world == "1" else ["torchrun", *nodes, f"--nproc_per_node={here}"]
+    return shlex.join([*start, *words])
 
 
 # --------------------------------------------------------------------------------------------- flags and the file

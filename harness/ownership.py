@@ -41,12 +41,13 @@ LOCATED = ("model", "teachers", "anchor", "init", "prompts", "rewards", "data")
 # What a run writes, below its folder. config.json is ours too, but it is replaced, never set aside.
 _TASK = "|".join(TASKS)
 OURS = re.compile(
-    r"metrics\.jsonl|report\.md|results\.json|(scores|tags)\.(md|tex|csv|json)|curation\.md"
+    r"metrics\.jsonl|report\.html|results\.json|rows\.jsonl|(scores|tags)\.(md|tex|csv|json)|curation\.md"
     r"|events\.out\.tfevents\..+|checkpoints/step-\d+"
-    rf"|samples/(curves|.+-({_TASK}))\.png|ranges/rank-\d+\.jsonl|prompts/({_TASK})/train(_metadata\.jsonl|\.txt)"
+    r"|pictures/[^/]+/[a-z0-9-]+-[0-9a-f]{12}-\d+\.png"
+    rf"|ranges/rank-\d+\.jsonl|prompts/({_TASK})/train(_metadata\.jsonl|\.txt)"
 )
 IDENTITY = "identity"  # config.json's entry that is no setting
-PLACES = ("*", "samples/*", "checkpoints/*", "ranges/*", "prompts/*/*")
+PLACES = ("*", "pictures/*/*", "checkpoints/*", "ranges/*", "prompts/*/*")
 REPLACED, LOCK, SUMS, CARD = ".replaced", ".lock", "SHA256SUMS", "README.md"
 HIDDEN = re.compile(r"\.(?P<step>step-\d+)(-(?P<was>old|gone))?")  # what a kill leaves of a checkpoint
 LEAST = 1 << 20  # bytes that must be free before a model is loaded
@@ -202,7 +203,6 @@ def prepare(s: Settings, inputs: Mapping[str, str] = {}) -> str:  # noqa: B006
     known = read_config(folder).get(IDENTITY, {}).get("id") if again else None
     own = {"id": known or secrets.token_hex(8), "inputs": dict(inputs)}
     write_atomic(folder / "config.json", json.dumps({**recorded(s), IDENTITY: own}, indent=1) + "\n")
-    (folder / "samples").mkdir(exist_ok=True)  # only now: the config says that the folder is a run's
     return own["id"]
 
 

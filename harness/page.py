@@ -1,20 +1,178 @@
-"""Pages that need no network and no other file: curves of runs, smoothed, laid over each other."""
+"""What does a reader see of a run? One page, report.html, that needs no network and no other file.
 
+    how it was made   the command that makes it again, date, commit, and the settings that differ from the preset's
+    scores            a model is a row, a column of the evaluation is a column
+    by tag            accuracies as bars
+    pictures          one contact sheet: a prompt is a row, a model is a column (F Fig. 3, 7-9), with scores
+    curves            metrics.jsonl, smoothed; `python -m bench.curves` lays those of several runs over each other
+
+`PROMPTS` prompts a task are shown, each picture with at most `EDGE` pixels a side and its share of `BUDGET` bytes, so
+that the pictures of a page take 4 MB at most, whatever was drawn.
+"""
+
+import base64
 import io
+import subprocess
+import time
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from html import escape
+from pathlib import Path
 
+from PIL import Image
+
+from data.common import write_atomic
+from data.pictures import decode
+from harness import cli, tables
+from harness.run import read_metrics
+from settings import Settings
+
+PROMPTS, EDGE, BUDGET = 8, 256, 3 << 20
 UNITS = {"seconds": "s", "memory": "GiB", "kl": "nats per dimension"}
 STYLE = """
 body{font:16px/1.45 system-ui,sans-serif;color:#1b1b1b;margin:1em auto;max-width:1200px;padding:0 12px}
+h1,h2{line-height:1.2} pre{background:#f4f4f2;padding:10px;overflow-x:auto}
+.red{color:#b00020;font-weight:600} .wide{overflow-x:auto} small,figcaption{color:#666;font-size:13px}
+table{border-collapse:collapse} th,td{padding:4px 9px;text-align:right;white-space:nowrap;border-top:1px solid #ddd}
+th:first-child{text-align:left;position:sticky;left:0;background:#fff} td small{display:block}
+.facts td{white-space:normal;text-align:left;overflow-wrap:anywhere}
+.bar{min-width:90px;background:linear-gradient(90deg,#bcd7ee var(--part),#0000 0)}
+.sheet{width:100%;min-width:calc(160px + 100px*var(--n));table-layout:fixed} .sheet th:first-child{width:160px}
+.sheet th,.sheet td{vertical-align:top;padding:4px;text-align:left;white-space:normal;overflow-wrap:anywhere}
+.sheet tbody th{font-weight:400} .sheet img{width:100%;display:block} .sheet img.tiny{image-rendering:pixelated}
+figure{margin:0} figcaption b{display:none;font-weight:400}
 .curves{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(340px,100%),1fr));gap:8px}
 svg{width:100%;height:auto}
+@media(max-width:700px){.sheet{min-width:0} .sheet thead{display:none} figcaption b{display:block}
+.sheet tr{display:grid;grid-template-columns:repeat(var(--n),112px)} .sheet td{border:0}
+.sheet tbody th:first-child{grid-column:1/-1;width:auto;max-width:calc(100vw - 32px);border-top:2px solid #999}}
 """
+
+
+def write(
+    folder: Path, s: Settings, found: Mapping[str, tables.Table], rows: Sequence[Mapping], notes: Sequence[str] = (),
+    warnings: Sequence[str] = (),
+) -> Path:  # fmt: skip
+    """report.html of a run -> its path.
+
+    found: the tables that there are, of which "tags" has accuracies; rows: one a picture (harness/suites.py); notes
+    stand below the tables, warnings in red at the top.
+    """
+    parts = [
+        f"<h1>{escape(s.name)}</h1>", *(f'<p class="red">{escape(text)}</p>' for text in warnings), made_by(s),
+        *(part for key, own in found.items() if key != "tags" for part in section(key.capitalize(), table(own))),
+        *(f"<p>{escape(text)}</p>" for text in notes), *section("By tag", "tags" in found and bars(found["tags"])),
+        *section("Pictures", sheet(folder, rows)), *section("Curves", curves({s.name: read_metrics(folder)})),
+    ]  # fmt: skip
+    write_atomic(folder / "report.html", document(s.name, parts))
+    return folder / "report.html"
 
 
 def document(title: str, parts: Iterable[str]) -> str:
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
     return f"<!DOCTYPE html>\n<html>{head}<title>{escape(title)}</title><style>{STYLE}</style>\n" + "\n".join(parts)
+
+
+def section(title: str, body: str) -> list[str]:
+    """A part of the page under its title; nothing if there is nothing to show."""
+    return [f"<h2>{title}</h2>", body] if body else []
+
+
+# ------------------------------------------------------------------------------------------------- how it was made
+def made_by(s: Settings) -> str:
+    """The command that makes the run again, date and commit, and each setting that the preset has otherwise."""
+    when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+    facts = '<table class="facts"><tr><th>setting<td>here<td><small>preset</small>'
+    for name, (value, usual) in cli.differing(s).items():
+        facts += f"<tr><th>{escape(name)}<td>{escape(str(value))}<td><small>{escape(str(usual))}</small>"
+    return f"<pre>{escape(cli.command_of(s))}</pre><p><small>{when}, commit {commit()}</small></p>{facts}</table>"
+
+
+@cache
+def commit() -> str:
+    """The commit of this code, "+" if files of it have changed since; "unknown" outside of a repository."""
+    asked = "git --no-optional-locks describe --always --abbrev=12 --exclude=* --dirty=+".split()
+    try:
+        here = Path(__file__).parent
+        return subprocess.run(asked, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+# ----------------------------------------------------------------------------------------------------------- tables
+def table(found: tables.Table) -> str:
+    """A table of numbers with the papers' marks, intervals below them."""
+    form = {"": "{}", "best": "<b>{}</b>", "second": "<u>{}</u>", "ceiling": "<b><u>{}</u></b>"}
+    lines = [f"<tr><th>{escape(found.first)}" + "".join(f"<th>{escape(column)}" for column in found.columns)]
+    for name, cells in tables.marked(found).items():
+        numbers = ((*shown.partition(" "), mark) for shown, mark in cells)
+        shown = (f"<td>{form[mark].format(value)}<small>{more}</small>" for value, _, more, mark in numbers)
+        lines.append(f"<tr><th>{escape(name)}" + "".join(shown))
+    return f'<div class="wide"><table>{"".join(lines)}</table></div>'
+
+
+def bars(found: tables.Table) -> str:
+    """Accuracies in [0, 1] as bars: a tag is a row, a model is a column."""
+    lines = ["<tr><th>tag" + "".join(f"<th>{escape(model)}" for model in found.rows)]
+    for tag in found.columns:
+        values = (found.cells(model).get(tag) for model in found.rows)
+        shown = (f'<td class="bar" style="--part:{c.value:.1%}">{c.value:.2f}' if c else "<td>" for c in values)
+        lines.append(f"<tr><th>{escape(tag)}" + "".join(shown))
+    return f'<div class="wide"><table>{"".join(lines)}</table></div>'
+
+
+# --------------------------------------------------------------------------------------------------------- pictures
+def sheet(folder: Path, rows: Sequence[Mapping]) -> str:
+    """The contact sheet of an evaluation's rows: the first sample of the first `PROMPTS` prompts of each task."""
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    shown: dict[tuple, dict] = {}
+    for row in rows:
+        if row["sample"] == 0 and row["index"] < PROMPTS:
+            shown.setdefault((row["task"], row["index"]), {})[row["model"]] = row
+    edits = max([len(row["sources"]) for row in rows], default=0)
+    share, edits = BUDGET // (len(shown) * (len(models) + edits) or 1), edits > 0
+    lines = []
+    for found in shown.values():
+        first = next(iter(found.values()))
+        sources = (figure(Image.fromarray(decode(place)), "source", "", share) for place in first["sources"])
+        cells = ["".join(sources)] * edits
+        for model in models:
+            row = found.get(model)
+            cells.append(figure(Image.open(folder / row["picture"]), model, scores_of(row), share) if row else "")
+        lines.append(f"<tr><th>{escape(first['prompt'])}" + "".join(f"<td>{cell}" for cell in cells))
+    if not lines:
+        return ""
+    head = "".join(f"<th>{escape(name)}" for name in ["source"] * edits + models)
+    body = f'<thead><tr><th>{head}</thead><tbody>{"".join(lines)}</tbody>'
+    return f'<div class="wide"><table class="sheet" style="--n:{len(models) + edits}">{body}</table></div>'
+
+
+def scores_of(row: Mapping) -> str:
+    """A picture's scores by name; one that is alone needs no name."""
+    named = [f"{name} {value:.2f}" for name, value in row["scores"].items()]
+    return ", ".join(named) if len(named) > 1 else "".join(named).rpartition(" ")[2]
+
+
+def figure(picture: Image.Image, model: str, scores: str, share: int) -> str:
+    """A picture with its scores below; its model's name, too, on a phone, which has no room for a head of the table."""
+    small = max(picture.size) < 64
+    image = f'<img src="{uri(picture, share)}" alt="{escape(model)}"{" class=tiny" * small}>'
+    return f"<figure>{image}<figcaption><b>{escape(model)}</b>{escape(scores)}</figcaption></figure>"
+
+
+def uri(picture: Image.Image, share: int) -> str:
+    """A picture as WebP in a data URI: at most `EDGE` pixels a side, and smaller until it has `share` bytes or fewer.
+
+    One of the tiny world's, below 64 pixels, keeps every pixel as it is.
+    """
+    edge, picture = EDGE, picture.convert("RGB")
+    while True:
+        stream, small = io.BytesIO(), picture.copy()
+        small.thumbnail((edge, edge), Image.Resampling.LANCZOS)
+        small.save(stream, "WEBP", lossless=max(small.size) < 64, quality=80)
+        if stream.tell() <= share or edge < 16:
+            return "data:image/webp;base64," + base64.b64encode(stream.getvalue()).decode()
+        edge = edge * 3 // 4
 
 
 # ----------------------------------------------------------------------------------------------------------- curves

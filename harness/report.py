@@ -1,24 +1,19 @@
-"""What does a reader see of a run: pictures with their prompts and scores, curves, tables, one report?
+"""What does a run leave for its reader: report.html (harness/page.py), and the same numbers for programs?
 
-samples/*.png      grids of pictures, `save_grid`
-samples/curves.png one curve for each key of metrics.jsonl, `plot_metrics`
-report.md          the table, accuracies by tag and all pictures, `write_report`
-results.json       the same numbers for programs
+`save_grid` draws the picture of README.
 """
 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
-from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
 from data.common import write_atomic
-from data.pictures import decode, to_picture
-from harness import fonts, tables
-from harness.run import read_metrics
+from data.pictures import to_picture
+from harness import fonts, page, tables
+from settings import Settings
 
 
 # ------------------------------------------------------------------------------------------------------ pictures
@@ -46,41 +41,6 @@ def save_grid(file: Path, images: Sequence[Tensor], captions: Sequence[str]) -> 
     fonts.written(sheet, lettering).save(file)
 
 
-def plot_metrics(folder: Path, columns: int = 3) -> list[Path]:
-    """One curve for each key of metrics.jsonl -> PNG files under samples/; none before two steps are logged."""
-    rows = read_metrics(folder)
-    if len(rows) < 2:
-        return []
-    keys = sorted({k for row in rows for k in row} - {"step", "seconds"})
-    height = -(-len(keys) // columns)
-    figure = Figure(figsize=(12, 2.6 * height), layout="constrained")
-    for i, key in enumerate(keys, 1):
-        axis = figure.add_subplot(height, columns, i)
-        axis.plot(*zip(*((row["step"], row[key]) for row in rows if key in row), strict=True), linewidth=1)
-        axis.set_title(key, fontsize=9)
-        axis.grid(alpha=0.3)
-    figure.savefig(folder / "samples" / "curves.png", dpi=90)
-    return [folder / "samples" / "curves.png"]
-
-
-def save_samples(folder: Path, rows: Sequence[Mapping], count: int = 16) -> None:
-    """A grid for each model and task of an evaluation's rows, with prompts and scores: samples/MODEL-TASK.png.
-
-    The source pictures of an edit stand before what was made of them.
-    """
-    tasks: dict[tuple[str, str], list] = {}
-    for row in rows:
-        if row["sample"] == 0:
-            tasks.setdefault((row["model"], row["task"]), []).append(row)
-    for (model, task), some in tasks.items():
-        shown, captions = [], []
-        for row in some[:count]:
-            scores = "  ".join(f"{metric} {value:.2f}" for metric, value in row["scores"].items())
-            places = (*row["sources"], folder / row["picture"])
-            shown += [torch.from_numpy(decode(place)).permute(2, 0, 1) / 255 for place in places]
-            captions += [*["source"] * len(row["sources"]), f"{row['prompt']}\n{scores}"]
-        save_grid(folder / "samples" / f"{model.replace(' ', '-')}-{task}.png", shown, captions)
-
 
 # ---------------------------------------------------------------------------------------------- table and report
 def tables_of(rows: Mapping[str, dict]) -> dict[str, tables.Table]:
@@ -96,22 +56,23 @@ def lines_of(rows: Mapping[str, dict]) -> list[str]:
     return found
 
 
-def write_report(folder: Path, title: str, rows: Mapping[str, dict], notes: Sequence[str] = ()) -> Path:
-    """report.md of a run: the table, accuracies by tag, the curves and every grid in samples/; results.json beside it.
+def write_report(
+    folder: Path, s: Settings, found: Mapping[str, dict], rows: Sequence[Mapping] = (), notes: Sequence[str] = (),
+    warnings: Sequence[str] = (), more: Mapping[str, tables.Table] = {},  # noqa: B006
+) -> Path:  # fmt: skip
+    """A run's report.html (harness/page.py) -> its path; beside it the tables, results.json, and rows.jsonl if any.
 
-    rows: {name: {"scores": {column: number}, "tags": {tag: accuracy}}}.
+    found: {name: {"scores": {column: number}, "tags": {tag: accuracy}}}; rows: one a picture (harness/suites.py);
+    more: other tables, by name.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    parts = [f"# {title}", "", *lines_of(rows), *notes, ""]
-    pictures = [*plot_metrics(folder), *sorted((folder / "samples").glob("*.png"))]
-    for picture in dict.fromkeys(pictures):
-        parts += [f"![{picture.stem}](samples/{picture.name})", ""]
-    write_atomic(folder / "report.md", "\n".join(parts))
-    for key, table in tables_of(rows).items():
+    if rows:
+        write_atomic(folder / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    shown = {**tables_of(found), **more}
+    for key, table in shown.items():
         tables.write(folder, key, table)
     plain = {
         name: {key: {column: getattr(v, "value", v) for column, v in numbers.items()} for key, numbers in row.items()}
-        for name, row in rows.items()
+        for name, row in found.items()
     }
     write_atomic(folder / "results.json", json.dumps(plain, indent=1) + "\n")
-    return folder / "report.md"
+    return page.write(folder, s, shown, rows, notes, warnings)

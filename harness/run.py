@@ -4,9 +4,9 @@ A run is the folder `runs/NAME/`:
 
     config.json        the resolved settings
     metrics.jsonl      one object a step
-    samples/           grids of pictures with prompts and scores
+    pictures/          test pictures, one file each (harness/drawn.py)
     checkpoints/       step-NNNNNN/, see harness/checkpoints.py
-    report.md          tables and plots of the run
+    report.html        one page with all of it; results.json, rows.jsonl and tables for programs
     (TensorBoard events beside them)
 
 harness/ownership.py says whose the folder is.

@@ -166,11 +166,10 @@ def _edits(root):
 # ------------------------------------------------------------------------------------------------ runs
 @pytest.fixture
 def no_pictures(monkeypatch):
-    """Grids and curves take longer than such small runs do; test_train.py draws them."""
-    from harness import report
+    """Curves take longer than such small runs do; test_page.py draws them."""
+    from harness import page
 
-    monkeypatch.setattr(report, "plot_metrics", lambda folder: [])
-    monkeypatch.setattr(report, "save_samples", lambda *args: None)
+    monkeypatch.setattr(page, "plot", lambda *_: "")
 
 
 def _runner(world, tmp_path, *short):

@@ -196,7 +196,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_that_meets_a_fault_before_any_write_ends_as_one_that_did_not(case, fault):
     """A real SIGKILL, or a disk that is full from then on; then the same command again. All writes: bench.kills."""
-    _, tried, survived = kills.survived(CASES[case], every=2 if fault == kills.KILL else 5, fault=fault)
+    _, tried, survived = kills.survived(CASES[case], every=2 if fault == kills.KILL else 4, fault=fault)
     assert tried == survived >= 4
 
 

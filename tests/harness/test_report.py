@@ -1,18 +1,13 @@
-"""Oracles for what a reader sees: the size and the pixels of a grid, captions that fit, tables by hand, and a report
-that shows every picture and every number.
-"""
+"""Oracles for what a run leaves: the size and the pixels of a grid, captions that fit, numbers for programs."""
 
 import json
-import re
-from itertools import zip_longest
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from data.pictures import data_uri, to_picture
-from harness import fonts, ranks, report
+from harness import cli, fonts, ranks, report
 
 
 @pytest.fixture
@@ -123,46 +118,15 @@ def test_wide_letters_take_two_columns_and_lines_break_within_them():
     assert fonts.wrapped("ab cde f", 6) == ["ab cde", "f"]
 
 
-def rows_of(folder, pictures, task, sources=()):
-    """An evaluation's rows with these pictures, of a score of 0.5 each."""
-    rows = []
-    for i, (image, source) in enumerate(zip_longest(pictures, sources, fillvalue=())):
-        to_picture(image).save(folder / f"{i}.png")
-        rows.append({"model": "final", "task": task, "prompt": f"{task} {i}", "sample": 0, "picture": f"{i}.png",
-                     "sources": source, "scores": {"x": 0.5}})  # fmt: skip
-    return rows
-
-
-def test_each_source_stands_before_what_was_made_of_it_whole_and_undistorted(tmp_path, written):
-    results = torch.arange(1, 4)[:, None, None, None].expand(3, 3, 128, 128) / 4
-    wide = torch.zeros(3, 100, 400)
-    wide[:, :, 200:] = 0.5  # black on the left, grey on the right
-    sources = [[data_uri(image) for image in own] for own in ((wide,), (1 - results[1], wide), (wide,))]
-    report.save_samples(tmp_path, rows_of(tmp_path, results, "edit", sources), count=2)
-    captions = [lines for *_, lines in written]
-    assert captions == [["source"], ["edit 0", "x 0.50"], ["source"], ["source"], ["edit 1", "x 0.50"]]
-    found = np.asarray(sheet(tmp_path / "samples/final-edit.png").convert("L")).astype(int)
-    assert found.shape == (2 * (128 + 88) + 8, 4 * 136 + 8), "as large as the result asks for"
-    assert (found[8:40, 8:68] < 9).all() and (abs(found[8:40, 76:136] - 128) < 9).all(), "128 x 32"
-    assert (found[42:130, 10:134] > 250).all()
-    assert [found[72, 72 + 136 * i] for i in (1, 2)] == [64, 128] and found[72 + 216, 72] == 128
-
-
-# ---------------------------------------------------------------------------------------------- reports
-def test_a_report_shows_every_picture_and_every_number(tmp_path):
-    images = torch.rand(5, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+# ---------------------------------------------------------------------------------------------------------- reports
+def test_a_report_leaves_every_number_for_programs_too(tmp_path):
+    s = cli.parse(["--preset", "tiny", "--stage", "merge"])[0]
     row = {"scores": {"text": 0.25, "average": 0.25}, "tags": {}}
-    report.save_samples(tmp_path, rows_of(tmp_path, images, "text"), count=3)
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 0.5}\n')
-    text = report.write_report(tmp_path, "my run", {"student": row}, ["A note."]).read_text()
-    assert text.startswith("# my run\n") and "A note." in text
-    assert "| model | text | average |\n" in text and "| student | 0.250 | 0.250 |" in text and "tag" not in text
-    shown = re.findall(r"!\[.*?\]\((.*?)\)", text)
-    assert sorted(shown) == ["samples/curves.png", "samples/final-text.png"]
+    assert report.write_report(tmp_path, s, {"student": row}) == tmp_path / "report.html"
     assert json.loads((tmp_path / "results.json").read_text()) == {"student": row}
-    tagged = {**row, "tags": {"counting": 0.5, "recolour": 1.0}}
-    text = report.write_report(tmp_path, "r", {"a": tagged, "b": row}).read_text()
-    assert "| model | counting | recolour |\n" in text and "| a | 0.500 | 1.000 |\n| b |  |  |" in text
+    assert report.lines_of({"student": row})[0].split("\n")[2] == "| student | 0.250 | 0.250 |"
+    found = {"a": {**row, "tags": {"counting": 0.5}}, "b": row}
+    page = report.write_report(tmp_path, s, found).read_text()
+    assert "counting" in page and "| a | 0.500 |" in "\n".join(report.lines_of(found))
     assert {"scores.tex", "scores.csv", "tags.md", "tags.json"} <= {p.name for p in tmp_path.iterdir()}
-    unscored = {"student": {"scores": {}, "tags": {}}}
-    assert "|" not in report.write_report(tmp_path / "new", "unscored", unscored).read_text()
+    assert not (tmp_path / "rows.jsonl").exists() and report.lines_of({"a": {"scores": {}, "tags": {}}}) == []

@@ -91,7 +91,7 @@ class Blink:
         if code == 2:  # refused when the files were read
             return None
         for file in sorted((self.folder / str(len(self.known))).rglob("*")):
-            if file.is_dir() or file.name in ("config.json", "README.md", "report.md") or "tfevents" in file.name:
+            if file.is_dir() or file.name in ("config.json", "README.md", "report.html") or "tfevents" in file.name:
                 continue
             content = file.read_bytes()
             if file.suffix == ".safetensors":

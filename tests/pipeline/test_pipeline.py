@@ -167,7 +167,7 @@ def test_a_run_whose_scorer_is_gone_is_saved_and_goes_on_when_it_is_back(go, tmp
         cut = go("cut", *flags, code=2)
     assert "'far'" in (line := the_error(capsys)) and far.url in line
     assert [p.name for p in (cut / "checkpoints").iterdir()] == ["step-000002"], "the last whole step"
-    assert not (cut / "report.md").exists()
+    assert not (cut / "report.html").exists()
     start(far.server_port)
     go("cut", *flags)
     assert same(stored(cut), stored(whole)) and metrics(cut) == metrics(whole) and len(metrics(whole)) == 4

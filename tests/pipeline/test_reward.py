@@ -10,7 +10,7 @@ import torch
 import train
 from data.files import Prompt
 from data.preferences import Pair
-from harness import report
+from harness import page
 from harness.run import Run
 from models import hub
 from scorers import vlm_trained
@@ -25,7 +25,7 @@ OBJECTIVES = ("pointwise", "pairwise")
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """240 prompts instead of 3000, and a judge of half the width."""
-    monkeypatch.setattr(report, "plot_metrics", lambda folder: [])  # half a second a run, and test_report.py's matter
+    monkeypatch.setattr(page, "plot", lambda *_: "")  # half a second a run, and test_page.py's matter
     monkeypatch.setattr(tiny_judge, "PROMPTS", 240)
     whole = tiny_judge.TinyJudge
     monkeypatch.setattr(tiny_judge, "TinyJudge", lambda width=32, layers=1, seed=0: whole(width, layers, seed))
@@ -48,7 +48,7 @@ def test_a_tiny_judge_learns_to_order_pictures_that_it_has_never_seen(tmp_path, 
     assert len(lines) == 40 and (first["step"], last["step"]) == (20, 40)
     assert last["held_pair_accuracy"] > 0.8 and last["held_spearman"] > 0.75 and last["held_error"] < 1
     shown = f"{last['held_pearson']:.3f}"
-    assert shown in (run / "report.md").read_text()
+    assert shown in (run / "report.html").read_text()
     assert f"held_pearson: {last['held_pearson']:.4g}" in (hub.last_checkpoint(run) / "README.md").read_text()
 
 
@@ -130,8 +130,8 @@ def test_a_vlm_of_each_family_learns_and_resumes_to_the_same_bits(marked, tmp_pa
     assert np.mean(losses[-3:]) < 0.6 * np.mean(losses[:2])
     keys = {"held_pair_accuracy"} if objective == "pairwise" else {"held_pearson", "held_spearman", "held_error"}
     assert {key for key in lines[-1] if key.startswith("held_")} == keys, "a prompt has one picture: no pair of marks"
-    text = (whole / "report.md").read_text()
-    assert "| step 7 |" in text and all(f"{lines[-1][key]:.3f}" in text for key in keys)
+    text = (whole / "report.html").read_text()
+    assert "<th>step 7<" in text and all(f"{lines[-1][key]:.3f}" in text for key in keys)
     interrupt(8)
     cut = go(tmp_path / "cut", *flags, "--precision", "float32", preset="flow-opd", code=130)
     assert hub.last_checkpoint(cut).name == "step-000007"

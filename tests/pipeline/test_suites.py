@@ -197,7 +197,7 @@ def test_every_suite_that_fits_q_runs_on_qwen_image_edit(qwen, judges, far, tmp_
     row = found["base"]["scores"]
     assert (row["identity"], row["instruction"]) == pytest.approx((0.25, 0.8)) and 0 < row["untouched"] < 1
     assert (row["UnifiedReward"], row["Quality"]) == pytest.approx((3.5, 80)) and row["diversity"] > 0
-    assert "its column is left out" in (tmp_path / "all/report.md").read_text(), "ImageReward is not defined"
+    assert "its column is left out" in (tmp_path / "all/report.html").read_text(), "ImageReward is not defined"
     assert "teacher edit" in (tmp_path / "all/arena.md").read_text()
 
 

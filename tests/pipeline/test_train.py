@@ -18,9 +18,8 @@ import torch
 
 import rewards
 import train
-from data.batches import seed_for
 from data.pictures import source_images
-from harness import drawn, report, rollout
+from harness import drawn, page, rollout
 from harness.run import Run
 from models import hub, tiny
 from scorers import panel as scoring
@@ -99,9 +98,9 @@ def test_sigterm_within_a_step_ends_in_good_order_and_with_the_same_bits(go, mon
         patch.setattr(rollout, "conditions", told)
         cut = go("cut", *flags)
     assert next(calls) == 8, "nothing is begun after the signal"
-    assert stored(cut)["step"] == 2 and not (cut / "report.md").exists(), "and nothing is evaluated"
+    assert stored(cut)["step"] == 2 and not (cut / "report.html").exists(), "and nothing is evaluated"
     go("cut", *flags)
-    assert same(stored(cut), stored(whole)) and metrics(cut) == metrics(whole) and (cut / "report.md").exists()
+    assert same(stored(cut), stored(whole)) and metrics(cut) == metrics(whole) and (cut / "report.html").exists()
 
 
 def test_training_stays_off_the_network_and_says_nothing_but_progress(go, monkeypatch, recwarn, capsys):
@@ -202,23 +201,22 @@ def test_the_whole_pipeline_runs_from_nothing_and_a_second_call_trains_nothing(
     tmp_path, monkeypatch, small_pretraining, updates, capsys
 ):
     flags = [*SMALL, "--stage", "all", "--out", str(tmp_path), "--name", "all", "--steps", "2"]
-    plot = report.plot_metrics
-    monkeypatch.setattr(report, "plot_metrics", lambda folder: plot(folder) if folder.name == "all-opd" else [])
+    monkeypatch.setattr(page, "plot", lambda *_: "PLOT")
     assert train.main(flags) == 0
     shown = ["base", *(f"teacher {t}" for t in TASKS), "merged", "sft", "opd student"]
     assert rows_of_table(capsys) == ["model", *shown]
     for part in ["pretrain", *(f"grpo-{t}" for t in TASKS), "sft", "merge", "opd"]:
         folder = tmp_path / f"all-{part}"
-        assert (folder / "report.md").is_file() and hub.last_checkpoint(folder)
-        assert (folder / "samples/curves.png").is_file() == (part == "opd")
-    assert (tmp_path / "all/report.md").read_text().count("![") == len(shown) * 3, "pictures of every task"
+        text = (folder / "report.html").read_text()
+        assert ("PLOT" in text) == (part != "merge") and hub.last_checkpoint(folder)
+        assert text.count("<img ") == 6 * 3 * (1 if part == "pretrain" else 2), "the base beside it"
+    assert (tmp_path / "all/report.html").read_text().count("<img ") == len(shown) * 6 * 3, "pictures of every task"
     config = json.loads((tmp_path / "all-opd/config.json").read_text())
     assert config["init"] == str(tmp_path / "all-merge"), "distillation starts from the merged teachers"
     assert config["teachers"] == {t: str(tmp_path / f"all-grpo-{t}") for t in TASKS}
     assert config["model"] == str(tmp_path / "all-pretrain")
     assert len(updates) == 2 * 6, "seven stages, one of which does not train"
     results = (tmp_path / "all/results.json").read_text()
-    monkeypatch.setattr(report, "save_grid", lambda *args: None)
     assert train.main(flags) == 0
     assert len(updates) == 2 * 6 and (tmp_path / "all/results.json").read_text() == results, "from the same checkpoints"
 
@@ -229,7 +227,7 @@ def test_qs_pipeline_trains_its_own_teachers_and_distils_them(
     """pretrain, a GRPO teacher for each task, OPD, the table: no cold start, a student that draws without guidance."""
     flags = command(SMALL2, "--stage", "all", "--out", str(tmp_path), "--name", "all", "--steps", "2")
     draws = spy(drawn, "draw_to")
-    monkeypatch.setattr(report, "plot_metrics", lambda folder: [])
+    monkeypatch.setattr(page, "plot", lambda *_: "")
     assert train.main(flags) == 0
     assert rows_of_table(capsys) == ["model", *QWEN_SHOWN]
     parts = ["all", "all-grpo-edit", "all-grpo-t2i", "all-opd", "all-pretrain"]
@@ -373,32 +371,34 @@ def test_each_prompt_is_encoded_once_and_a_continued_run_encodes_what_is_left(re
 def test_what_is_exported_draws_in_the_stock_pipeline_what_eval_draws(real, sd35, stock, spy):
     import sde
 
-    drawn = spy(rollout, "draw")
+    drawn = spy(rollout, "sampled")
     folder = real("run", "--lr", "0.05", "--steps", "2", "--eval-prompts", "2")
 
-    def draw(prompts, seed):
-        sources = [torch.Generator().manual_seed(seed_for("draw", seed, row)) for row in (0, 1)]
-        noise = sde.standard_normal((2, 16, 8, 8), sources)
+    def draw(part):
+        noise = sde.standard_normal((len(part), 16, 8, 8), [row.generator() for row in part])
         return stock(
-            [p.text for p in prompts], num_inference_steps=2, guidance_scale=4.5, height=64, width=64, latents=noise,
-            max_sequence_length=16, output_type="latent",
+            [row.prompt.text for row in part], num_inference_steps=2, guidance_scale=4.5, height=64, width=64,
+            latents=noise, max_sequence_length=16, output_type="latent",
         ).images  # fmt: skip
 
-    assert len(drawn) == 2 * 3 and {call.args[5] for call in drawn} == {4.5}
-    calls = [(call.args[1], call.args[4], call.result) for call in drawn]
-    for base, (prompts, seed, latents) in zip(calls[:3], calls[3:]):
-        assert base[:2] == (prompts, seed), "beside each other: the same prompts from the same noise"
-        torch.testing.assert_close(draw(prompts, seed), base[2], rtol=0, atol=1e-5)
-        assert not close(base[2], latents, 1e-2)
+    assert len(drawn) == 2 * 2 and {call.args[3] for call in drawn} == {4.5}, "two parts of three rows"
+    base, student = drawn[:2], drawn[2:]
+    for before, after in zip(base, student):
+        assert before.args[1] == after.args[1], "beside each other: the same prompts from the same noise"
+        torch.testing.assert_close(draw(before.args[1]), before.result, rtol=0, atol=1e-5)
+        assert not close(before.result, after.result, 1e-2)
+    assert list(json.loads((folder / "results.json").read_text())) == ["base", "run"]
     stock.load_lora_weights(hub.last_checkpoint(folder))
-    for prompts, seed, latents in calls[3:]:
-        torch.testing.assert_close(draw(prompts, seed), latents, rtol=0, atol=1e-5)
+    for call in student:
+        torch.testing.assert_close(draw(call.args[1]), call.result, rtol=0, atol=1e-5)
 
 
 def test_a_whole_student_is_exported_as_a_transformer_that_another_run_starts_from(real, updates):
     from diffusers import SD3Transformer2DModel
 
     folder = real("run", "--parameters", "full", "--lr", "0.01")
+    assert list(json.loads((folder / "results.json").read_text())) == ["run"]
+    assert "<p>The base is not beside" in (folder / "report.html").read_text(), "and nobody wonders where it is"
     exported = SD3Transformer2DModel.from_pretrained(hub.last_checkpoint(folder) / "transformer")
     average = {name: p.detach() for name, p in exported.named_parameters()}
     state = stored(folder)

@@ -194,6 +194,7 @@ class Settings:
     drawn_states: int = _option(1, "how many states of a trajectory are learnt from [k], drawn by the size of their "
                                 "gradient and weighed by 1/p (in neither paper); 0: all", ("opd",), low=0, high=1000)
     mar: float = _option(0.02, "weight [lambda; beta in App. A] of manifold anchor regularisation", ("opd",), low=0.0)
+    anchor_every: int = _option(1, "MAR asks about one sample of so many, which counts as often", ("opd",), low=1)
     merge_method: str = _option("svd", "how the teachers' updates are averaged", ("merge",),
                                 choices=("cat", "svd", "ties", "knots", "iso", "factor"))
     sft_images: int = _option(960, "images sampled from the routed teachers", ("sft",), low=1)
@@ -234,7 +235,7 @@ UNREAD: dict[str, tuple[dict, ...]] = {
     "gradient_checkpointing": (IN_TINY,), "compile": (IN_TINY,),
     "parallel": ({"parameters": ("lora",)},),
     "model": (TINY_JUDGE,), "data": (IN_TINY,),
-    "anchor": ({"mar": (0.0,)},),
+    **dict.fromkeys(("anchor", "anchor_every"), ({"mar": (0.0,)},)),
     "prompts": (NO_PICTURE,), **dict.fromkeys(("seed", "tasks", "micro_batch"), (MERGE_ALONE,)),
     **dict.fromkeys(("rank", "alpha"), ({"parameters": ("full",)}, {"init": GIVEN}, TINY_JUDGE)),
     "noise_level": ({"states": ("ode",)},),

@@ -371,19 +371,19 @@ def distil_step(run: Run, rows: Sequence[Row], experts: Mapping[str, str]) -> li
         share = rollout.draw_states(share, size_S, drawn, alone)
         shares.append(in_step(micro_batches(run.model, share, s.micro_batch, alone)))
     visited = visits(run, [part for share in shares for part in share], trained, experts)
-    if s.updates > 1:  # one old policy draws the rows of all updates (F Eq. 11)
-        visited = iter(list(visited))
+    visited = iter(list(visited)) if s.updates > 1 else visited  # one old policy draws for all updates (F Eq. 11)
     for share in shares:
         terms, count = [], sum(row.counts for part in share for row in part)
         for part in share:
             weight_SB = rollout.weights_of(part, run.model.device) / count  # 1/(S rows), or as states are drawn
+            m_B = torch.tensor([row.anchored for row in part], device=run.model.device)  # how often MAR counts a row
             for at, v in next(visited):
                 step, n = at.step, trained.index(at.step.index)
                 loss_B, found = opd.ESTIMATORS[s.estimator](at, v)  # F Eq. 9-11, Q Eq. 14
                 found |= {"loss": loss_B, "gap": sde.flat_reduce((v - at.v_target).square(), "mean")}
                 if at.v_anchor is not None:
                     # DEVIATION (F Eq. 12): w(t) is infinite on the ODE's states; MAR has the estimator's weight.
-                    found["mar"] = opd.mar_penalty(v, at.v_anchor, step.t, step.dt, step.sigma, "mean", s.weight)
+                    found["mar"] = m_B * opd.mar_penalty(v, at.v_anchor, step.t, step.dt, step.sigma, "mean", s.weight)
                     loss_B = loss_B + s.mar * found["mar"]  # F Eq. 12
                 if "off" in found:
                     found["weight"] = torch.ones_like(loss_B)
@@ -400,9 +400,7 @@ def distil_step(run: Run, rows: Sequence[Row], experts: Mapping[str, str]) -> li
     return stats
 
 
-def visits(
-    run: Run, parts: Sequence, trained: Sequence[int], experts: Mapping[str, str]
-) -> Iterator[Iterator[tuple[opd.Visit, Tensor]]]:
+def visits(run: Run, parts: Sequence, trained: Sequence[int], experts: Mapping[str, str]) -> Iterator[Iterator]:
     """Part by part the trained transitions of the student's walk, each with the student's v and its gradient.
 
     Single pass: the rollout's own forward carries the gradient, and nothing is stored. A path estimator's credit lies
@@ -419,55 +417,59 @@ def visits(
         whole, cfg = [times[n] for n in learnt], settings.student_cfg(s)
         student = rollout.Field(model, cond, uncond, cfg, whole)  # v_theta(x, t, c)
         routed, anchor = opd.route([row.prompt.task for row in part], experts), experts.get("anchor")  # k = R(c)
-        asked = {**routed, **({anchor: torch.arange(len(part))} if anchor else {})}  # whom about which rows
+        asked = {**routed, **({anchor: rollout.anchored_in(part, experts)} if anchor else {})}  # whom about which rows
         fields = {
             name: rollout.Field(model, cond.rows(rows), uncond and uncond.rows(rows), settings.teacher_cfg(s))
             for name, rows in asked.items()
         }
-        teachers = partial(label, run, routed, fields, anchor)  # F Eq. 7
+        teachers = partial(label, run, routed, asked, fields, anchor)  # F Eq. 7
         x, noise = rollout.pure_noise(model, part)
         walk = sde.rollout(student, x, times, level, kernel, window, noise)  # F Eq. 5-6
         walk = islice(walk, max(learnt) + 1)  # no picture is needed: the walk ends at the last state that teaches
         if s.updates == 1 and s.estimator not in opd.NEEDS_FUTURE:
-            yield single_pass(walk, teachers, learnt)
+            yield single_pass(walk, x, times, teachers, learnt)
         else:
             yield replay(walk, teachers, learnt, rollout.Field(model, cond, uncond, cfg), s.estimator)
 
 
-def single_pass(walk: Iterator[sde.Transition], teachers: Callable, trained: Sequence[int]) -> Iterator:
-    """The rollout's own v is what learns: a visit is labelled and handed over while its graph is alive."""
+def single_pass(walk: Iterator, x: Tensor, times: Sequence, teachers: Callable, trained: Sequence[int]) -> Iterator:
+    """The rollout's own v learns: a visit is handed over while its graph is alive. Before it the teachers answer."""
     for n in range(max(trained) + 1):
+        at = teachers(x, times[n]) if n in trained else None
         with torch.set_grad_enabled(n in trained):  # no graph where nothing is trained
             step = next(walk)
-        if n in trained:
-            yield teachers(step), step.v
+        if at:
+            yield at._replace(step=step), step.v
+        x = step.x_next
 
 
 def replay(walk: Iterator, teachers: Callable, trained: Sequence[int], student: Callable, estimator: str) -> Iterator:
     """Walks and labels at once. The student's v is computed again, with its gradient, when a visit is asked for."""
     with torch.no_grad():
-        found = opd.credited(estimator, [teachers(step) for step in walk if step.index in trained])
-    return ((at, student(at.step.x, at.step.t)) for at in found)
+        found = [teachers(step.x, step.t)._replace(step=step) for step in walk if step.index in trained]
+    return ((at, student(at.step.x, at.step.t)) for at in opd.credited(estimator, found))
 
 
 def label(
-    run: Run, routed: Mapping[str, Tensor], fields: Mapping[str, rollout.Field], anchor: str | None,
-    step: sde.Transition,
+    run: Run, routed: Mapping[str, Tensor], asked: Mapping[str, Tensor], fields: Mapping[str, rollout.Field],
+    anchor: str | None, x: Tensor, t: float,
 ) -> opd.Visit:  # fmt: skip
-    """A transition with its teachers' velocity (F Eq. 7), and the anchor's (F Eq. 12), None without MAR."""
+    """The teachers' velocity at a state (F Eq. 7), the anchor's (F Eq. 12) or 0, None without MAR; no step yet."""
     s, model, v_anchor = run.s, run.model, None
     if anchor:
-        with model.adapter(anchor):
-            v_anchor = fields[anchor](step.x, step.t)
+        v_anchor = torch.zeros_like(x)
+        if len(asked[anchor]):
+            with model.adapter(anchor):
+                v_anchor[asked[anchor]] = fields[anchor](x[asked[anchor]], t)
 
     def teacher(name: str, rows: Tensor, x: Tensor, t: float) -> Tensor:
-        if name == anchor:  # the anchor has answered for every row
+        if name == anchor:  # it has answered
             return v_anchor[rows]
         with model.adapter(name):
             return fields[name](x, t)
 
-    v_target = opd.target_velocity(routed, teacher, step.x, step.t)  # v_k(x_t, t, c), F Eq. 7
-    return opd.Visit(step, v_target, v_anchor, None, s.weight, s.log_prob, s.clip, s.advantage_clip)
+    v_target = opd.target_velocity(routed, teacher, x, t)  # v_k(x_t, t, c), F Eq. 7
+    return opd.Visit(None, v_target, v_anchor, None, s.weight, s.log_prob, s.clip, s.advantage_clip)
 
 
 # ------------------------------------------------------------------------------------------------------ reward model

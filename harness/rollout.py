@@ -39,6 +39,7 @@ class Row(NamedTuple):
     counts: bool = True  # False: a repeat without weight, see `in_step`
     states: tuple[float, ...] = ()  # opd: the weight of each of its S states, see `draw_states`
     x0: Tensor | None = None  # sft: latents that its teacher has drawn
+    anchored: int = 1  # opd: how many times MAR counts it, see `rows_of`
 
     def generator(self) -> torch.Generator:
         """A fresh generator on the CPU: the same noise on any device, rank and micro-batch."""
@@ -75,10 +76,16 @@ def own_prompts(run: Run, prompts: Mapping[str, list[Prompt]], step: int) -> lis
 def rows_of(run: Run, prompts: Mapping[str, list[Prompt]], step: int) -> list[Row]:
     """The P*G trajectories of a step on this rank, group by group; task by task within each update."""
     s = run.s
+    every = s.anchor_every if s.stage == "opd" else 1
+
+    def anchored(*which: int | str, i: int) -> int:
+        """How often MAR counts the i-th of a task's rows on all ranks: of `every` neighbours a random one so often."""
+        return every * (i % every == seed_for("anchor", s.seed, *which, i // every) % every)
+
     return [
-        Row(prompt, seed_for("row", s.seed, s.stage, s.task, step, task, place, g))
+        Row(prompt, seed_for("row", s.seed, s.stage, s.task, step, task, place, g), anchored=anchored(step, task, i=i))
         for prompt, task, place in own_prompts(run, prompts, step)
-        for g in range(s.group_size)
+        for g, i in enumerate(range(place * s.group_size, (place + 1) * s.group_size))
     ]
 
 
@@ -143,6 +150,12 @@ def learnt_in(part: Sequence[Row], trained: Sequence[int], parallel: str) -> lis
     row of any rank's part."""
     learnt = [int(any(row.states[n] for row in part)) for n in range(len(trained))]
     return [n for n, on in zip(trained, learnt if parallel == "ddp" else ranks.most(learnt), strict=True) if on]
+
+
+def anchored_in(part: Sequence[Row], experts: Mapping[str, str]) -> Tensor:
+    """Which rows MAR's anchor is asked about, ascending: those that MAR counts, and those that the anchor teaches."""
+    teaches = [experts[row.prompt.task] == experts["anchor"] for row in part]
+    return torch.tensor([i for i, row in enumerate(part) if row.anchored or teaches[i]], dtype=torch.long)
 
 
 def prompts_of(rows: Iterable[Row]) -> list[Prompt]:

@@ -30,6 +30,8 @@ STEPS = [  # by hand: F App. A's 3 x 24 trajectories are 3 micro-batches of 24, 
     ("--stage opd --drawn-states 0",
      {("student", True): (27, 1296), ("teachers", False): (27, 1296), ("anchor", False): (27, 1296)}),
     ("--stage opd --drawn-states 0 --anchor quality", {("student", True): (27, 1296), ("teachers", False): (45, 2160)}),
+    ("--stage opd --drawn-states 0 --anchor-every 4",
+     {("student", True): (27, 1296), ("teachers", False): (27, 1296), ("anchor", False): (27, 324)}),
     # a path estimator walks to the last trained state first
     ("--stage opd --estimator path --mar 0",
      {("student", True): (27, 1296), ("student", False): (27, 1296), ("teachers", False): (27, 1296)}),

@@ -61,6 +61,19 @@ def test_the_mean_gradient_over_the_draws_of_states_is_that_of_all_states(go, up
     assert expected.norm() > 0 and close(total, expected, 1e-5 * expected.abs().max())
 
 
+def test_the_mean_gradient_over_whom_the_anchor_is_asked_about_is_that_of_all(go, updates, world, monkeypatch):
+    """F Eq. 12 with each of three neighbours in turn as the one that counts three times."""
+    flags, real, total = ["--mar", "0.3", "--init", str(world.teachers["text"])], rollout.seed_for, 0.0
+    go("all", *flags)
+    expected = flat(updates[-1].grads)
+    for chosen in range(3):
+        monkeypatch.setattr(rollout, "seed_for", lambda *what, n=chosen: n if what[0] == "anchor" else real(*what))
+        go(f"only-{chosen}", *flags, "--anchor-every", "3")
+        assert not close(flat(updates[-1].grads), expected, 1e-3 * expected.abs().max())
+        total = total + flat(updates[-1].grads) / 3
+    assert close(total, expected, 1e-5 * expected.abs().max())
+
+
 def test_states_are_drawn_by_what_they_taught_before(go, spy, world):
     """The second step's p is of the first one's squared gradients, here told from the visits: w(t)^2 gap."""
     asked, told = spy(opd, "state_probabilities"), spy(opd, "state_size_sq")

@@ -31,7 +31,7 @@ def grid():
         flags += ["--micro-batch", "3", *(["--on-reward-failure", "drop"] if lost else [])]
         yield "world", stage, flags, ("--prompts-per-step", P), lost
     for how, (updates, P), micro in product(
-        ("sampled_path", "analytic", "analytic --drawn-states 1", "released --drawn-states 2"),
+        ("sampled_path", "analytic", "analytic --drawn-states 1 --anchor-every 2", "released --drawn-states 2"),
         ((1, 3), (1, 4), (1, 5), (2, 4), (2, 6)), ("0", "3"),
     ):  # fmt: skip
         flags = ["--estimator", *how.split(), "--mar", "0.1", "--micro-batch", micro, "--updates", str(updates)]

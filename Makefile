@@ -39,7 +39,10 @@ reproduce: .venv/installed
 
 bench: .venv/installed
 	$(PY) -m bench.flow_opd estimators
-	$(PY) -m bench.speed passes
+	$(PY) -m bench.release seconds
+	$(PY) -m bench.release memory
+	$(PY) -m bench.release noise F
+	$(PY) -m bench.release noise Q
 	$(PY) -m bench.speed overlap
 	$(PY) -m bench.qwen_rl w2
 

@@ -1,6 +1,5 @@
 """Where do the speed figures in docs/RESULTS.md come from?
 
-    python -m bench.speed passes    single-pass against stored-trajectory OPD, as a ratio within one run
     python -m bench.speed overlap   what a slow reward costs an iteration, waited for and overlapped, in one run
     python -m bench.speed step      OPD steps on SD3.5-M's real shapes, with --preset qwen-rl on Qwen-Image-2.1's, also
                                     without its kept prefixes, or on those of another --model: random weights, no
@@ -49,25 +48,6 @@ def seconds_of(work: Callable) -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter() - began
-
-
-def passes(rounds: int = 5, warmup: int = 2) -> None:
-    """Seconds of one OPD step, single pass and stored: medians, and the ratio pair by pair."""
-    all_states = ["--stage", "opd", "--drawn-states", "0"]
-    s = parsed("--preset", "tiny", *all_states, "--no-resume", "--out", tempfile.mkdtemp())
-    prompts, run = load.load_prompts(s, "train", s.train_prompts, task_list(s)), load.student_run(s)
-    experts, rows = load.load_teachers(run.model, s), rollout.rows_of(run, prompts, 0)
-
-    def step(stored: bool) -> None:
-        run.s = replace(s, estimator="path" if stored else "analytic")  # a path estimator stores the trajectory
-        train.distil_step(run, rows, experts)
-
-    pairs = [[seconds_of(lambda: step(stored)) for stored in (False, True)] for _ in range(warmup + rounds)]  # noqa: B023
-    single, stored = zip(*pairs[warmup:], strict=True)
-    ratio = statistics.median(a / b for a, b in pairs[warmup:])
-    print("| OPD step | seconds (median) |\n|---|---:|")
-    print(f"| single pass | {statistics.median(single):.2f} |\n| stored trajectory | {statistics.median(stored):.2f} |")
-    print(f"\nRatio, pair by pair: {ratio:.2f} ({len(rows)} trajectories, {rounds} rounds)")
 
 
 def overlap(steps: int = 8, rounds: int = 3) -> None:
@@ -273,4 +253,4 @@ def bare_seconds(model: FlowModel, prompts: dict[str, list[Prompt]], count: int,
 
 
 if __name__ == "__main__":
-    run_job("speed", passes, overlap, step)
+    run_job("speed", overlap, step)

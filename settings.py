@@ -140,8 +140,7 @@ class Settings:
                                  ("curate", "grpo", "opd"), low=0.0, high=100.0)
     kernel: str = _option("sde", "transition kernel: F Eq. 5-6, or Flow-CPS", ("curate", "grpo"),
                           choices=("sde", "cps"))
-    window: str = _option("0:9", "START:STOP of the transitions that are stochastic; the others are ODE steps",
-                          ("curate", "grpo", "opd"))
+    window: str = _option("0:9", "START:STOP of the stochastic transitions, the others: ODE", ("curate", "grpo", "opd"))
     train_steps: str = _option("all", "which transitions are trained: all; the first, of highest noise; or random "
                                "ones, that favour high noise (Q 4.2)", RL, choices=("all", "first", "random"))
     train_count: int = _option(4, "how many of them", RL, low=1)

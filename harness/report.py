@@ -12,7 +12,7 @@ from torch import Tensor
 
 from data.common import write_atomic
 from data.pictures import to_picture
-from harness import fonts, page, tables
+from harness import page, tables
 from settings import Settings
 
 
@@ -23,6 +23,8 @@ def save_grid(file: Path, images: Sequence[Tensor], captions: Sequence[str]) -> 
     Small pictures, those of the tiny world, are enlarged until they can be seen. Real ones are shrunk to 256 pixels.
     The last image is as large as the model draws. Others, the sources of edits, may have another size and shape.
     """
+    from harness import fonts  # and with it matplotlib: a twentieth of a start, paid when pictures are saved
+
     size, lettering = images[-1].shape[-1], []
     edge, columns, lines = (size * 5, 8, 4) if size < 64 else (min(size, 256), 4, 6)
     scaling = Image.Resampling.NEAREST if edge > size else Image.Resampling.LANCZOS

@@ -87,6 +87,17 @@ def test_states_are_drawn_by_what_they_taught_before(go, spy, world):
         mean[at.step.index].append(w**2 * ((v.detach() - at.v_target) ** 2).mean((1, 2, 3)))
     for n, found in mean.items():
         assert second[n].item() == pytest.approx(torch.cat(found).mean().sqrt().item(), rel=1e-5)
+    go("one", "--drawn-states", "1", "--steps", "2", "--init", str(world.teachers["text"]))
+    assert asked[-1].args[0].isfinite().all(), "a row counts where it learns, and nowhere else"
+
+
+def test_one_old_policy_draws_the_states_of_all_updates(go, spy):
+    told = spy(opd, "state_size_sq")
+    for lr in ("0", "0.1"):  # without and with a move of the student between the updates
+        go(f"lr {lr}", "--updates", "2", "--prompts-per-step", "6", "--steps", "1", "--lr", lr)
+    states = [call.args[0].step.x for call in told]
+    still, moved = states[: len(states) // 2], states[len(states) // 2 :]
+    assert len(still) > 2 and all(map(torch.equal, still, moved))
 
 
 def test_the_clip_fraction_of_drawn_states_is_a_fraction(go, monkeypatch):

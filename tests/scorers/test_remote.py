@@ -298,7 +298,7 @@ def test_an_edit_is_judged_with_its_sources_first(far):
         judge(server, rubric, lambda body: chat()).score(images, prompts, sources)
     asked = [shown(body) for _, _, body in server.requests]
     assert asked == [[51, 153, 1], [1]], "a rubric may be about the picture alone"
-    with pytest.raises(RewardError, match="rubric 'editing' is about source and picture: 1 given"):
+    with pytest.raises(RewardError, match="rubric 'editing' .*: 1 given"):
         judge(server, "editing").score(images, prompts)
 
 

@@ -58,6 +58,8 @@ class Blink:
     def parsed(self, flags):
         """The settings of a command line, or None if it is refused."""
         line = [*self.world.flags, *(LINES[""] + " " + LINES.get(self.stage, "")).split()]
+        if self.stage == "eval" and "--compare" not in flags:  # a student, of which --guidance teacher says something
+            flags = [*flags, "--compare", f"two={self.world.teachers['quality']}"]
         argv = command(line, *([] if self.stage == "eval" else ["--stage", self.stage]), *flags, stage=self.stage)
         argv += ["--name", "run", "--out", str(self.folder / str(len(self.known)))]
         try:

@@ -34,6 +34,7 @@ import train
 from bench import flow_opd
 from bench.claims import CLAIMS, QUICK, RUNS, SEEDS, TEACHERS, TUNED, Claim, flags_of, folder_of, world_of
 from bench.runs import ends, parsed
+from bench.runs import trained as run_to_its_end
 from data.batches import seed_for
 from data.common import write_atomic
 from data.files import Prompt
@@ -58,8 +59,7 @@ def trained(name: str, seed: int) -> Path:
     if not (folder / "done").exists():
         flags = [*flags_of(name, seed), *tuned(name), "--name", folder.name]
         with walked_by_teachers() if name == "teacher-states" else mock.patch.dict({}):
-            if train.main(flags):
-                raise SystemExit(2)  # train.py has said why
+            run_to_its_end(flags)
         if "reward" in flags:
             recipe = {"scorers": {"judge": {"kind": "trained", "model": str(folder)}},
                       "weights": {"default": {"judge": 1.0}}}  # fmt: skip
@@ -78,8 +78,7 @@ def tuned(name: str) -> list[str]:
         folder = Path("runs", f"repro-{name}-lr{factor}")
         if not (folder / "done").exists():
             more = ["--lr", f"{s.lr * factor:.3g}", "--steps", str(s.steps // 2), "--name", folder.name]
-            if train.main([*flags, *more]):
-                raise SystemExit(2)
+            run_to_its_end([*flags, *more])
             write_atomic(folder / "done", commit())
         found[factor] = ends(folder, "reward")[1]
     return ["--lr", f"{s.lr * max(found, key=found.get):.3g}"]

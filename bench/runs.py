@@ -6,12 +6,28 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
+import train
 from harness import cli, tables
-from settings import Settings
+from harness.run import read_metrics
+from settings import TRAINED, Settings
 
 
 def parsed(*flags: str) -> Settings:
     return cli.parse(flags)[0]
+
+
+def trained(flags: Sequence[str]) -> Path:
+    """Run train.py to its end -> the run's folder.
+
+    SystemExit if it fails, or if a signal has stopped it before its last step, for which train.py's exit code is 0.
+    """
+    s = parsed(*flags)
+    if train.main(flags):
+        raise SystemExit(2)  # train.py has said why
+    folder = Path(s.out, s.name)
+    if s.stage in TRAINED and s.steps and read_metrics(folder)[-1]["step"] < s.steps:
+        raise SystemExit(f"{folder} was stopped before its last step: repeat the command to go on")
+    return folder
 
 
 def ends(run: Path, key: str) -> tuple[float, float]:

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import eval as evaluation
 import settings
 import train
-from bench.runs import parsed, table
+from bench.runs import parsed, table, trained
 from data.common import write_atomic
 from harness import load, ranks
 from harness.run import read_metrics
@@ -26,12 +26,6 @@ STEPS = {
     ("tiny-qwen", "merge"): {0: 12, 1: 33, 2: 18}, ("tiny", "base"): {0: 39, 1: 96, 2: 57},
 }  # fmt: skip
 COLUMNS = ("a third", "two thirds", "end", "CPU seconds")
-
-
-def trained(name: str, *flags: str) -> Path:
-    if train.main([*flags, "--eval-prompts", "0", "--name", name]):
-        raise SystemExit(2)  # train.py has said why
-    return Path("runs", name)
 
 
 def average_at(checkpoint: Path, world: str, seed: int) -> float:
@@ -47,8 +41,9 @@ def curve(world: str, start: str, k: int, steps: int, seed: int) -> dict[str, fl
     flags = ["--preset", world, "--drawn-states", str(k), "--steps", str(steps), "--seed", str(seed)]
     flags += ["--stage", "opd", "--save-every", str(steps // 3), "--keep", "3"]
     if start == "merge":
-        flags += ["--init", str(trained(f"bench-merge-{world}", "--preset", world, "--stage", "merge"))]
-    run = trained(f"bench-curve-{world}-{start}-{k}-{seed}", *flags)
+        merge = ["--preset", world, "--stage", "merge", "--eval-prompts", "0", "--name", f"bench-merge-{world}"]
+        flags += ["--init", str(trained(merge))]
+    run = trained([*flags, "--eval-prompts", "0", "--name", f"bench-curve-{world}-{start}-{k}-{seed}"])
     if not (run / "curve.json").exists():
         found = [average_at(part, world, seed) for part in sorted((run / "checkpoints").glob("step-*"))]
         write_atomic(run / "curve.json", json.dumps([*found, sum(row["seconds"] for row in read_metrics(run))]))

@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from bench import runs
 
 
@@ -17,3 +19,15 @@ def test_a_table_has_the_mean_and_sample_deviation_of_seeds_and_a_single_number_
     lines = [line for line in capsys.readouterr().out.splitlines() if line]
     shown = ["| base | **2.000** | <u>0.250</u> |", "| trained | <u>0.500 ± 0.500</u> | **2.000 ± 1.000** |"]
     assert lines[2:] == shown
+
+
+def test_a_run_that_a_signal_has_stopped_is_not_taken_for_a_whole_one(tmp_path, monkeypatch):
+    """train.py ends with 0 then, too: it has stopped in good order."""
+    flags = ["--preset", "tiny", "--stage", "opd", "--steps", "3", "--out", str(tmp_path), "--name", "run"]
+    (tmp_path / "run").mkdir()
+    monkeypatch.setattr(runs.train, "main", lambda flags: 0)
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
+    with pytest.raises(SystemExit, match="stopped"):
+        runs.trained(flags)
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 2}\n{"step": 3}\n')
+    assert runs.trained(flags) == tmp_path / "run"

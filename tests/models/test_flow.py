@@ -4,8 +4,6 @@ Everything runs on three architectures: the tiny world's, SD3.5's with its secon
 Qwen-Image's with masked texts and source pictures.
 """
 
-from functools import partialmethod
-
 import pytest
 import torch
 from diffusers import QwenImageTransformer2DModel
@@ -259,14 +257,13 @@ def gradients(model):
     return found
 
 
-def test_teachers_between_forward_and_backward_cost_the_student_no_gradient(taught, monkeypatch):
-    """Also with gradient checkpointing, which runs the student's forward once more inside backward, and compiled."""
+def test_teachers_between_forward_and_backward_cost_the_student_no_gradient(taught):
+    """With and without gradient checkpointing, which runs the student's forward once more inside backward."""
     model = taught
     student_loss(model).backward()
     expected = gradients(model)
     assert sum(g.abs().sum() for g in expected.values() if g is not None) > 0
-    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="eager"))
-    for change in (model.transformer.enable_gradient_checkpointing, model.compile, lambda: None):
+    for _ in range(2):
         loss = student_loss(model)
         for name in ("text", "whole", None):
             with model.adapter(name):
@@ -278,7 +275,7 @@ def test_teachers_between_forward_and_backward_cost_the_student_no_gradient(taug
                     *model.hosted["whole"].module.parameters())  # fmt: skip
         assert all(p.grad is None for p in everyone if id(p) not in student), "nobody else learns"
         assert same(gradients(model), expected)
-        change()
+        model.transformer.enable_gradient_checkpointing()
 
 
 def test_planted_a_teacher_that_stays_selected_takes_the_gradient_away(model):
@@ -341,6 +338,18 @@ def test_full_experts_wait_in_pinned_memory_and_take_turns_on_the_device_bit_ide
 
 
 # ------------------------------------------------------------------------------------- full-parameter students
+def test_every_block_of_every_transformer_is_compiled_once(base, other, monkeypatch):
+    """The base's, those of the student that is a copy of it, and those of a full expert that comes later."""
+    found = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda block: found.append(block))
+    model = load(base)
+    model.compile()
+    model.train_fully()
+    model.add_expert("whole", str(other))
+    modules = model.backbone, model.transformer, model.hosted["whole"].module
+    assert [id(block) for block in found] == [id(block) for m in modules for block in m.transformer_blocks]
+
+
 @pytest.mark.parametrize("keep_base", [True, False])
 @pytest.mark.parametrize("start", ["base", "full", "lora"])
 def test_a_full_student_starts_as_what_it_starts_from_and_trains_entirely(base, other, lora, start, keep_base):

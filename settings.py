@@ -193,7 +193,7 @@ class Settings:
     drawn_states: int = _option(1, "how many states of a trajectory are learnt from [k], drawn by the size of their "
                                 "gradient and weighed by 1/p (in neither paper); 0: all", ("opd",), low=0, high=1000)
     mar: float = _option(0.02, "weight [lambda; beta in App. A] of manifold anchor regularisation", ("opd",), low=0.0)
-    anchor_every: int = _option(1, "MAR asks about one sample of so many, which counts as often", ("opd",), low=1)
+    anchor_every: int = _option(1, "of so many samples MAR looks at one and counts it so many times", ("opd",), low=1)
     merge_method: str = _option("svd", "how the teachers' updates are averaged", ("merge",),
                                 choices=("cat", "svd", "ties", "knots", "iso", "factor"))
     sft_images: int = _option(960, "images sampled from the routed teachers", ("sft",), low=1)

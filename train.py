@@ -385,7 +385,7 @@ def distil_step(run: Run, rows: Sequence[Row], experts: Mapping[str, str]) -> li
                     # DEVIATION (F Eq. 12): w(t) is infinite on the ODE's states; MAR has the estimator's weight.
                     found["mar"] = m_B * opd.mar_penalty(v, at.v_anchor, step.t, step.dt, step.sigma, "mean", s.weight)
                     loss_B = loss_B + s.mar * found["mar"]  # F Eq. 12
-                if "off" in found:
+                if "off" in found:  # the sum of weights, by which the statistics of the ratio are divided
                     found["weight"] = torch.ones_like(loss_B)
                 if step.sigma > 0:  # F Eq. 9 in nats per dimension, for the log
                     found["kl"] = kl.velocity_kl(v, at.v_target, step.t, step.dt, step.sigma, "mean")
@@ -454,7 +454,10 @@ def label(
     run: Run, routed: Mapping[str, Tensor], asked: Mapping[str, Tensor], fields: Mapping[str, rollout.Field],
     anchor: str | None, x: Tensor, t: float,
 ) -> opd.Visit:  # fmt: skip
-    """The teachers' velocity at a state (F Eq. 7), the anchor's (F Eq. 12) or 0, None without MAR; no step yet."""
+    """A state's targets: the teachers' velocity (F Eq. 7) and the anchor's (F Eq. 12; 0 for rows that MAR leaves out).
+
+    Without MAR there is no anchor's. The transition, `step`, is not made yet.
+    """
     s, model, v_anchor = run.s, run.model, None
     if anchor:
         v_anchor = torch.zeros_like(x)

@@ -179,3 +179,36 @@ def _words() -> list[str]:
     for mark in (*SPECIAL, "{}"):
         text = text.replace(mark, "\n")
     return sorted({word.replace(" ", "\u0120") for word in re.findall(r" ?[A-Za-z]+|'s| \(|\),", text)})
+
+
+# ------------------------------------------------------------------------------------ what the tests draw them with
+def trained(model, seed=1):
+    """Put a student that differs from the base on a model; alpha is not its rank."""
+    from models.experts import STUDENT
+    from tests.helpers.sd3 import random_lora
+
+    state, config = random_lora(model.transformer, rank=4, alpha=12.0, seed=seed)
+    model.add_adapter(STUDENT, config, state)
+    return model
+
+
+def picture(height, width, seed=0):
+    """(3, H, W) in [0, 1], blocks of four pixels, in steps of 1/255."""
+    import numpy as np
+    import torch
+
+    rng = np.random.default_rng(seed)
+    blocks = rng.integers(0, 256, (height // 4, width // 4, 3), dtype=np.uint8).repeat(4, 0).repeat(4, 1)
+    return torch.from_numpy(blocks).permute(2, 0, 1) / 255
+
+
+def pil(image):
+    from PIL import Image
+
+    return Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy())
+
+
+def noise(model, rows, seed=7):
+    import torch
+
+    return torch.randn(rows, *model.latent_shape, generator=torch.Generator().manual_seed(seed))

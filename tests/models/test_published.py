@@ -28,8 +28,7 @@ from models import qwen
 from models.experts import STUDENT
 from models.sd3 import SD35Model
 from tests.helpers.checks import gap, refusal, relative, shown
-from tests.helpers.qwen_hub import PIPELINES, build_qwen
-from tests.helpers.sd3 import random_lora
+from tests.helpers.qwen_hub import PIPELINES, build_qwen, noise, picture, pil, trained
 
 EDITORS = ("edit", "plus")
 PROMPTS = ["a red fox", "a much longer prompt: the user's texture, of 12 words or so", "x"]
@@ -85,21 +84,6 @@ def typed(vlm):
     return vlm.register_forward_pre_hook(add, with_kwargs=True)
 
 
-def picture(height, width, seed=0):
-    """(3, H, W) in [0, 1], blocks of four pixels, in steps of 1/255."""
-    rng = np.random.default_rng(seed)
-    blocks = rng.integers(0, 256, (height // 4, width // 4, 3), dtype=np.uint8).repeat(4, 0).repeat(4, 1)
-    return torch.from_numpy(blocks).permute(2, 0, 1) / 255
-
-
-def pil(image):
-    return Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy())
-
-
-def noise(model, rows, seed=7):
-    return torch.randn(rows, *model.latent_shape, generator=torch.Generator().manual_seed(seed))
-
-
 # ------------------------------------------------------------------------------- whole pictures, as the stock pipelines
 def draw(model, x, prompts, cfg, images=None, steps=4):
     empty = [model.empty] * len(prompts)
@@ -118,12 +102,6 @@ def stock_draw(pipe, x, prompt, cfg, output="latent", **more):
     guided = {"negative_prompt": " ", "true_cfg_scale": cfg} if cfg != 1 else {}
     found = pipe(latents=qwen.pack(x, 2), **options, **guided).images
     return qwen.unpack(found, 2, *x.shape[2:]) if output == "latent" else found
-
-
-def trained(model, seed=1):
-    """Put a student that differs from the base on a model; alpha is not its rank."""
-    state, config = random_lora(model.transformer, rank=4, alpha=12.0, seed=seed)
-    model.add_adapter(STUDENT, config, state)
 
 
 def saved(model, folder):

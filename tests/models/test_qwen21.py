@@ -4,10 +4,8 @@ import shutil
 from functools import cache
 
 import diffusers
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from transformers import AutoImageProcessor, ProcessorMixin, Qwen2Tokenizer, Qwen3VLProcessor
 
 import sde
@@ -17,7 +15,7 @@ from models import lora as adapters
 from models import qwen
 from models.experts import STUDENT
 from tests.helpers.checks import gap, refusal, relative, shown
-from tests.helpers.qwen_hub import build_qwen21
+from tests.helpers.qwen_hub import build_qwen21, noise, picture, pil, trained
 from tests.helpers.sd3 import random_lora
 
 PROMPTS = ["a red fox", "a much longer prompt: the user's texture, of 12 words or so", "x"]
@@ -54,29 +52,7 @@ def load(folder, **more):
     return models.load(str(folder), **{"size": (SIDE, SIDE), **more})
 
 
-def trained(model):
-    """Put a student that differs from the base on a model; alpha is not its rank."""
-    state, config = random_lora(model.transformer, rank=4, alpha=12.0, seed=1)
-    model.add_adapter(STUDENT, config, state)
-    return model
-
-
-def picture(height, width, seed=0):
-    """(3, H, W) in [0, 1], blocks of four pixels, in steps of 1/255."""
-    rng = np.random.default_rng(seed)
-    blocks = rng.integers(0, 256, (height // 4, width // 4, 3), dtype=np.uint8).repeat(4, 0).repeat(4, 1)
-    return torch.from_numpy(blocks).permute(2, 0, 1) / 255
-
-
-def pil(image):
-    return Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy())
-
-
 SOURCES = [picture(64, 64), picture(80, 152, 1)]  # the second one is read as 64 x 96 pixels
-
-
-def noise(model, rows, seed=7):
-    return torch.randn(rows, *model.latent_shape, generator=torch.Generator().manual_seed(seed))
 
 
 def conditions(model, prompts, count):

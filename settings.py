@@ -83,8 +83,8 @@ class Settings:
                                "of a step at once", low=0)
     gradient_checkpointing: bool = _option(True, "recompute each block in backward: less memory, a third more work",
                                           LORA)
-    compile: bool = _option(False, "compile the transformer's blocks (torch.compile): the first steps take minutes, "
-                            "later ones less than now", LORA)
+    compile: bool = _option(False, "compile the transformer's blocks (torch.compile): minutes at first; what it gains "
+                            "later is not measured on an accelerator yet", LORA)
     timeout: float = _option(30.0, "minutes that a rank waits for the others, a first download included, before it "
                              "gives up", low=0.1, high=100_000)
     wandb: bool = _option(False, "log to Weights & Biases too (extra: pip install -e '.[wandb]')", TRAINED)

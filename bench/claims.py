@@ -21,6 +21,11 @@ STACKED = "--stage grpo --task mix --mix joint --steps 50 --tasks"
 Q_GRPO, Q_OPD = "--stage grpo --steps 80", "--stage opd --steps 120"
 JUDGED = "--stage grpo --task quality --steps 60 --rewards"
 MERGES = ("svd", "cat", "ties", "knots", "iso", "factor")
+# Drawn states of a trajectory, 0 for all: a third of the steps that take about as many CPU seconds.
+DRAWN = {
+    "from-base": {0: 13, 1: 32, 2: 19}, "from-merge": {0: 7, 1: 16, 2: 9},
+    "q-from-base": {0: 7, 1: 18, 2: 11}, "q-from-q-merge": {0: 4, 1: 11, 2: 6},
+}  # fmt: skip
 RUNS = {
     **{f"merge-{method}": f"--stage merge --merge-method {method}" for method in MERGES},
     "sft": "--stage sft", "mix": MIX, "sft-mix": f"{MIX} --init @sft", "merge-mix": f"{MIX} --init @merge-svd",
@@ -30,8 +35,9 @@ RUNS = {
     "no-mar": f"{SHORT} --mar 0", "base-mar": f"{SHORT} --anchor assets/tiny/base",
     **{e: f"{SHORT} --drawn-states 0 --mar 0 --estimator {e}" for e in ("analytic", "literal", "sampled", "velocity")},
     **{e: f"{SHORT} --mar 0 --estimator {e}" for e in ("path", "sampled_path")},
-    "all-states": f"{SHORT} --drawn-states 0",
-    "q-all-states": "--stage opd --steps 30 --drawn-states 0", "q-one-state": "--stage opd --steps 60",
+    **{f"{start}-{k}": f"--stage opd --drawn-states {k} --steps {3 * third} --save-every {third} --keep 3"
+                       + " --init @q-merge" * ("q-merge" in start) + " --init @merge-svd" * (start == "from-merge")
+       for start, thirds in DRAWN.items() for k, third in thirds.items()},
     "released": f"{SHORT} --drawn-states 0 --mar 0 --estimator released --weight kl_dt --updates 2",
     "random": "--stage pretrain --steps 1",
     "random-teacher": f"{SHORT} --mar 0 --teachers composition=@random text=@random quality=@random",
@@ -49,7 +55,7 @@ RUNS = {
     "q-hacked-all": f"{Q_GRPO} --task t2i --rewards quality=1 --train-steps all --window 0:99",
     "q-hacked-few": f"{Q_GRPO} --task t2i --rewards quality=1", "q-curate": "--stage curate --tasks t2i",
     "q-curated": "--stage grpo --steps 63 --task t2i --prompts t2i=@q-curate/prompts/t2i",
-    "q-nft": "--stage nft --steps 80 --task t2i",
+    "q-nft": "--stage nft --steps 80 --task t2i", "q-merge": "--stage merge",
 }  # fmt: skip
 # Runs that are compared with one another have each a rate of its own: the one of these factors of the preset's with
 # which the training reward over the last five steps is highest (seed 0, half of the steps).
@@ -90,12 +96,13 @@ CLAIMS = (
     }, (("analytic", "literal", "average"), ("analytic", "sampled", "average"), ("analytic", "released", "average")),
         ("average", "gap at first", "gap at last", "noise"), "F Eq. 10-11 taken literally have no gradient: the claim "
         "tested is ours. `noise`: the spread of a step's gradient over its mean norm, at the base. Without MAR."),
-    Claim("6b", "One drawn state teaches more than all states in equal time", "in neither paper; F's SDE", {
-        "all states, 50 steps": "all-states", "one drawn, 50 steps": "opd-short", "one drawn, 100 steps": "opd",
-    }, (("one drawn, 100 steps", "all states, 50 steps", "average"),), ("average", "seconds")),
-    Claim("6c", "The same in the tiny-qwen world", "in neither paper; Q's ODE", {
-        "all states, 30 steps": "q-all-states", "one drawn, 60 steps": "q-one-state",
-    }, (("one drawn, 60 steps", "all states, 30 steps", "average"),), ("average", "seconds")),
+    *(Claim(f"6{letter}", f"One drawn state teaches more than all states in equal time, {where}", "in neither paper", {
+        f"{k or 'all'} state{'s' * (k != 1)}, {3 * third} steps": f"{start}-{k}" for k, third in DRAWN[start].items()
+    }, ((f"1 state, {3 * DRAWN[start][1]} steps", f"all states, {3 * DRAWN[start][0]} steps", "average"),),
+        ("a third", "two thirds", "average", "seconds"), "Averages along the run; CPU seconds of its steps.")
+      for letter, start, where in (
+          ("b", "from-base", "F's SDE from the base"), ("c", "from-merge", "F's SDE from the merge"),
+          ("d", "q-from-base", "Q's ODE from the base"), ("e", "q-from-q-merge", "Q's ODE from the merge"))),
     Claim("3", "A cold start helps, and OPD is needed", "F Fig. 4", {
         "base": "", "SFT alone": "sft", **{f"{m} merge alone": f"merge-{m}" for m in MERGES},
         "OPD": "opd-short", "SFT, OPD": "sft-opd-short",

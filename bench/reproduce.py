@@ -5,8 +5,9 @@
     python -m bench.reproduce page        nothing is run: the page is written from what has been run
     QUICK=1 python -m bench.reproduce     one seed, a tenth of the steps, a third of the prompts, no rate tuned
 
-SEEDS=0,1 chooses seeds. A finished run is not run again, an interrupted one goes on. Every run leaves fresh.json: its
-scores on a fresh split, its command, commit and time; the page is written from these files alone.
+SEEDS=0,1 chooses seeds. A finished run is not run again, an interrupted one goes on. What is measured becomes a line of
+docs/reproduced.jsonl at once: run, seed, scores on a fresh split, command, commit, CPU seconds. The page is written
+from these lines alone, so that what another machine has measured stays. Two processes may share the claims.
 
 The fresh split: of each task 96 test prompts that are not among the 192 on which recipes were chosen, in noise that
 none was looked at with. Tags of composition with so few test prompts that all of them are among the 192 (all but
@@ -20,10 +21,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import cycle, islice
+from functools import partial
+from itertools import cycle, islice, product
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -40,13 +43,14 @@ from data.common import write_atomic
 from data.files import Prompt
 from harness import load, ranks, rollout, suites, tables
 from harness.drawn import Picture
-from harness.run import Run
+from harness.run import Run, read_metrics
 from models import hub
 from scorers.common import diversity
 
 COUNT, TARGET = (30 if QUICK else 96), 0.85
 SECONDS = {"grpo": 2.5, "nft": 2.5, "opd": 1.0, "sft": 0.3, "reward": 0.15}  # a step, on one free core
 OVERHEAD = 6 if QUICK else 15  # seconds of a run besides its steps: loading, and the fresh split
+RECORDS = Path("runs/quick.jsonl" if QUICK else "docs/reproduced.jsonl")
 PAGE, MARKS = Path("docs/RESULTS.md"), ("<!-- bench.reproduce -->\n", "<!-- /bench.reproduce -->\n")
 
 
@@ -64,7 +68,7 @@ def trained(name: str, seed: int) -> Path:
             recipe = {"scorers": {"judge": {"kind": "trained", "model": str(folder)}},
                       "weights": {"default": {"judge": 1.0}}}  # fmt: skip
             write_atomic(folder / "reward.json", json.dumps(recipe))
-        write_atomic(folder / "done", f"{commit()} python train.py {' '.join(flags)}\n")
+        write_atomic(folder / "done", f"python train.py {' '.join(flags)}")
     return folder
 
 
@@ -131,19 +135,16 @@ def fresh(world, task: str) -> list[Prompt]:
     return list(islice((next(turn) for turn in cycle([cycle(own) for own in tags.values()])), COUNT))
 
 
-def scores_of(run: str, seed: int) -> dict:
-    """What the fresh split says of a run, of a shipped adapter (a folder) or of the base (""), from its fresh.json."""
-    run, _, guided = run.partition(" | ")
-    base = run in ("", "q-")
-    folder = trained(run, seed) if run in RUNS else folder_of(Path(run or "base").name, seed)
-    where = folder / f"fresh{'-guided' if guided else ''}.json"
-    if where.exists():
-        return json.loads(where.read_text())
-    s, began = parsed(*world_of(run), "--stage", "opd"), time.time()
+def scores_of(name: str, seed: int) -> None:
+    """Record what the fresh split says of a run, of a shipped adapter (a folder) or of the base ("")."""
+    run, _, guided = name.partition(" | ")
+    base, began = run in ("", "q-"), time.process_time()
+    folder = trained(run, seed) if run in RUNS else Path(run)
+    s = parsed(*world_of(run), "--stage", "opd")
     model, world, cfg = load.base_model(s, ranks.start(s)), load.world_of(s), s.cfg if guided else 1.0
     prompts = {task: fresh(world, task) for task in s.tasks.split(",")}
     steps = hub.checkpoints_in(folder) if run in RUNS else [Path(run)]
-    found: dict = {"curve": {}}
+    curve: dict[str, float] = {}
     for where_from in steps if "--keep" in RUNS.get(run, "") else steps[-1:]:
         if not base:
             model.add_expert(where_from.name, str(where_from))
@@ -158,21 +159,17 @@ def scores_of(run: str, seed: int) -> dict:
                 four = [p for p in prompts["quality"][:16] for _ in range(4)]
                 groups = drawn(model, s, four, seed + 100, cfg).unflatten(0, (-1, 4))
                 scores["diversity"] = statistics.mean(diversity(group.numpy()) for group in groups)
-        found["curve"][where_from.name[5:]] = scores["average"]
-    found |= {"scores": scores, "seconds": time.time() - began, "commit": commit()}
-    if (folder / "metrics.jsonl").exists():
-        first, last = ends(folder, "gap")
-        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        found["scores"] |= {"gap at first": first, "gap at last": last}
-        found["scores"]["seconds"] = sum(row["seconds"] for row in rows)  # of the steps alone
-        found["seconds"] += found["scores"]["seconds"]
+        curve[where_from.name[5:]] = scores["average"]
+    if metrics := read_metrics(folder):
+        scores["gap at first"], scores["gap at last"] = ends(folder, "gap")
+        scores["seconds"] = sum(row["seconds"] for row in metrics)  # of the steps alone
+        scores |= zip(("a third", "two thirds"), curve.values())
         own = parsed(*flags_of(run, seed))
         per_step = own.prompts_per_step * own.group_size
-        reached = [int(step) * per_step for step, average in found["curve"].items() if average >= TARGET]
-        found["scores"]["to 0.85"] = min(reached, default=float("nan"))
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(where, json.dumps(found))
-    return found
+        reached = [int(step) * per_step for step, average in curve.items() if average >= TARGET]
+        scores["to 0.85"] = min(reached, default=float("nan"))
+    made = folder / "done"
+    record(name, seed, began, scores=scores, curve=curve, command=made.read_text() if made.exists() else "")
 
 
 def drawn(model, s, prompts, seed: int, cfg: float) -> torch.Tensor:
@@ -197,27 +194,29 @@ def gradients(flags: list[str], steps: int) -> torch.Tensor:
     return torch.stack(kept)
 
 
-def noise(name: str, seed: int) -> float:
+def noise(name: str, seed: int) -> None:
     """Root mean square distance of a step's gradient from the mean, over the mean's norm: 0 without variance."""
+    began = time.process_time()
     g = gradients(flags_of(name, seed), 2 if QUICK else 8)
-    return float((g - g.mean(0)).norm(dim=1).square().sum().div(len(g) - 1).sqrt() / g.mean(0).norm())
+    spread = float((g - g.mean(0)).norm(dim=1).square().sum().div(len(g) - 1).sqrt() / g.mean(0).norm())
+    record(f"noise {name}", seed, began, scores={"noise": spread})
 
 
-def cosines(seed: int) -> dict[str, dict]:
+def cosines(seed: int) -> None:
     """Claim 5: the lowest and the mean cosine between two tasks' gradients, of policy and of distillation."""
-    flags = ["--seed", str(seed)]
+    flags, began = ["--seed", str(seed)], time.process_time()
     found = {"policy, base": flow_opd.collateral(*flags),
              "policy, mixed": flow_opd.collateral(*flags, "--init", str(trained("mix", seed)))}  # fmt: skip
     own = [gradients([*world_of(""), "--stage", "opd", "--mar", "0", "--drawn-states", "0", "--tasks", task,
                       "--prompts-per-step", "12", *flags], 1)[0] for task in TEACHERS]  # fmt: skip
     found["distillation, base"] = [float(torch.cosine_similarity(a, b, 0)) for i, a in enumerate(own) for b in own[:i]]
     shown = {row: {"lowest cosine": min(all_), "mean cosine": statistics.mean(all_)} for row, all_ in found.items()}
-    return shown | {"0": {"lowest cosine": 0.0, "mean cosine": 0.0}}
+    record("claim 5", seed, began, rows=shown | {"0": {"lowest cosine": 0.0, "mean cosine": 0.0}})
 
 
-def surpassing(seed: int) -> dict[str, dict]:
+def surpassing(seed: int) -> None:
     """Claim 8: on which share of prompts is a model above every teacher, in the mean of four pictures?"""
-    s = parsed(*world_of(""), "--stage", "opd")
+    began, s = time.process_time(), parsed(*world_of(""), "--stage", "opd")
     model, world = load.base_model(s, ranks.start(s)), load.world_of(s)
     for name, where in {**TEACHERS, "student": trained("merge-opd", seed)}.items():
         model.add_expert(name, str(hub.last_checkpoint(where) if name == "student" else where))
@@ -233,57 +232,69 @@ def surpassing(seed: int) -> dict[str, dict]:
         best = torch.stack([means(name, seed + 200) for name in TEACHERS]).amax(0)
         above["OPD (merge)"] += (means("student", seed + 200) > best).tolist()
         above["routed teacher again"] += (means(task, seed + 300) > best).tolist()
-    return {row: {"share": statistics.mean(map(float, own))} for row, own in above.items()}
+    shares = {row: {"share": statistics.mean(map(float, own))} for row, own in above.items()}
+    record("claim 8", seed, began, rows=shares)
 
 
 MEASURED = {"5": cosines, "8": surpassing}
 
 
-def found_by(claim: Claim, seed: int, run: bool) -> dict[str, dict]:
-    """{row: scores, seconds, commit} of a claim for a seed; with `run` False what is there already."""
-    rows: dict[str, dict] = {}
-    where = Path("runs", f"{'quick' if QUICK else 'repro'}-claim-{claim.number}-{seed}.json")
-    known = json.loads(where.read_text()) if where.exists() else {}
-    if claim.number in MEASURED and run and not known:
-        began = time.time()
-        known = {row: {"scores": own, "commit": commit()} for row, own in MEASURED[claim.number](seed).items()}
-        known[next(iter(known))]["seconds"] = time.time() - began
+# ------------------------------------------------------------------------------------------------------ the records
+def records() -> dict[tuple[str, int], dict]:
+    """(run, seed) -> what was recorded of it last."""
+    lines = RECORDS.read_text().splitlines() if RECORDS.exists() else []
+    return {(row["run"], row["seed"]): row for row in map(json.loads, lines)}
+
+
+def record(run: str, seed: int, began: float, **found) -> None:
+    """Add a line to the records. began: when this process's CPU clock was at its start."""
+    row = {"run": run, "seed": seed, **found, "seconds": round(time.process_time() - began, 1), "commit": commit()}
+    RECORDS.parent.mkdir(exist_ok=True)
+    with RECORDS.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def needs(claim: Claim) -> dict[str, Callable[[int], None]]:
+    """{name in the records: what records it for a seed} of a claim."""
+    if claim.number in MEASURED:
+        return {f"claim {claim.number}": MEASURED[claim.number]}
+    found = {name: partial(scores_of, name) for name in claim.rows.values()}
+    if "noise" in claim.columns:
+        found |= {f"noise {name}": partial(noise, name) for name in claim.rows.values() if name in RUNS}
+    return found
+
+
+def found_by(claim: Claim, seed: int) -> dict[str, dict]:
+    """{row: scores, seconds, commit} of a claim for a seed, from the records."""
+    known = records()
+    if whole := known.get((f"claim {claim.number}", seed)):
+        return {row: whole | {"scores": own} for row, own in whole["rows"].items()}
+    rows = {row: known[name, seed] for row, name in claim.rows.items() if (name, seed) in known}
     for row, name in claim.rows.items():
-        if not run and not exists(name, seed):
-            continue
-        rows[row] = scores_of(name, seed)
-        if "noise" in claim.columns and run and name in RUNS and row not in known:
-            known[row] = {"scores": {"noise": noise(name, seed)}}
-        rows[row]["scores"] |= known.get(row, {}).get("scores", {})
-    if run and known:
-        write_atomic(where, json.dumps(known))
-    return rows or known
-
-
-def exists(name: str, seed: int) -> bool:
-    run, _, guided = name.partition(" | ")
-    folder = folder_of(run if run in RUNS else Path(run or "base").name, seed)
-    return (folder / f"fresh{'-guided' if guided else ''}.json").exists()
+        if row in rows and (more := known.get((f"noise {name}", seed))):
+            rows[row] |= {"scores": rows[row]["scores"] | more["scores"]}
+    return rows
 
 
 # ---------------------------------------------------------------------------------------------------------- the page
 def estimate(claims: Iterable[Claim], seeds: list[int]) -> float:
     """Hours on one free core of what claims still need, rates that are tuned included, a shared run once."""
-    needed, names, total = [], [], 0.0
-    for claim in claims:
-        needed += [name.partition(" | ")[0] for name in claim.rows.values()]
-        needed += {"5": ["mix"], "8": ["merge-opd"]}.get(claim.number, [])
-    while needed:
-        name = needed.pop()
-        if name in RUNS and name not in names:
-            names.append(name)
-            needed += re.findall(r"@([\w-]+)", RUNS[name])
-    for name in names:
+    known, left = records(), set()
+
+    def need(name: str, seed: int) -> None:
+        if name in RUNS and not (folder_of(name, seed) / "done").exists():
+            left.add((name, seed))
+            for other in re.findall(r"@([\w-]+)", RUNS[name]):
+                need(other, seed)
+
+    missing = {(name, seed) for claim, seed in product(claims, seeds) for name in needs(claim)} - set(known)
+    total = OVERHEAD * len(missing)
+    for name, seed in missing:
+        need({"claim 5": "mix", "claim 8": "merge-opd"}.get(name, name.partition(" | ")[0]), seed)
+    for name in {name for name, _ in left}:
         s = parsed(*flags_of(name, 0))
-        cost = SECONDS.get(s.stage, 0.0) * s.steps
-        left = sum(not (folder_of(name, seed) / "done").exists() for seed in seeds)
-        half = len(TUNED.get(name, ())) / 2 * (not QUICK and left > 0)
-        total += left * (cost + OVERHEAD) + half * cost
+        half = len(TUNED.get(name, ())) / 2 * (not QUICK)
+        total += SECONDS.get(s.stage, 0.0) * s.steps * (sum(run == name for run, _ in left) + half)
     return total / 3600
 
 
@@ -303,7 +314,7 @@ def verdict(claim: Claim, seeds: Mapping[int, Mapping[str, dict]]) -> str:
 
 
 def section(claim: Claim) -> list[str]:
-    seeds = {seed: rows for seed in SEEDS if (rows := found_by(claim, seed, run=False))}
+    seeds = {seed: rows for seed in SEEDS if (rows := found_by(claim, seed))}
     lines = [f"**{claim.number}. {claim.title}** ({claim.source}). {verdict(claim, seeds)} {claim.note}".rstrip(), ""]
     names = list(dict.fromkeys(row for rows in seeds.values() for row in rows))
     if names:
@@ -316,7 +327,7 @@ def section(claim: Claim) -> list[str]:
         lines += [tables.markdown(tables.Table(cells, ceilings=ceilings, lower=lower)), ""]
     took = sum(row.get("seconds", 0.0) for rows in seeds.values() for row in rows.values()) / 60
     commits = sorted({row["commit"] for rows in seeds.values() for row in rows.values() if "commit" in row})
-    done = f"commit {', '.join(commits)}, {took:.0f} minutes of wall time" if commits else "not run"
+    done = f"commit {', '.join(commits)}, {took:.0f} minutes of CPU time" if commits else "not run"
     left, missing = estimate([claim], SEEDS), [row for row in claim.rows if row not in names]
     more = f"; not run: {', '.join(missing).replace(' | both', '')}" if missing and names else ""
     more += f"; {left:.1f} hours of one free core are left for seeds {', '.join(map(str, SEEDS))}" if left else ""
@@ -341,10 +352,12 @@ def main(words: list[str]) -> None:
     if words == ["page"]:
         return page()
     print(f"about {estimate(chosen, SEEDS):.1f} hours of one free core are left", flush=True)
-    for claim in chosen:
-        for seed in SEEDS:
-            found_by(claim, seed, run=True)
-            page() if not QUICK else None
+    train.time = SimpleNamespace(time=time.process_time)  # a step's seconds are those of this process alone
+    for claim, seed in product(chosen, SEEDS):
+        for name, measure in needs(claim).items():
+            if (name, seed) not in records():
+                measure(seed)
+        page() if not QUICK else None
     page()
 
 

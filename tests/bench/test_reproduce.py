@@ -48,31 +48,41 @@ def test_a_run_is_made_once_after_what_it_needs_and_scored_on_the_fresh_split(tm
     runs = {"merge": "--stage merge", "far": f"{step} --init @merge", "teacher-states": f"{step} --drawn-states 0"}
     monkeypatch.setattr(claims, "RUNS", runs)
     monkeypatch.setattr(reproduce, "RUNS", runs)
-    claim = claims.Claim("x", "", "", {"base": "", "far": "far", "off": "teacher-states"}, (), ("average", "noise"))
-    found = reproduce.found_by(claim, 3, run=True)
+    rows = {"base": "", "far": "far", "off": "teacher-states"}
+    monkeypatch.setattr(reproduce, "CLAIMS", [claims.Claim("x", "", "", rows, (), ("average", "noise"))])
+    monkeypatch.setattr(reproduce, "SEEDS", [3])
+    page = tmp_path / "docs/RESULTS.md"
+    page.parent.mkdir()
+    page.write_text("".join(reproduce.MARKS))
+    reproduce.main([])
+    found = reproduce.found_by(reproduce.CLAIMS[0], 3)
+    assert list(found) == list(rows)
     for row in found.values():
         scores = row["scores"]
         assert scores["average"] == pytest.approx(sum(scores[task] for task in drawings.TASKS) / 3)
         assert scores["diversity"] > 0.01 and scores.get("noise", 1) > 0
     assert "noise" in found["far"]["scores"] and found["far"]["scores"]["average"] != found["base"]["scores"]["average"]
     assert list(found["far"]["curve"]) == ["000001"] and found["far"]["scores"]["seconds"] > 0
+    assert found["far"]["command"].startswith("python train.py --preset tiny --stage opd --steps 1")
     monkeypatch.setattr(train, "main", lambda flags: pytest.fail("it is there"))
     monkeypatch.setattr(reproduce, "drawn", lambda *_: pytest.fail("it is scored"))
-    assert str(reproduce.found_by(claim, 3, run=True)) == str(reproduce.found_by(claim, 3, run=False)) == str(found)
+    monkeypatch.setattr(reproduce, "gradients", lambda *_: pytest.fail("its noise is known"))
+    before = page.read_text()
+    reproduce.main([])
+    assert str(reproduce.found_by(reproduce.CLAIMS[0], 3)) == str(found) and page.read_text() == before
 
 
-def test_the_page_is_written_between_its_marks_from_the_files_of_the_runs(tmp_path, monkeypatch):
+def test_the_page_is_written_between_its_marks_from_the_records(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(reproduce, "CLAIMS", [claim_of(("A", "B", "text"))])
+    lines = []
     for seed, (a, b) in enumerate(((0.75, 0.5), (0.5, 0.375))):
         for run, value in (("opd", a), ("mix", b)):
-            folder = claims.folder_of(run, seed)
-            folder.mkdir(parents=True)
-            known = {"scores": {"text": value}, "seconds": 90.0, "commit": "abc1234"}
-            (folder / "fresh.json").write_text(json.dumps(known))
-            (folder / "done").write_text("")
+            row = {"run": run, "seed": seed, "scores": {"text": value}, "seconds": 90.0, "commit": "abc1234"}
+            lines.append(json.dumps(row) + "\n")
     page = tmp_path / "docs/RESULTS.md"
     page.parent.mkdir()
+    (tmp_path / "docs/reproduced.jsonl").write_text("".join(lines))
     page.write_text(f"before\n{reproduce.MARKS[0]}old\n{reproduce.MARKS[1]}after\n")
     reproduce.main(["page"])
     text = page.read_text()

@@ -223,12 +223,15 @@ def noise(setting: str = "F", repeats: str = "16", warmup: str = "8") -> None:
     for _ in range(int(warmup)):
         train.distil_step(run, rollout.rows_of(run, prompts, next(steps)), experts)
 
-    def take(step: Callable, k: int) -> Tensor:
-        run.s, rows = replace(s, drawn_states=k), rollout.rows_of(run, prompts, next(steps))
+    def take(step: Callable, k: int, every: int = 1) -> Tensor:
+        run.s = replace(s, drawn_states=k, anchor_every=every)
+        rows = rollout.rows_of(run, prompts, next(steps))
         return gradient(run, lambda: step(run, rows, experts))
 
     named = {"released loop": partial(take, released_step, 0), "ours, all states": partial(take, train.distil_step, 0)}
     named |= {f"ours, {k} drawn": partial(take, train.distil_step, k) for k in (1, 2, 3)}
+    if s.mar:
+        named["ours, all states, MAR on every 4th row"] = partial(take, train.distil_step, 0, 4)
     spent, made = in_turn(list(named.values()), int(repeats))
     traces = [float(torch.stack(own).var(0).sum()) for own in made]
     rows = [[name, trace, own, traces[0] * spent[0] / (trace * own)] for name, trace, own in zip(named, traces, spent)]

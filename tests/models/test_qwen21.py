@@ -2,8 +2,10 @@
 
 import shutil
 from functools import cache
+from itertools import product
 
 import diffusers
+import peft
 import pytest
 import torch
 from transformers import AutoImageProcessor, ProcessorMixin, Qwen2Tokenizer, Qwen3VLProcessor
@@ -74,12 +76,15 @@ def stock_draw(pipe, x, prompt, cfg, count=0, output="latent", **more):
 
 
 # ---------------------------------------------------------------------------------------------------- whole pictures
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("count", [0, 1, 2])
-@pytest.mark.parametrize("cfg", [1.0, 2.0])
-def test_a_picture_is_the_stock_pipelines_with_the_trained_adapter(folder, stock, tmp_path, cfg, count, precision):
+WHOLE = [*product([1.0, 2.0], [0, 1, 2], ["float32", "bfloat16"], ["diffusers"]), (2.0, 1, "float32", "peft")]
+
+
+@pytest.mark.parametrize(("cfg", "count", "precision", "reader"), WHOLE)
+def test_a_picture_is_the_stock_pipelines_with_the_trained_adapter(
+    folder, stock, tmp_path, cfg, count, precision, reader
+):
     """Texts of unequal length in one batch, sources of two shapes, time, guidance, adapter and its files at once; stock
-    with its own cache and without."""
+    with its own cache and without. The adapter is read by the pipeline, or by PEFT alone."""
     model, pipe = trained(load(folder, precision=precision)), stock(precision)
     x, prompts = noise(model, 2), PROMPTS[:2]
     adapters.save_adapter(tmp_path, model.adapter_state(), model.adapters[STUDENT], pipeline=model.pipeline)
@@ -89,11 +94,15 @@ def test_a_picture_is_the_stock_pipelines_with_the_trained_adapter(folder, stock
         return torch.cat([stock_draw(pipe, *row, cfg, count, **more) for row in rows]).float()
 
     near, other = {"float32": (1e-5, 1e-2), "bfloat16": (2e-2, 3e-2)}[precision]
-    pipe.load_lora_weights(tmp_path)
+    if reader == "peft":
+        unload = peft.PeftModel.from_pretrained(pipe.transformer, tmp_path).unload
+    else:
+        pipe.load_lora_weights(tmp_path)
+        unload = pipe.unload_lora_weights
     cached, whole = stock_latents(), stock_latents(use_kv_cache=False)
     fewer = stock_latents(count - 1) if count else None
     pixels = stock_draw(pipe, x[:1], prompts[0], cfg, count, "pt") if precision == "float32" else None
-    pipe.unload_lora_weights()
+    unload()
     found = draw(model, x, prompts, cfg, count)
     assert relative(found, cached) < near and relative(found, whole) < near
     if cfg != 1:

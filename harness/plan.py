@@ -313,8 +313,9 @@ def _model_lines(s: Settings) -> tuple[list[tuple[str, str]], list[str], flow.Fl
     if kept:
         lines.append(("", f"at most {gib(kept)} more as a micro-batch is drawn: keys and values of text and sources"))
     if s.stage in settings.TRAINED:
-        lines.append(("", "activations, LoRA teachers, encoders, VAE and scorers come on top; to measure all, run on"))
-        lines.append(("", "an accelerator with --name probe --steps 1: `memory` (GiB) in runs/probe/metrics.jsonl"))
+        lines.append(("", "before the first step text encoders have the base's place. Activations, LoRA teachers, VAE"))
+        lines.append(("", "and scorers come on top of what stays; to measure all, run on an accelerator with --name"))
+        lines.append(("", "probe --steps 1: `memory` (GiB) in runs/probe/metrics.jsonl"))
     return lines, lost, base
 
 

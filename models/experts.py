@@ -234,6 +234,14 @@ class Experts:
             if name not in names:
                 expert.release()
 
+    def move_frozen(self, device: torch.device | str) -> None:
+        """Move what does not train of the backbone, bit for bit: it waits on the host while others need the device."""
+        for tensor in (*self.backbone.parameters(), *self.backbone.buffers()):
+            if not tensor.requires_grad:
+                tensor.data = tensor.data.to(device)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     # --------------------------------------------------------------------------------------------------- the student
     def trainable(self) -> dict[str, nn.Parameter]:
         """What the optimizer trains, by name: the student's factors, or the whole transformer."""

@@ -4,7 +4,7 @@ A subclass says how one prompt is encoded (`read_encoders`, `encode_row`), how m
 latents become pixels (`pixels`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -47,23 +47,25 @@ class Published(FlowModel):
         """Prompts, and the source pictures of edits, -> Cond on the device; what `prepare` has not seen, now."""
         return joined(self._rows(prompts, images)).to(self.device)
 
-    @torch.no_grad()
     def _rows(self, prompts: Sequence[str], images: Sequence[Sequence[Source]] | None) -> list[Cond]:
-        encoders, rows, images = None, [], images or [()] * len(prompts)
-        shown = tqdm(prompts, desc="encoding prompts", leave=False, delay=1)  # no bar for what is known
-        for prompt, pictures in zip(shown, images, strict=True):
-            key = prompt, *(picture.where for picture in pictures)
-            if key not in self.known:
-                check_count(len(pictures), self.most_sources, self.source)
-                encoders = encoders or self.read_encoders()
-                if self.length(encoders, prompt, len(pictures)) > self.text_length:
-                    self.cut.add(prompt)
-                self.known[key] = self.encode_row(encoders, prompt, pictures).to("cpu")
-            rows.append(self.known[key])
-        if encoders and self.device.type == "cuda":
-            del encoders
-            torch.cuda.empty_cache()
-        return rows
+        pairs = list(zip(prompts, images or [()] * len(prompts), strict=True))
+        keys = [(prompt, *(picture.where for picture in pictures)) for prompt, pictures in pairs]
+        new = {key: pair for key, pair in zip(keys, pairs, strict=True) if key not in self.known}
+        if new:
+            self.move_frozen("cpu")  # the text encoders may be as large as the transformer
+            self._encode(new)
+            self.move_frozen(self.device)
+        return [self.known[key] for key in keys]
+
+    @torch.no_grad()
+    def _encode(self, new: Mapping[tuple[str, ...], tuple[str, Sequence[Source]]]) -> None:
+        for _, pictures in new.values():
+            check_count(len(pictures), self.most_sources, self.source)
+        encoders = self.read_encoders()
+        for key, (prompt, pictures) in tqdm(new.items(), desc="encoding prompts", leave=False, delay=1):
+            if self.length(encoders, prompt, len(pictures)) > self.text_length:
+                self.cut.add(prompt)
+            self.known[key] = self.encode_row(encoders, prompt, pictures).to("cpu")
 
     def vae(self) -> nn.Module:
         if self._vae is None:

@@ -28,6 +28,7 @@ from models import qwen
 from models.experts import STUDENT
 from models.sd3 import SD35Model
 from tests.helpers.checks import gap, refusal, relative, shown
+from tests.helpers.pretend_cuda import CPU, CUDA, place, pretend_cuda
 from tests.helpers.qwen_hub import PIPELINES, build_qwen, noise, picture, pil, trained
 
 EDITORS = ("edit", "plus")
@@ -255,6 +256,28 @@ def test_encoders_are_loaded_once_asked_once_for_a_prompt_and_a_picture_and_let_
     assert all(len(part) == 1 and not part.requires_grad and part.device.type == "cpu" for part in parts)
     model.encode(["c"])
     assert asked == [*expected, "load", ("c", 0)], "an unknown prompt is encoded when it comes"
+
+
+@pytest.mark.parametrize("kind", ["sd35", "plus"])
+def test_while_prompts_are_encoded_the_base_waits_on_the_host_and_comes_back_bit_identical(folders, kind):
+    """The student's factors, which the optimizer holds, stay where they are."""
+    model, t, places = trained(load(folders, kind)), torch.tensor([0.5]), set()
+    x, row = noise(model, 1), model.encode(PROMPTS[:1])
+
+    def encode_row(*_):
+        every = (*model.transformer.parameters(), *model.transformer.buffers())
+        places.update((p.requires_grad, place(p)) for p in every)
+        return row
+
+    with pretend_cuda():
+        model.device = CUDA
+        model.transformer.to(CUDA)
+        before = model.velocity(x.to(CUDA), t.to(CUDA), row.to(CUDA))
+        model.read_encoders, model.length, model.encode_row = (lambda: None), (lambda *_: 1), encode_row
+        model.prepare(PROMPTS[1:])
+        assert places == {(True, CUDA), (False, CPU)}
+        assert {place(p) for p in (*model.transformer.parameters(), *model.transformer.buffers())} == {CUDA}
+        assert torch.equal(model.velocity(x.to(CUDA), t.to(CUDA), row.to(CUDA)).cpu(), before.cpu())
 
 
 @pytest.mark.parametrize("kind", ["sd35", "plus"])

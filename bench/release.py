@@ -214,18 +214,22 @@ SETTINGS = {
 }
 
 
-def noise(setting: str = "F", repeats: str = "16", warmup: str = "8") -> None:
-    """A step of 12 rows, after some steps of training: the trace of its gradient's covariance times its seconds."""
+def noise(setting: str = "F", repeats: str = "32", warmup: str = "8") -> None:
+    """A step of 12 rows, after some steps of training: the trace of its gradient's covariance times its seconds.
+
+    All have the same rows in a turn, since a few rows have far larger gradients than the others.
+    """
     flags = [*SETTINGS[setting].split(), "--stage", "opd", "--prompts-per-step", "12", "--group-size", "1"]
     s = parsed(*flags, "--drawn-states", "0", "--no-resume", "--out", tempfile.mkdtemp())
     prompts, run = load.load_prompts(s, "train", s.train_prompts, task_list(s)), load.student_run(s)
-    experts, steps = load.load_teachers(run.model, s), itertools.count()
-    for _ in range(int(warmup)):
-        train.distil_step(run, rollout.rows_of(run, prompts, next(steps)), experts)
+    experts, turns = load.load_teachers(run.model, s), {}
+    for step in range(int(warmup)):
+        train.distil_step(run, rollout.rows_of(run, prompts, step), experts)
 
     def take(step: Callable, k: int, every: int = 1) -> Tensor:
-        run.s = replace(s, drawn_states=k, anchor_every=every)
-        rows = rollout.rows_of(run, prompts, next(steps))
+        run.s, turn = replace(s, drawn_states=k, anchor_every=every), turns.setdefault((step, k, every), int(warmup))
+        turns[step, k, every] += 1
+        rows = rollout.rows_of(run, prompts, turn)
         return gradient(run, lambda: step(run, rows, experts))
 
     named = {"released loop": partial(take, released_step, 0), "ours, all states": partial(take, train.distil_step, 0)}

@@ -23,7 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from itertools import cycle, islice, product
 from pathlib import Path
 from types import SimpleNamespace
@@ -123,6 +123,7 @@ def commit() -> str:
 
 
 # --------------------------------------------------------------------------------------------------- the fresh split
+@cache
 def fresh(world, task: str) -> list[Prompt]:
     """COUNT test prompts of a task, every tag as often: unseen ones, or, if a tag has none, its seen ones again."""
     seen = {p.text for p in world.make_prompts(task, "test", 192)}

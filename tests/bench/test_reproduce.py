@@ -43,7 +43,7 @@ def test_the_fresh_split_has_no_seen_prompt_but_of_tags_that_have_no_other(world
 def test_a_run_is_made_once_after_what_it_needs_and_scored_on_the_fresh_split(tmp_path, monkeypatch):
     (tmp_path / "assets").symlink_to(Path("assets").resolve())
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(reproduce, "COUNT", 6)
+    monkeypatch.setattr(reproduce, "fresh", lambda world, task: world.make_prompts(task, "test", 3))
     step = "--stage opd --steps 1 --prompts-per-step 3 --keep 9 --save-every 1"
     runs = {"merge": "--stage merge", "far": f"{step} --init @merge", "teacher-states": f"{step} --drawn-states 0"}
     monkeypatch.setattr(claims, "RUNS", runs)

@@ -133,7 +133,7 @@ def test_eval_py_refuses_in_one_line(world, tmp_path, capsys):
 
 def test_each_shipped_teacher_is_the_best_at_its_own_task(tmp_path):
     """The checkpoints in assets/ are what the README says: a mediocre base, and specialists that beat it at home."""
-    shipped = {"preset": "tiny", "name": "shipped", "mar": 0.0, "out": str(tmp_path), "eval_prompts": 36}
+    shipped = {"preset": "tiny", "name": "shipped", "mar": 0.0, "out": str(tmp_path), "eval_prompts": 18}
     rows, _ = evaluation.compare(cli.resolve({**shipped, "device": "cpu"}))
     scores = {name: {key: cell.value for key, cell in row["scores"].items()} for name, row in rows.items()}
     for task in tiny.TASKS:

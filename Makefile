@@ -26,7 +26,7 @@ demo: .venv/installed
 
 test: .venv/installed
 	.venv/bin/ruff check
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-all: test
 	OMP_NUM_THREADS=1 $(PY) -m bench.kills

@@ -9,12 +9,13 @@ and the merge of K teachers with weights w_k (default 1/K) is
 
     delta = sum_k w_k delta_k.     (out, in), rank at most R = r_1 + .. + r_K
 
-Six answers, all of which return one adapter whose update is B A at scale 1:
+Seven answers, all of which return one adapter whose update is B A at scale 1:
 
     cat     stack the factors: exactly delta, but the rank adds up to R (and so does the cost of the student)
     svd     the best approximation of delta at a given rank (Eckart-Young): the default
     ties    TIES: trim each delta, elect a sign per entry, average those that agree; then the SVD to a rank
     knots   KnOTS: TIES in the basis that the SVD of all deltas side by side gives; then the SVD to a rank
+    dare    DARE: drop entries of each delta at random, divide the others by the share that stays; then as svd
     iso     Iso-C: the same directions as svd, each as strong as their mean, so that no teacher's few strong ones rule
     factor  average A and B apart, as the released code does; not a merge of the deltas, kept for comparison
 
@@ -32,7 +33,7 @@ from torch import Tensor
 
 from sde import full_precision
 
-METHODS = ("cat", "svd", "ties", "knots", "iso", "factor")
+METHODS = ("cat", "svd", "ties", "knots", "dare", "iso", "factor")
 SUFFIX_A, SUFFIX_B = ".lora_A.weight", ".lora_B.weight"
 
 
@@ -44,6 +45,7 @@ def merge_lora(
     rank: int | None = None,
     scales: Sequence[float] | None = None,
     density: float = 0.2,
+    generator: torch.Generator | None = None,
 ) -> dict[str, Tensor]:
     """Merge K LoRA adapters into one (F §5.1, "merging-as-initialization").
 
@@ -53,7 +55,8 @@ def merge_lora(
     method    one of `METHODS`, see the top of this file.
     rank      of all but "cat" and "factor"; default the largest rank that goes in, module by module.
     scales    K numbers alpha_k / r_k, default 1: pass them, or a teacher trained at alpha = 2 r counts half.
-    density   "ties" and "knots": the fraction of each delta's entries that survives trimming, in (0, 1].
+    density   "ties", "knots" and "dare": the fraction of each delta's entries that stays, in (0, 1].
+    generator on the CPU, draws what "dare" drops; by default the same entries every time.
 
     Returns a state dict with the keys of adapter 0 in its dtype; computed in float32 at least. Its update is
     B @ A at scale 1: SAVE IT WITH alpha = rank (module by module, where ranks differ). No gradient flows.
@@ -76,11 +79,12 @@ def merge_lora(
         if odd := sorted({module for module, _ in update.items() ^ updates[0].items()}):
             raise ValueError(f"adapters {k} and 0 do not update the same weights: {odd[0]!r}")
 
+    generator = generator or torch.Generator().manual_seed(0)
     merged = {}
     for module, (first, _) in layers[0].items():
         a = [full_precision(layer[module][0]) for layer in layers]  # K x (r_k, in)
         b = [scale * full_precision(layer[module][1]) for layer, scale in zip(layers, scales)]  # K x (out, r_k)
-        a_merged, b_merged = _merge_layer(a, b, weights, method, rank, density, module)
+        a_merged, b_merged = _merge_layer(a, b, weights, method, rank, density, generator, module)
         merged[module + SUFFIX_A] = a_merged.to(first.dtype)
         merged[module + SUFFIX_B] = b_merged.to(first.dtype)
     return merged
@@ -98,7 +102,7 @@ def _layers(adapter: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
     return layers
 
 
-def _merge_layer(a, b, weights, method, rank, density, module) -> tuple[Tensor, Tensor]:
+def _merge_layer(a, b, weights, method, rank, density, generator, module) -> tuple[Tensor, Tensor]:
     """One module: K factors a (r_k, in) and b (out, r_k) -> the merged (rank, in) and (out, rank)."""
     if method == "factor":
         if len({len(a_k) for a_k in a}) > 1:
@@ -113,7 +117,7 @@ def _merge_layer(a, b, weights, method, rank, density, module) -> tuple[Tensor, 
     if method == "cat":
         return a_stack, b_stack
 
-    sizes = (b_stack.shape[0], a_stack.shape[1]) + (() if method == "ties" else (len(a_stack),))
+    sizes = (b_stack.shape[0], a_stack.shape[1]) + (() if method in ("ties", "dare") else (len(a_stack),))
     limit = min(sizes)  # no more singular values than this: beyond it come zero pairs, which never train
     if rank is None:
         rank = min(max(len(a_k) for a_k in a), limit)
@@ -125,7 +129,12 @@ def _merge_layer(a, b, weights, method, rank, density, module) -> tuple[Tensor, 
     if method == "knots":  # Stoica et al. 2024: [delta_1 .. delta_K] = U [S V_1^T .. S V_K^T], and TIES of the S V_k^T
         u, s, vh = _svd_of_product(torch.cat(b, dim=1), torch.block_diag(*a))  # (out, R), (R,), (R, K in)
         return _truncate(*_svd_of_product(u, _ties((s[:, None] * vh).chunk(len(a), dim=1), weights, density)), rank)
-    dense = _ties([b_k @ a_k for a_k, b_k in zip(a, b)], weights, density)
+    deltas = [b_k @ a_k for a_k, b_k in zip(a, b)]
+    if method == "dare":  # Yu et al. 2024: over all that may be dropped, the mean stays sum_k w_k delta_k
+        stays = [(torch.rand(d.shape, generator=generator) < density).to(d) / density for d in deltas]
+        dense = sum(w * d * m for w, d, m in zip(weights, deltas, stays))
+    else:
+        dense = _ties(deltas, weights, density)
     return _truncate(*torch.linalg.svd(dense, full_matrices=False), rank)
 
 

@@ -195,7 +195,7 @@ class Settings:
     mar: float = _option(0.02, "weight [lambda; beta in App. A] of manifold anchor regularisation", ("opd",), low=0.0)
     anchor_every: int = _option(1, "of so many samples MAR looks at one and counts it so many times", ("opd",), low=1)
     merge_method: str = _option("svd", "how the teachers' updates are averaged", ("merge",),
-                                choices=("cat", "svd", "ties", "knots", "iso", "factor"))
+                                choices=("cat", "svd", "ties", "knots", "dare", "iso", "factor"))
     sft_images: int = _option(960, "images sampled from the routed teachers", ("sft",), low=1)
 
     eval_prompts: int = _option(8, "test prompts per task in an evaluation; 0: none, and no picture is ever decoded",

@@ -20,7 +20,7 @@ MIX = "--stage grpo --task mix --steps 50 --save-every 10 --keep 9"  # 9,600 tra
 STACKED = "--stage grpo --task mix --mix joint --steps 50 --tasks"
 Q_GRPO, Q_OPD = "--stage grpo --steps 80", "--stage opd --steps 120"
 JUDGED = "--stage grpo --task quality --steps 60 --rewards"
-MERGES = ("svd", "cat", "ties", "knots", "iso", "factor")
+MERGES = ("svd", "cat", "ties", "knots", "dare", "iso", "factor")
 # Drawn states of a trajectory, 0 for all: a third of the steps that take about as many CPU seconds.
 DRAWN = {
     "from-base": {0: 13, 1: 32, 2: 19}, "from-merge": {0: 7, 1: 16, 2: 9},

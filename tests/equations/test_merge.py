@@ -101,6 +101,22 @@ def test_knots_is_ties_in_the_basis_of_all_deltas_side_by_side():
     assert relative(delta(one, "block.0.to_q"), dense(adapters, [1, 0], [1, 1], "block.0.to_q")) < 1e-12, "of equals"
 
 
+def test_dare_keeps_entries_at_random_and_is_the_weighted_sum_in_the_mean():
+    module = "block.0.to_q"
+    adapters, weights, scales = [make(5, 2, {module: (7, 5)}), make(6, 3, {module: (7, 5)})], [0.3, 0.9], [2.0, 0.5]
+    alone, own = merge_lora(adapters[:1], [1], "dare", rank=5, density=0.25), dense(adapters, [1], [1], module)
+    dropped = delta(alone, module).abs() < 1e-9
+    assert 0 < dropped.sum() < 35 and relative(delta(alone, module), torch.where(dropped, 0, own / 0.25)) < 1e-12
+    found = torch.stack([
+        delta(merge_lora(adapters, weights, "dare", 5, scales, 0.5, torch.Generator().manual_seed(seed)), module)
+        for seed in range(400)
+    ])  # fmt: skip
+    error = found.mean(0) - dense(adapters, weights, scales, module)
+    assert (error.abs() < 5 * found.std(0) / 400**0.5).all()
+    again = [merge_lora(adapters, method="dare")[module + A] for _ in range(2)]
+    assert torch.equal(*again), "by default the same entries are dropped"
+
+
 @pytest.mark.parametrize("method", ["svd", "ties", "knots"])
 def test_the_factors_are_balanced_and_their_signs_are_fixed(method):
     adapters = [make(7, 3), make(8, 2)]
@@ -190,7 +206,8 @@ def test_one_adapter_comes_back_with_its_own_delta_and_the_order_of_many_does_no
     for module in SHAPES:
         own = dense(adapters, [1], [1.5], module)
         assert relative(delta(alone, module), own) < 1e-12 or method == "iso"  # which changes its spectrum
-        torch.testing.assert_close(delta(forward, module), delta(backward, module))
+        if method != "dare":  # which draws for one adapter after the other
+            torch.testing.assert_close(delta(forward, module), delta(backward, module))
 
 
 @pytest.mark.parametrize("method", merge.METHODS)

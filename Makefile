@@ -31,7 +31,8 @@ test: .venv/installed
 test-all: test
 	OMP_NUM_THREADS=1 $(PY) -m bench.kills
 	OMP_NUM_THREADS=1 $(PY) -m bench.bad_input
-	WHOLE_GRID=1 OMP_NUM_THREADS=1 $(PY) -m pytest tests/pipeline/test_world_size.py tests/pipeline/test_flags.py
+	WHOLE_GRID=1 OMP_NUM_THREADS=1 $(PY) -m pytest tests/pipeline/test_world_size.py \
+	  tests/pipeline/test_flags.py tests/pipeline/test_pretend_cuda.py
 
 reproduce: .venv/installed
 	$(PY) -m bench.reproduce

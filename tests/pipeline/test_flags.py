@@ -25,7 +25,7 @@ from tiny import judge as tiny_judge
 
 WHOLE = bool(os.environ.get("WHOLE_GRID"))
 SHARE = 3  # pairs of a stage, if not the whole grid
-LINES_A_STAGE = 10  # single flags of a stage, likewise
+LINES_A_STAGE = 6  # single flags of a stage, likewise
 # What moves no number on purpose: which run it is and where it lies; where and how it is computed, what a wait or a
 # fault leads to. `parallel` has tests of its own under several processes.
 ELSEWHERE = {

@@ -1,9 +1,8 @@
 """How do models compare, and how sure is it? Bootstrap intervals, an arena's ratings.
 
 Whatever is resampled are *prompts*: the pictures of one prompt are alike, so that pictures are no independent sample.
-A difference of two models is paired: both are resampled with the same prompts.
 
-P prompts, N pictures a prompt, M models.
+P prompts, M models.
 """
 
 import math
@@ -18,37 +17,20 @@ RESAMPLES, LEVEL = 1000, 0.95
 
 def bootstrap(
     statistic: Callable[[np.ndarray], float | np.ndarray], prompts: int, strata: Sequence[str] = (),
-    resamples: int = RESAMPLES, seed: int = 0,
+    resamples: int = RESAMPLES,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
     """(estimate, low, high) of a statistic of prompts: the percentile bootstrap, 95 %.
 
     statistic(index (P,) of prompts) -> a number or an array. The estimate has every prompt once, each resample P drawn
     with replacement. strata: one name a prompt (GenEval's tags): each is drawn from itself, as often as it is there.
-    Raises ValueError without a prompt.
     """
-    if prompts < 1:
-        raise ValueError("no prompt to resample")
     labels = np.asarray(strata if len(strata) else [""] * prompts)
-    if len(labels) != prompts:
-        raise ValueError(f"{len(labels)} strata for {prompts} prompts")
-    groups, rng = [np.flatnonzero(labels == label) for label in dict.fromkeys(labels)], np.random.default_rng(seed)
+    groups, rng = [np.flatnonzero(labels == label) for label in dict.fromkeys(labels)], np.random.default_rng(0)
     draws = [
         statistic(np.concatenate([rng.choice(group, len(group)) for group in groups])) for _ in range(resamples)
     ]
     low, high = np.quantile(np.asarray(draws, np.float64), [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
     return np.asarray(statistic(np.arange(prompts)), np.float64), low, high
-
-
-def mean_cell(values: Sequence[Sequence[float]] | Sequence[float], seed: int = 0) -> Cell:
-    """The mean over prompts of the means over their pictures, with its interval. values: one number or N a prompt."""
-    means_P = np.array([np.mean(own) for own in values], np.float64)
-    estimate, low, high = bootstrap(lambda index: means_P[index].mean(), len(means_P), seed=seed)
-    return Cell(float(estimate), len(means_P), float(low), float(high))
-
-
-def difference_cell(a: Sequence, b: Sequence, seed: int = 0) -> Cell:
-    """mean(a) - mean(b), paired by prompt. a, b: as in `mean_cell`, of the same P prompts in the same order."""
-    return mean_cell([np.mean(own) - np.mean(other) for own, other in zip(a, b, strict=True)], seed)
 
 
 # ------------------------------------------------------------------------------------------------------------ arena
@@ -60,31 +42,24 @@ def bradley_terry(wins_MM: np.ndarray, prior: float = 1.0) -> np.ndarray:
 
     wins_ij: how often i beat j, a tie being half a win of both. The prior is `prior` drawn games of every model against
     an average one. With it the answer is finite and unique also for a model that wins always and for models that
-    nobody compared. prior = 0 is the plain maximum of the likelihood, and ValueError where there is none: some models
-    never lost to the others. Newton's method; a step changes no difference by more than 1, which is enough for every
-    step to raise L, because the curvature of log sigmoid changes by a factor of e at most over a distance of 1.
+    nobody compared. Newton's method; a step changes no difference by more than 1, which is enough for every step to
+    raise L, because the curvature of log sigmoid changes by a factor of e at most over a distance of 1.
     """
-    wins = np.asarray(wins_MM, np.float64)
-    if wins.ndim != 2 or wins.shape[0] != wins.shape[1] or not (np.isfinite(wins).all() and (wins >= 0).all()):
-        raise ValueError(f"wins must be (M, M), finite and not negative, got {wins.shape}")
-    wins = wins * (1 - np.eye(len(wins)))
-    games = wins + wins.T
-    if prior == 0 and not (np.linalg.matrix_power(np.eye(len(wins)) + (wins > 0), len(wins)) > 0).all():
-        raise ValueError("no finite strengths without a prior: some models never lost to the others")
-    theta = np.zeros(len(wins))
+    wins = np.asarray(wins_MM, np.float64) * (1 - np.eye(len(wins_MM)))
+    games, theta = wins + wins.T, np.zeros(len(wins))
     for _ in range(1000):
         p_MM, p_M = 1 / (1 + np.exp(theta[None] - theta[:, None])), 1 / (1 + np.exp(-theta))
         slope = (wins - games * p_MM).sum(1) + prior * (0.5 - p_M)  # dL/dtheta
         pull = games * p_MM * (1 - p_MM)
         curvature = np.diag(pull.sum(1) + prior * p_M * (1 - p_M)) - pull  # -d2L/dtheta2
-        step = np.linalg.solve(curvature + (prior == 0), slope)  # the likelihood alone leaves the mean open: keep it
+        step = np.linalg.solve(curvature, slope)
         theta += step / max(1.0, np.ptp(step), abs(step).max())
         if np.ptp(step) < 1e-10 and abs(step).max() < 1e-6:  # of many votes, rounding moves the mean by more
             break
     return theta - theta.mean()
 
 
-def elo(wins_PMM: np.ndarray, names: Sequence[str], categories: Sequence[str] = (), seed: int = 0) -> dict[str, dict]:
+def elo(wins_PMM: np.ndarray, names: Sequence[str], categories: Sequence[str] = ()) -> dict[str, dict]:
     """{model: {"overall": Cell, category: Cell}}: ratings 1000 + 400 log10(strength), Q Fig. 4, with their intervals.
 
     wins_PMM: of every prompt, as in `bradley_terry`, in both orders of a pair; categories: one a prompt. The mean
@@ -95,7 +70,7 @@ def elo(wins_PMM: np.ndarray, names: Sequence[str], categories: Sequence[str] = 
     index_of |= {own: np.flatnonzero(np.asarray(categories) == own) for own in dict.fromkeys(categories)}
     for column, own in index_of.items():
         rating = lambda index, own=own: 1000 + 400 / math.log(10) * bradley_terry(wins_PMM[own[index]].sum(0))  # noqa: E731
-        found = bootstrap(rating, len(own), seed=seed)
+        found = bootstrap(rating, len(own))
         for name, *numbers in zip(names, *found, strict=True):
             rows[name][column] = Cell(float(numbers[0]), len(own), *map(float, numbers[1:]))
     return rows

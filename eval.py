@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from data.common import write_atomic
 from data.files import Prompt
+from data.pictures import stacked
 from harness import arena, drawn, export, load, ownership, plan, ranks, report, suites, tables
 from harness.compare import RESAMPLES, elo
 from models import flow
@@ -53,7 +54,7 @@ def score(
     world, rows = load.world_of(s), []
     shown = tqdm(total=len(pictures), desc=f"scoring {name}", leave=False, delay=1)
     for task, part in drawn.by_prompts(pictures, s.micro_batch or 96):
-        images, prompts = drawn.images(folder, part), [p.prompt for p in part]
+        images, prompts = stacked(folder / p.file for p in part), [p.prompt for p in part]
         found = dict(world.score(images, prompts, task, panel))
         if world.KINDS and settings.suite_list(s):  # a tiny world's own scores, and what a suite asks for besides
             found |= published.score(images, prompts, task, panel)

@@ -6,7 +6,7 @@ A prompt's `image` is a path, or the picture itself as a data URI, `data:image/p
 import base64
 import io
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, lru_cache, partial
 from pathlib import Path
@@ -162,6 +162,11 @@ def decode(where: str | Path) -> np.ndarray:
             picture = picture.convert("RGBA")
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
         return np.array(picture.convert("RGB"))
+
+
+def stacked(files: Iterable[Path]) -> Tensor:
+    """Pictures of one size, (B, 3, H, W) in [0, 1]."""
+    return torch.stack([torch.from_numpy(decode(file)).permute(2, 0, 1) / 255 for file in files])
 
 
 _cached = lru_cache(CACHED_PICTURES)(decode)

@@ -13,10 +13,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from data.files import Prompt
-from data.pictures import decode
+from data.pictures import stacked
 from rewards import HIGHEST_RATING, LOWEST_RATING, Scorer
 
 MIDDLE, CLEAR = (LOWEST_RATING + HIGHEST_RATING) / 2, 0.5
@@ -28,28 +27,23 @@ def vote(rows: Sequence[Mapping], folder: Path, judge: Scorer | None, batch: int
     games: dict[tuple, dict[str, Mapping]] = {}
     for row in rows:
         games.setdefault((row["task"], row["index"], row["sample"]), {})[row["model"]] = row
-    asked = [
-        (a, b, order) for own in games.values() for a, b in itertools.combinations(own.values(), 2) for order in (0, 1)
-    ]  # fmt: skip
+    pairs = (pair for own in games.values() for pair in itertools.combinations(own.values(), 2))
+    asked = [(pair, order) for pair in pairs for order in (0, 1)]
+    shown = [pair if order == 0 else pair[::-1] for pair, order in asked]
+    leans = (lean for i in range(0, len(shown), batch) for lean in preferences(shown[i : i + batch], folder, judge))
     votes = []
-    for first in range(0, len(asked), batch):
-        some = [((a, b), order) for a, b, order in asked[first : first + batch]]
-        for (a, b), order, leans in zip(*zip(*some, strict=True), preferences(some, folder, judge), strict=True):
-            winner = ("a", "b")[order] if leans > 0 else ("b", "a")[order] if leans < 0 else "tie"
-            shared = {key: a[key] for key in ("prompt", "index", "sample", "task", "category")}
-            votes.append({"a": a["model"], "b": b["model"], **shared, "order": order, "winner": winner})
+    for ((a, b), order), lean in zip(asked, leans, strict=True):
+        shared = {key: a[key] for key in ("prompt", "index", "sample", "task", "category")}
+        winner = "tie" if lean == 0 else "a" if (lean > 0) == (order == 0) else "b"
+        votes.append({"a": a["model"], "b": b["model"], **shared, "order": order, "winner": winner})
     return votes
 
 
-def preferences(some: Sequence[tuple], folder: Path, judge: Scorer | None) -> list[float]:
+def preferences(shown: Sequence[tuple[Mapping, Mapping]], folder: Path, judge: Scorer | None) -> list[float]:
     """Positive where the picture that is shown first is better, negative where the second is, 0 for a tie."""
-    shown = [pair if order == 0 else pair[::-1] for pair, order in some]
     if judge is None:
         return [statistics.fmean(a["scores"].values()) - statistics.fmean(b["scores"].values()) for a, b in shown]
-    first, second = (
-        torch.stack([torch.from_numpy(decode(folder / row["picture"])).permute(2, 0, 1) / 255 for row in side])
-        for side in zip(*shown, strict=True)
-    )
+    first, second = (stacked(folder / row["picture"] for row in side) for side in zip(*shown, strict=True))
     prompts = [Prompt(a["prompt"], "t2i", {}, a["picture"]) for a, _ in shown]
     leans = judge.score(second, prompts, [(picture,) for picture in first]).double() * HIGHEST_RATING - MIDDLE
     return [lean if abs(lean) >= CLEAR else 0.0 for lean in leans.tolist()]

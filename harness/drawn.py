@@ -20,13 +20,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from data.batches import seed_for
 from data.files import Prompt
-from data.pictures import decode, places, sources_of, to_picture
+from data.pictures import places, sources_of, to_picture
 from harness import identity, ranks, rollout
 from models.flow import FlowModel
 from settings import Settings
@@ -163,8 +162,3 @@ def by_prompts(pictures: Sequence[Picture], size: int) -> Iterator[tuple[str, li
                 part = []
             part += sorted(own, key=lambda p: p.sample)
         yield task, part
-
-
-def images(folder: Path, pictures: Sequence[Picture]) -> Tensor:
-    """(B, 3, H, W) in [0, 1], from the files."""
-    return torch.stack([torch.from_numpy(decode(folder / p.file)).permute(2, 0, 1) / 255 for p in pictures])

@@ -5,12 +5,10 @@ import re
 from html import unescape
 
 import pytest
-import torch
 
 import eval as evaluation
-from data.pictures import decode
+from data.pictures import stacked
 from harness import cli, drawn, suites, tables
-from tests.helpers.clip import save_clip, save_detector
 from tests.helpers.runs import TASKS, command, the_one_line, tiny_settings, with_adapter
 from tiny import drawings as tiny
 from tiny import edits as tiny_edit
@@ -31,8 +29,8 @@ def test_evaluation_repeats_exactly_and_scores_the_adapter_that_is_selected(mode
     assert first == second and [row["task"] for row in first] == [task for task in TASKS for _ in range(5)]
     for task, metric in zip(TASKS, ("geneval", "ocr", "quality"), strict=True):
         own = [row for row in first if row["task"] == task]
-        images = torch.stack([torch.from_numpy(decode(tmp_path / "a" / r["picture"])) for r in own]).permute(0, 3, 1, 2)
-        again = tiny.score(images / 255, prompts[task], task)
+        images = stacked(tmp_path / "a" / r["picture"] for r in own)
+        again = tiny.score(images, prompts[task], task)
         assert [row["scores"] for row in own] == [{metric: value} for value in again[metric]]
     with model.adapter(None):
         base = evaluation.evaluate(model, "m", prompts, SMALL, 1.0, tmp_path / "a")
@@ -64,64 +62,14 @@ def test_eval_py_scores_base_teachers_and_whatever_is_compared(world, tmp_path, 
     assert text.count("<img ") == 6 * 3 * 6, "models, tasks, prompts"
 
 
-CATS = """{"tag": "single_object", "include": [{"class": "cat", "count": 12}], "prompt": "twelve cats"}
-{"tag": "counting", "include": [{"class": "cat", "count": 16}], "prompt": "sixteen cats"}
-{"tag": "counting", "include": [{"class": "cat", "count": 15}], "prompt": "fifteen cats"}
-"""
-
-
-def pictures_of(run):
-    """{model's folder: {file: bytes}} of a run."""
-    return {f.name: {p.name: p.read_bytes() for p in f.iterdir()} for f in (run / "pictures").iterdir()}
-
-
-@pytest.fixture
-def table2(tmp_path, monkeypatch):
-    """Flags for F Table 2's four metrics: GenEval on a tiny detector that sees twelve cats in every picture of 64
-    pixels, so that its graded rewards are 1, 0.75 and 0.8, and three functions of a user's own."""
-    pytest.importorskip("scipy", reason="extra geneval")
-    from scorers import geneval
-
-    cat = {"class": "cat", "score": 0.95, "box": (0, 0, 9, 9)}
-    monkeypatch.setattr(geneval, "instances", lambda *given: [cat] * 12 if given[2] == (64, 64) else [])
-    own, rewards = tmp_path / "own.py", tmp_path / "rewards.json"
-    own.write_text("ocr, deqa, pickscore = (lambda p, *_, value=v: [value] * len(p) for v in (.94, .87, .91))")
-    mine = {name: {"kind": f"{own}:{name}"} for name in ("ocr", "deqa", "pickscore")}
-    options = {"detector": str(save_detector(tmp_path / "detector")), "clip": str(save_clip(tmp_path / "clip"))}
-    weights = {"composition": ["geneval"], "text": ["ocr"], "quality": ["deqa", "pickscore"]}
-    rewards.write_text(json.dumps({
-        "scorers": {"geneval": {"kind": "geneval", "short_side": 64, **options}, **mine},
-        "weights": {category: dict.fromkeys(names, 1.0) for category, names in weights.items()},
-    }))  # fmt: skip
-    (tmp_path / "prompts").mkdir()
-    (tmp_path / "prompts/test_metadata.jsonl").write_text(CATS)
-    return ["--rewards", str(rewards), "--prompts", f"composition={tmp_path / 'prompts'}", "--eval-prompts", "3"]
-
-
-def test_eval_py_has_table_2s_columns_and_the_tags_for_sd35_with_teachers_of_every_kind(
-    sd35, table2, tmp_path, monkeypatch, spy, capsys
-):
-    built = spy(evaluation.scoring, "build")
+def test_teachers_of_every_kind_draw_pictures_of_their_own_without_a_score_too(sd35, tmp_path):
     flags = command(sd35.flags, "--out", str(tmp_path), "--compare", f"lora={sd35.lora}", stage="eval")
-    assert evaluation.main([*flags, "--name", "scored", *table2]) == 0
-    rows = json.loads((tmp_path / "scored/results.json").read_text())
-    assert list(rows) == ["base", *(f"teacher {task}" for task in TASKS), "lora"]
-    # GenEval 1/2: of its two tags one is right. 0.85 is the mean of its graded rewards, 1/3 that of its verdicts.
-    row = {"composition geneval": 0.5, "text ocr": 0.94, "quality deqa": 0.87, "quality pickscore": 0.91, "Avg": 0.805}
-    tags = {"counting": 0.0, "single_object": 1.0}
-    assert all(found == {"scores": pytest.approx(row), "tags": tags} for found in rows.values())
-    printed = re.sub(r" \[[^]]*\]", "", capsys.readouterr().out)
-    for table in ("| base | 0.500 | 0.940 | 0.870 | 0.910 | 0.805 |", "By tag:", "| base | 1.000 | 0.000 |"):
-        assert table in printed
-    drawn = pictures_of(tmp_path / "scored")
-    assert len(drawn) == 5 and all(len(own) == 9 for own in drawn.values())
-    assert len({picture for own in drawn.values() for picture in own.values()}) == 45, "every model draws its own"
-    assert len(built) == 1, "the scorers are loaded once for all"
-    assert evaluation.main([*flags, "--name", "unscored", *table2[2:]]) == 0
-    assert len(built) == 1 and pictures_of(tmp_path / "unscored") == drawn, "and the same ones again"
-    rows = json.loads((tmp_path / "unscored/results.json").read_text())
-    assert rows == dict.fromkeys(rows, {"scores": {}, "tags": {}}) and len(rows) == 5
-    assert (tmp_path / "unscored/report.html").read_text().count("<img ") == 5 * 9, "pictures all the same"
+    assert evaluation.main([*flags, "--name", "run"]) == 0
+    drawn = {file.read_bytes() for file in (tmp_path / "run").rglob("*.png")}
+    assert len(drawn) == 5 * 3, "every model draws its own"
+    rows = json.loads((tmp_path / "run/results.json").read_text())
+    assert rows == dict.fromkeys(["base", *(f"teacher {task}" for task in TASKS), "lora"], {"scores": {}, "tags": {}})
+    assert (tmp_path / "run/report.html").read_text().count("<img ") == 5 * 3, "pictures all the same"
 
 
 def test_eval_py_refuses_in_one_line(world, tmp_path, capsys):
@@ -165,7 +113,7 @@ def test_eval_py_guides_base_and_teachers_and_a_compared_student_only_where_it_i
 ):
     draws = spy(drawn, "draw_to")
     compared = ["--compare", f"student={world2.teachers['t2i']}"]
-    base = command(world2.flags, "--out", str(tmp_path), stage="eval")
+    base = command(world2.flags, "--out", str(tmp_path), "--eval-prompts", "2", stage="eval")
     for name, flags, expected in (("a", [], [2.0] * 3 + [1.0]), ("b", ["--guidance", "both"], [2.0] * 4)):
         draws.clear()
         assert evaluation.main([*base, "--name", name, *flags, *compared]) == 0

@@ -1,9 +1,7 @@
 """Oracles for test pictures on disk: what names one, what noise it has, who draws it, and what a kill costs."""
 
 import json
-import os
-import subprocess
-import sys
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -12,7 +10,7 @@ import torch
 import eval as evaluation
 from data.files import Prompt
 from harness import drawn
-from tests.helpers.ranks import ROOT, torchrun
+from tests.helpers.ranks import torchrun
 from tests.helpers.runs import command, tiny_settings, with_adapter
 from tiny import edits
 
@@ -103,32 +101,24 @@ def test_two_ranks_draw_the_folder_that_one_draws(flags, tmp_path, no_pictures):
     assert rows[0] == rows[1] and len(rows[0]) == 5 * 18, "the student is the text teacher, and is not drawn again"
 
 
-KILLED = """
-import os, sys
-import eval as evaluation
-from harness import drawn
-real, calls = drawn.to_picture, []
-def to_picture(image):
-    calls.append(1)
-    if len(calls) == int(sys.argv[1]):
-        os.kill(os.getpid(), 9)
-    return real(image)
-drawn.to_picture = to_picture
-sys.exit(evaluation.main(sys.argv[2:]))
-"""
-
-
-def test_a_kill_costs_one_micro_batch_at_most_and_the_folder_becomes_the_same(flags, tmp_path, no_pictures, spy):
+def test_a_stop_costs_one_micro_batch_at_most_and_the_folder_becomes_the_same(
+    flags, tmp_path, no_pictures, spy, monkeypatch
+):
+    """Of 72 pictures the 31st is not written. A picture has its name when it is whole, so a kill leaves no more."""
     assert evaluation.main([*flags, "--name", "whole"]) == 0
-    run = [sys.executable, "-c", KILLED, "31", *flags, "--name", "killed"]
-    assert subprocess.run(run, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}).returncode == -9
-    before = bytes_in(tmp_path / "killed/pictures")
-    assert len(before) == 30, "thirty of 72 are there: one whole model, and three micro-batches of the next"
-    kept = spy(drawn, "to_picture")
-    parts = spy(drawn.rollout, "sampled")
-    assert evaluation.main([*flags, "--name", "killed"]) == 0
+    real, calls = drawn.to_picture, count()
+    with monkeypatch.context() as patch:
+        patch.setattr(drawn, "to_picture", lambda image: real(image) if next(calls) < 30 else interrupt())
+        assert evaluation.main([*flags, "--name", "cut"]) == 130
+    assert len(bytes_in(tmp_path / "cut/pictures")) == 30, "one whole model, and three micro-batches of the next"
+    kept, parts = spy(drawn, "to_picture"), spy(drawn.rollout, "sampled")
+    assert evaluation.main([*flags, "--name", "cut"]) == 0
     assert len(kept) == 42 and sum(len(call.args[1]) for call in parts) == 42
-    assert bytes_in(tmp_path / "killed/pictures") == bytes_in(tmp_path / "whole/pictures")
+    assert bytes_in(tmp_path / "cut/pictures") == bytes_in(tmp_path / "whole/pictures")
+
+
+def interrupt():
+    raise KeyboardInterrupt
 
 
 def test_scores_are_made_from_the_files_without_a_model_and_other_settings_are_drawn_elsewhere(

@@ -183,7 +183,8 @@ def test_the_noise_of_a_row_is_named_by_what_it_is_for_and_by_nothing_else():
 
 
 @pytest.mark.parametrize("flags", [["--cfg", "2"], ["--drawn-states", "1"], ["--estimator", "path"],
-                                   [*GRPO, "--beta", "0.1"]], ids=["opd", "drawn", "path", "grpo"])  # fmt: skip
+                                   [*GRPO, "--beta", "0.1"], [*GRPO, "--stage", "nft", "--beta", "0.1"]],
+                         ids=["opd", "drawn", "path", "grpo", "nft"])  # fmt: skip
 def test_micro_batches_change_neither_the_noise_nor_the_gradient(go, spy, updates, world, flags):
     walked, found, drawn = spy(rollout.sde, "rollout"), [], "--drawn-states" in flags
     for size in (0, 1, 4):

@@ -213,15 +213,6 @@ def test_every_score_goes_to_its_own_picture_whatever_the_order_of_the_answers(g
     assert [line["step"] for line in metrics(folder)] == [1, 2, 3, 4]
 
 
-def test_what_is_learnt_depends_on_whether_a_scorer_is_waited_for_and_not_on_how_long_it_takes(go, tmp_path, shuffled):
-    flags = [*TEXT, "--steps", "4", "--save-every", "9", "--updates", "3", *NOT_WARM, *asks(tmp_path, shuffled)]
-    slow = go("slow", *flags, "--overlap")
-    shuffled.plan = lambda number, body: None
-    quick = go("quick", *flags, "--overlap")
-    assert same(stored(quick), stored(slow)) and metrics(quick) == metrics(slow)
-    assert not same(stored(go("waited-for", *flags, "--no-overlap")), stored(quick))
-
-
 @pytest.mark.parametrize("more", [["--micro-batch", "3"], ["--micro-batch", "0", "--overlap"]])
 def test_others_are_drawn_while_a_group_is_scored(go, tmp_path, far, monkeypatch, more):
     """Q 4.1: the rest of the same step, of which the first three rows hold one whole group of two; or the next step."""

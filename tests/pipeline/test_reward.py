@@ -9,7 +9,6 @@ import torch
 
 import train
 from data.files import Prompt
-from data.preferences import Pair
 from harness import page
 from harness.run import Run
 from models import hub
@@ -52,18 +51,6 @@ def test_a_tiny_judge_learns_to_order_pictures_that_it_has_never_seen(tmp_path, 
     assert f"held_pearson: {last['held_pearson']:.4g}" in (hub.last_checkpoint(run) / "README.md").read_text()
 
 
-def test_swapped_preferences_teach_the_opposite(tmp_path, monkeypatch):
-    real = tiny_judge.marked_prints
-
-    def swapped(*arguments):
-        training, held = real(*arguments)
-        return [Pair(p.loser, p.winner, p.prompt) for p in training], held
-
-    monkeypatch.setattr(tiny_judge, "marked_prints", swapped)
-    run = go(tmp_path / "run", "--objective", "pairwise", *LEARN)
-    assert metrics(run)[-1]["held_pair_accuracy"] < 0.2
-
-
 def test_held_out_pairs_are_judged_by_which_of_the_two_is_better():
     pairs = tiny_judge.marked_prints(240, "pairwise", 3, 0.2)[0][:40]
     judge = types.SimpleNamespace(scores=lambda images, prompts: drawings.quality(torch.stack(list(images))))
@@ -73,13 +60,9 @@ def test_held_out_pairs_are_judged_by_which_of_the_two_is_better():
     assert accuracy == pytest.approx(by_hand.item()) and 0.8 < accuracy < 1
 
 
-@pytest.mark.parametrize(
-    ("objective", "sizes"),
-    [
-        ("pairwise", {"0": [6], "10": [5, 1], "4": [2, 2, 2]}),
-        ("pointwise", {"0": [12], "11": [11, 1], "4": [4, 4, 4]}),
-    ],
-)
+@pytest.mark.parametrize(("objective", "sizes"), [
+    ("pairwise", {"0": [6], "10": [5, 1], "4": [2, 2, 2]}), ("pointwise", {"0": [12], "11": [11, 1], "4": [4, 4, 4]}),
+])  # fmt: skip
 def test_micro_batches_add_up_to_the_batch(tmp_path, spy, objective, sizes):
     """A batch is 12 pictures. The loss of a step is the mean over its items."""
     parts, lines = spy(train, "reward_loss"), []
@@ -161,18 +144,10 @@ def test_a_holdout_without_prompts_and_a_picture_that_breaks_off_end_in_one_line
 
 
 # ---------------------------------------------------------------------------------------------- a tiny judge's run
-def test_a_tiny_run_resumes_to_the_same_bits_and_its_judge_pays_grpo(world, tmp_path, capsys):
-    flags = "--batch-size 8 --steps 5 --save-every 2 --objective pairwise".split()
-    whole = go(tmp_path / "whole", *flags)
-    interrupt(3)
-    cut = go(tmp_path / "cut", *flags, code=130)
-    go(cut, *flags)
-    assert same(stored(cut), stored(whole)) and metrics(cut) == metrics(whole)
+def test_a_tiny_judge_is_measured_at_every_checkpoint_and_pays_grpo(world, tmp_path):
+    whole = go(tmp_path / "whole", *"--batch-size 8 --steps 5 --save-every 2 --objective pairwise".split())
     told = [line["step"] for line in metrics(whole) if "held_pair_accuracy" in line]
-    assert told == [2, 4, 5], "with every checkpoint"
-    go(cut, *flags, "--lr", "1", code=2)
-    assert "--lr" in the_error(capsys)
-
+    assert told == [2, 4, 5]
     rewards = tmp_path / "reward.json"
     entry = {"kind": "trained", "model": str(whole)}
     rewards.write_text(json.dumps({"scorers": {"judge": entry}, "weights": {"default": {"judge": 1.0}}}))

@@ -83,7 +83,7 @@ def test_an_interrupted_run_ends_with_the_bits_of_an_uninterrupted_one(go, monke
     assert (weights(whole) != weights(whole, "average")).any(), "the average is not the weights"
 
 
-@pytest.mark.parametrize("stage", ["opd", "grpo"])
+@pytest.mark.parametrize("stage", ["opd", "grpo", "nft"])
 def test_sigterm_within_a_step_ends_in_good_order_and_with_the_same_bits(go, monkeypatch, stage):
     """In the first of three micro-batches of the third step, what it has added to the gradient is thrown away."""
     flags = [*EVERY_STAGE[stage], "--steps", "4", "--save-every", "9", "--micro-batch", "2"]
@@ -251,42 +251,27 @@ def test_the_whole_pipeline_on_sd35_merges_distils_and_compares(real, sd35, caps
 # ------------------------------------------------------------------------------- every stage of every model, from disk
 STAGES = {
     "tiny-qwen": {
-        "grpo, mixed": ["--stage", "grpo", "--task", "mix", "--micro-batch", "3", "--overlap"],
-        "nft, mixed": ["--stage", "nft", "--task", "mix", "--parameters", "full", "--micro-batch", "3"],
-        "sft": ["--stage", "sft", "--batch-size", "7", "--micro-batch", "2"],
-        "opd, all parameters": ["--stage", "opd", "--parameters", "full", "--mar", "0.1", "--anchor", "edit"],
+        "grpo, mixed": "--stage grpo --task mix --micro-batch 3 --overlap",
+        "nft, mixed": "--stage nft --task mix --parameters full --micro-batch 3",
+        "sft": "--stage sft --batch-size 7 --micro-batch 2",
+        "opd, all parameters": "--stage opd --parameters full --mar 0.1 --anchor edit",
     },
     "sd35": {
-        "grpo, all parameters": [
-            *("--stage", "grpo", "--task", "mix", "--rewards", "jpeg=1", "--parameters", "full", "--updates", "3"),
-        ],
-        "sft": ["--stage", "sft"],
-        "opd, path": ["--stage", "opd", "--estimator", "path", "--anchor", "text"],
-        "opd, velocity": ["--stage", "opd", "--estimator", "velocity", "--micro-batch", "4"],
-        "opd, bfloat16": ["--stage", "opd", "--precision", "bfloat16"],
+        "grpo, all parameters": "--stage grpo --task mix --rewards jpeg=1 --parameters full --updates 3",
+        "sft": "--stage sft",
+        "opd, path": "--stage opd --estimator path --anchor text",
+        "opd, velocity": "--stage opd --estimator velocity --micro-batch 4",
+        "opd, bfloat16": "--stage opd --precision bfloat16",
     },
     "qwen": {
-        "grpo, edit": [
-            "--stage",
-            "grpo",
-            "--task",
-            "edit",
-            "--rewards",
-            "FILE",
-            "--guidance",
-            "both",
-            "--prompts",
-            "edit=MIXED",
-        ],
-        "grpo, mixed": ["--stage", "grpo", "--task", "mix", "--rewards", "jpeg=1", "--source-resolution", "32"],
-        "nft, all parameters": ["--stage", "nft", "--task", "mix", "--rewards", "jpeg=1", "--parameters", "full"],
-        "sft": ["--stage", "sft"],
-        "opd": ["--stage", "opd", "--prompts-per-step", "4", "--prompts", "edit=MIXED", "--resolution", "48x64"],
+        "grpo, edit": "--stage grpo --task edit --rewards jpeg=1 --guidance both --prompts edit=MIXED",
+        "grpo, mixed": "--stage grpo --task mix --rewards jpeg=1 --source-resolution 32",
+        "nft, all parameters": "--stage nft --task mix --rewards jpeg=1 --parameters full",
+        "sft": "--stage sft",
+        "opd": "--stage opd --prompts-per-step 4 --prompts edit=MIXED --resolution 48x64",
     },
 }
-STAGES["qwen21"] = {
-    name: ["32x64" if flag == "48x64" else flag for flag in flags] for name, flags in STAGES["qwen"].items()
-}
+STAGES["qwen21"] = {name: flags.replace("48x64", "32x64") for name, flags in STAGES["qwen"].items()}
 
 
 @pytest.mark.parametrize("model, stage", [(model, stage) for model, stages in STAGES.items() for stage in stages])
@@ -300,12 +285,13 @@ def test_every_stage_trains_every_model_with_teachers_of_every_kind(request, mon
 
     runs = {"tiny-qwen": "go2", "sd35": "real", "qwen": "real2", "qwen21": "real21"}
     run = request.getfixturevalue(runs[model])
-    mixed = f"edit={request.getfixturevalue(model).root / 'mixed.jsonl'}" if model.startswith("qwen") else ""
-    flags = [mixed if flag == "edit=MIXED" else flag for flag in STAGES[model][stage]]
-    if "FILE" in flags:
+    flags, edits = STAGES[model][stage], stage == "grpo, edit"
+    if "MIXED" in flags:
+        flags = flags.replace("MIXED", str(request.getfixturevalue(model).root / "mixed.jsonl"))
+    flags = flags.split()
+    if edits:
         panel = scoring.Panel([rewards.Scorer("like", like, 0.0, 1.0)], {"edit": {"like": 1.0}})
         monkeypatch.setattr(scoring, "build", lambda *_: panel)
-        flags = ["jpeg=1" if flag == "FILE" else flag for flag in flags]
     folder = run("run", *flags, "--steps", "2", "--lr", "0.01", "--eval-prompts", "0")
     checkpoint, whole = hub.last_checkpoint(folder), "full" in flags
     assert hub.kind(checkpoint) == ("full" if whole else "peft")
@@ -320,7 +306,7 @@ def test_every_stage_trains_every_model_with_teachers_of_every_kind(request, mon
     assert ("nft" in stage) == any(key.startswith("old.") for key in stored(folder)), "nft's old policy"
     if "grpo" in stage and "--updates" not in flags:
         assert (lines[0]["ratio_mean"], lines[0]["ratio_std"]) == (1.0, 0.0)
-    assert bool(seen) == ("FILE" in STAGES[model][stage])
+    assert bool(seen) == edits
     for prompt, found in seen:
         for source, image in zip(found, source_images(prompt), strict=True):
             assert torch.equal(source, torch.from_numpy(image.copy()).permute(2, 0, 1) / 255)

@@ -31,16 +31,29 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread gives the same bits 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     """A random base (`base`), a random adapter a task (`teachers`), and the flags that choose them (`flags`)."""
+    return _tiny_world(tmp_path_factory.mktemp("world"), TASKS, SMALL)
+
+
+@pytest.fixture(scope="session")
+def world2(tmp_path_factory):
+    """As `world`, in the tiny-qwen world."""
+    return _tiny_world(tmp_path_factory.mktemp("world2"), QWEN_TASKS, SMALL2)
+
+
+def _tiny_world(root, tasks, small):
+    import torch
 
     from models import tiny
 
-    root = tmp_path_factory.mktemp("world")
-    model = tiny.new_tiny(0, width=32, layers=1)
+    model = tiny.new_tiny(0, width=32, layers=1, qwen=tasks == QWEN_TASKS)
+    with torch.no_grad():  # as it is initialised, a prompt or a source picture hardly shows in Qwen's velocity
+        for name, p in model.transformer.named_parameters() if tasks == QWEN_TASKS else ():
+            p.mul_(3.0 if p.ndim > 1 and "norm_out" not in name else 1.0)
     model.save_full(root / "base", model.transformer.state_dict())
-    teachers = {task: root / f"teacher-{task}" for task in TASKS}
+    teachers = {task: root / f"teacher-{task}" for task in tasks}
     for number, folder in enumerate(teachers.values()):
         save_random_adapter(root / "base", folder, seed=number)
-    return SimpleNamespace(root=root, base=root / "base", teachers=teachers, flags=flags_of(root, teachers, SMALL))
+    return SimpleNamespace(root=root, base=root / "base", teachers=teachers, flags=flags_of(root, teachers, small))
 
 
 @pytest.fixture
@@ -172,46 +185,25 @@ def no_pictures(monkeypatch):
     monkeypatch.setattr(page, "plot", lambda *_: "")
 
 
-def _runner(world, tmp_path, *short):
-    """run(NAME, flags...): one call of train.py, of one step -> the run's folder."""
-    import train
+def _runs(world, *short):
+    """A fixture: run(NAME, flags...), one call of train.py in a world of above, of one step -> the run's folder."""
 
-    def run(name, *flags, code=0):
-        small = [*world.flags, "--out", str(tmp_path), "--name", name, "--steps", "1", *short]
-        assert train.main(command(small, *flags)) == code
-        return tmp_path / name
+    @pytest.fixture
+    def runs(request, tmp_path, no_pictures):
+        import train
 
-    return run
+        def run(name, *flags, code=0):
+            small = [*request.getfixturevalue(world).flags, "--out", str(tmp_path), "--name", name, "--steps", "1"]
+            assert train.main(command([*small, *short], *flags)) == code
+            return tmp_path / name
 
+        return run
 
-@pytest.fixture
-def go(world, tmp_path, no_pictures):
-    """Runs of the small world, unevaluated."""
-    return _runner(world, tmp_path, "--eval-prompts", "0")
-
-
-@pytest.fixture
-def go2(world2, tmp_path, no_pictures):
-    """Runs of the small tiny-qwen world, unevaluated."""
-    return _runner(world2, tmp_path, "--eval-prompts", "0")
+    return runs
 
 
-@pytest.fixture
-def real(sd35, tmp_path, no_pictures):
-    """Runs of a small SD3.5, with a teacher of each kind."""
-    return _runner(sd35, tmp_path)
-
-
-@pytest.fixture
-def real2(qwen, tmp_path, no_pictures):
-    """Runs of a small Qwen-Image-Edit."""
-    return _runner(qwen, tmp_path)
-
-
-@pytest.fixture
-def real21(qwen21, tmp_path, no_pictures):
-    """Runs of a small Qwen-Image-2.1."""
-    return _runner(qwen21, tmp_path)
+go, go2 = (_runs(world, "--eval-prompts", "0") for world in ("world", "world2"))  # unevaluated
+real, real2, real21 = map(_runs, ("sd35", "qwen", "qwen21"))
 
 
 @pytest.fixture
@@ -234,10 +226,10 @@ def spy(monkeypatch):
 
 @pytest.fixture
 def forwards(monkeypatch):
-    """Every forward of a transformer from now on, in a tiny-qwen world: whose it is, of which rows, with a gradient?
+    """Every forward of a transformer from now on: whose it is, of which rows, with a gradient?
 
-    `who`: the expert that is selected (None: the base); `empty` (B,): rows of the empty prompt; `out`: the velocities,
-    which keep their gradients.
+    `who`: the expert that is selected (None: the base); `empty` (B,), where texts have masks: rows of the empty prompt;
+    `out`: the velocities, which keep their gradients.
     """
     import torch
 
@@ -253,7 +245,7 @@ def forwards(monkeypatch):
         out = run(model, x, t, cond)
         if out.requires_grad:
             out.retain_grad()
-        who, empty = getattr(model, "using", None), ~cond.mask.any(1)
+        who, empty = getattr(model, "using", None), None if cond.mask is None else ~cond.mask.any(1)
         found.append(SimpleNamespace(who=who, grad=torch.is_grad_enabled(), x=x, t=t, cond=cond, empty=empty, out=out))
         return out
 
@@ -277,25 +269,6 @@ def updates(monkeypatch):
 
     monkeypatch.setattr(Run, "update", update)
     return found
-
-
-@pytest.fixture(scope="session")
-def world2(tmp_path_factory):
-    """As `world`, in the tiny-qwen world: a random base, and a random adapter for each of Q's two tasks."""
-    import torch
-
-    from models import tiny
-
-    root = tmp_path_factory.mktemp("world2")
-    model = tiny.new_tiny(0, width=32, layers=1, qwen=True)
-    with torch.no_grad():  # as it is initialised, a prompt or a source picture hardly shows in the velocity
-        for name, p in model.transformer.named_parameters():
-            p.mul_(3.0 if p.ndim > 1 and "norm_out" not in name else 1.0)
-    model.save_full(root / "base", model.transformer.state_dict())
-    teachers = {task: root / f"teacher-{task}" for task in QWEN_TASKS}
-    for number, folder in enumerate(teachers.values()):
-        save_random_adapter(root / "base", folder, seed=number)
-    return SimpleNamespace(root=root, base=root / "base", teachers=teachers, flags=flags_of(root, teachers, SMALL2))
 
 
 @pytest.fixture

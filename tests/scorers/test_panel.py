@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-import grpo
 from data.files import Prompt
 from rewards import RewardError, Scorer
 from scorers import panel as S
@@ -230,18 +229,6 @@ def test_advantages_are_the_papers_by_hand_with_each_prompts_own_weights(combine
         assert np.abs(by_hand(full, wrong, combine, std) - advantages.numpy()).max() > 0.1
 
 
-def test_the_weights_reach_q_eq_13_as_one_column_a_prompt(monkeypatch):
-    """K = P here, so that weights the other way round would pass unseen by their shape."""
-    values = np.random.default_rng(3).normal(size=(P, P, G))
-    weights = np.vstack([WEIGHTS_KP, np.full(P, 7.0)])
-    answers = S.Scores(tuple("abcd"), values.reshape(P, B), weights.repeat(G, 1), np.zeros(B, bool))
-    right = S.advantages(answers, G, "normalised", "group")
-    np.testing.assert_allclose(right, by_hand(values, weights, "normalised", "group"), rtol=1e-5, atol=1e-6)
-    real = grpo.multi_reward_advantages
-    monkeypatch.setattr(grpo, "multi_reward_advantages", lambda values, weights: real(values, weights.T))
-    assert not torch.allclose(S.advantages(answers, G, "normalised", "group"), right, atol=0.1)
-
-
 @pytest.mark.parametrize(("combine", "std"), WAYS)
 def test_a_lost_group_gets_nothing_and_has_no_influence_on_the_others(combine, std):
     found = scored(lost=[1])
@@ -287,16 +274,6 @@ def test_totals_metrics_and_histograms_by_hand():
     assert list(S.histograms(found)) == ["rewards/a"], "an empty one cannot be drawn"
 
 
-def test_shares_of_a_batch_are_joined_row_by_row():
-    found = small()
-    parts = [S.Scores(found.names, found.values[:, rows], found.weights[:, rows], np.array(lost))
-             for rows, lost in (([0], [True]), ([1, 2, 3], [False, True, False]))]  # fmt: skip
-    whole = S.joined(parts)
-    assert whole.names == ("a", "b") and whole.lost.tolist() == [True, False, True, False]
-    np.testing.assert_array_equal(whole.values, found.values)
-    np.testing.assert_array_equal(whole.weights, found.weights)
-
-
 UP, FLAT, DOWN = [0.1, 0.3, 0.5, 0.7], [0.4] * 4, [0.7, 0.5, 0.3, 0.1]
 PEAK, NAN = [0.1, 0.3, 0.7, 0.7, 0.1], math.nan
 ALARMS = [  # trained, watched, drop, alarm, in windows of 2: UP goes 0.2 -> 0.6, DOWN 0.6 -> 0.2
@@ -318,16 +295,7 @@ def test_the_alarm_by_hand(trained, watched, drop, alarm):
 
 
 # ------------------------------------------------------------------------------------------------- in the background
-@pytest.fixture
-def later():
-    """Makes a `Later` and closes it."""
-    made = []
-    yield lambda work: made.append(S.Later(work)) or made[-1]
-    for one in made:
-        one.close()
-
-
-def test_batches_are_scored_one_by_one_in_their_order_while_the_caller_goes_on(later):
+def test_batches_are_scored_one_by_one_in_their_order_while_the_caller_goes_on():
     log, busy, gate = [], threading.Lock(), threading.Event()
 
     def work(number, factor):
@@ -339,31 +307,14 @@ def test_batches_are_scored_one_by_one_in_their_order_while_the_caller_goes_on(l
         busy.release()
         return number * factor, threading.current_thread()
 
-    line = later(work)
+    line = S.Later(work)
     futures = [line.submit(number, 10) for number in range(5)]
     assert not any(f.done() for f in futures), "nothing can be done before the gate opens"
     gate.set()
     assert futures[4].result(5)[0] == 40 and [f.result(0)[0] for f in futures] == [0, 10, 20, 30, 40]
     assert log == [(what, number) for number in range(5) for what in ("begin", "end")]
     assert futures[0].result()[1].daemon, "a run that ends does not wait for it"
-
-
-def test_what_a_scorer_raises_is_raised_where_its_answer_is_wanted_and_nowhere_else(later):
-    faults = {1: RewardError("scorer 'a': gone"), 3: SystemExit(5)}
-
-    def work(number):
-        if number in faults:
-            raise faults[number]
-        return number
-
-    line = later(work)
-    for number, future in enumerate([line.submit(number) for number in range(5)]):
-        if number in faults:
-            with pytest.raises(type(faults[number])) as caught:
-                future.result(5)
-            assert caught.value is faults[number]
-        else:
-            assert future.result(5) == number
+    line.close()
 
 
 # -------------------------------------------------------------------------------------------------- the scorers

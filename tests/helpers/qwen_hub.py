@@ -10,6 +10,7 @@ Nothing heavy is imported at the top.
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 from tests.helpers.sd3 import _randomise
@@ -31,40 +32,25 @@ def build_qwen(folder: Path, edit: str = "", seed: int = 0, **transformer_change
     It draws 64 x 64 pictures unless told otherwise. `transformer_changes` replace entries of the transformer's
     configuration, e.g. zero_cond_t=True. The global generator is left as it was.
     """
-    import torch
-    from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
+    from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
 
     folder = Path(folder)
     shape = {
         "patch_size": 2, "in_channels": 64, "out_channels": 16, "num_layers": 2, "attention_head_dim": 16,
-        "num_attention_heads": 2, "joint_attention_dim": WIDTH, "axes_dims_rope": (4, 6, 6),
+        "num_attention_heads": 2, "joint_attention_dim": WIDTH, "axes_dims_rope": (4, 6, 6), **transformer_changes,
     }  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        parts = {
-            "transformer": QwenImageTransformer2DModel(**{**shape, **transformer_changes}),
-            "vae": AutoencoderKLQwenImage(base_dim=4, dim_mult=[1, 1, 2, 2], num_res_blocks=1),
-        }
-        for part in parts.values():
-            _randomise(part)
-        # Random pictures would leave [-1, 1] and be clipped, and clipping hides differences.
-        parts["vae"].decoder.conv_out.weight.data *= 0.1
-    parts["scheduler"] = FlowMatchEulerDiscreteScheduler(**SCHEDULER)
-    for name, part in parts.items():
-        part.save_pretrained(folder / name)
+
+    def parts():
+        vae = AutoencoderKLQwenImage(base_dim=4, dim_mult=[1, 1, 2, 2], num_res_blocks=1)
+        return {"transformer": QwenImageTransformer2DModel(**shape), "vae": vae}
+
+    kinds = {"text_encoder": "Qwen2_5_VLForConditionalGeneration", "tokenizer": "Qwen2Tokenizer"}
+    _write(folder, seed, parts, SCHEDULER, PIPELINES[edit], kinds | ({"processor": "Qwen2VLProcessor"} if edit else {}))
     build_vlm(folder / "text_encoder", seed=seed, words=_words(), apart=(folder / "tokenizer", folder / "processor"))
-    kinds = {name: ["diffusers", type(part).__name__] for name, part in parts.items()}
-    kinds |= {"text_encoder": ["transformers", "Qwen2_5_VLForConditionalGeneration"]}
-    kinds |= {"tokenizer": ["transformers", "Qwen2Tokenizer"]}
     if edit:
         tokenizer(_words()).save_pretrained(folder / "processor")
-        kinds |= {"processor": ["transformers", "Qwen2VLProcessor"]}
     else:
-        for file in (folder / "processor").iterdir():
-            file.unlink()
-        (folder / "processor").rmdir()
-    index = {"_class_name": PIPELINES[edit], "_diffusers_version": "0.36.0", **kinds}
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2))
+        shutil.rmtree(folder / "processor")
     return folder
 
 
@@ -74,39 +60,49 @@ def build_qwen21(folder: Path, seed: int = 0, **transformer_changes) -> Path:
     What makes it special is there: a Qwen3-VL whose processor has its tokenizer, unpatched latents at a 16th of the
     size, a VAE of four channels, one shared modulation, text and sources modulated by t = 0.
     """
-    import torch
-    from diffusers import AutoencoderKLQwenImage21, FlowMatchEulerDiscreteScheduler, QwenImage21Transformer2DModel
+    from diffusers import AutoencoderKLQwenImage21, QwenImage21Transformer2DModel
 
     folder, channels = Path(folder), 6
     shape = {
         "in_channels": channels, "out_channels": channels, "num_layers": 2, "attention_head_dim": 16,
-        "num_attention_heads": 2, "context_in_dim": WIDTH, "axes_dims_rope": (4, 6, 6),
+        "num_attention_heads": 2, "context_in_dim": WIDTH, "axes_dims_rope": (4, 6, 6), **transformer_changes,
     }  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        parts = {
-            "transformer": QwenImage21Transformer2DModel(**{**shape, **transformer_changes}),
-            "vae": AutoencoderKLQwenImage21(
-                base_dim=4, decoder_base_dim=4, z_dim=channels, dim_mult=[1, 1, 1, 2, 2], num_res_blocks=1,
-                latents_mean=[0.1 * i for i in range(channels)], latents_std=[1 + 0.3 * i for i in range(channels)],
-            ),
-        }  # fmt: skip
-        for part in parts.values():
-            _randomise(part)
-        parts["vae"].decoder.conv_out.weight.data *= 0.1
-    parts["scheduler"] = FlowMatchEulerDiscreteScheduler(**{**SCHEDULER, "shift_terminal": None})
-    for name, part in parts.items():
-        part.save_pretrained(folder / name)
+
+    def parts():
+        vae = AutoencoderKLQwenImage21(
+            base_dim=4, decoder_base_dim=4, z_dim=channels, dim_mult=[1, 1, 1, 2, 2], num_res_blocks=1,
+            latents_mean=[0.1 * i for i in range(channels)], latents_std=[1 + 0.3 * i for i in range(channels)],
+        )  # fmt: skip
+        return {"transformer": QwenImage21Transformer2DModel(**shape), "vae": vae}
+
+    kinds = {"text_encoder": "Qwen3VLForConditionalGeneration", "processor": "Qwen3VLProcessor"}
+    _write(folder, seed, parts, {**SCHEDULER, "shift_terminal": None}, "QwenImage21Pipeline", kinds, sample_sigmas=None)
     build_vlm(folder / "text_encoder", "qwen3_vl", seed, apart=(folder / "processor", folder / "processor"))
     # Of the real one's chat template, what a system text becomes.
     turn = "<|im_start|>{{ m.role }}\n{% for part in m.content %}{{ part.text }}{% endfor %}<|im_end|>\n"
     (folder / "processor" / "chat_template.jinja").write_text(f"{{% for m in messages %}}{turn}{{% endfor %}}")
-    kinds = {name: ["diffusers", type(part).__name__] for name, part in parts.items()}
-    kinds |= {"text_encoder": ["transformers", "Qwen3VLForConditionalGeneration"]}
-    kinds |= {"processor": ["transformers", "Qwen3VLProcessor"]}
-    index = {"_class_name": "QwenImage21Pipeline", "_diffusers_version": "0.42.0", "sample_sigmas": None, **kinds}
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2))
     return folder
+
+
+def _write(folder: Path, seed: int, make, scheduler: dict, pipeline: str, kinds: dict, **about) -> None:
+    """Write the parts that are diffusers', of random weights, and the list of all parts; `kinds` are transformers'."""
+    import torch
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        parts = make()
+        for part in parts.values():
+            _randomise(part)
+    # Random pictures would leave [-1, 1] and be clipped, and clipping hides differences.
+    parts["vae"].decoder.conv_out.weight.data *= 0.1
+    parts["scheduler"] = FlowMatchEulerDiscreteScheduler(**scheduler)
+    index = {"_class_name": pipeline, "_diffusers_version": "0.42.0", **about}
+    for name, part in parts.items():
+        part.save_pretrained(folder / name)
+        index[name] = ["diffusers", type(part).__name__]
+    index |= {name: ["transformers", kind] for name, kind in kinds.items()}
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2))
 
 
 def build_vlm(folder: Path, family: str = "qwen2_5_vl", seed: int = 0, words=(), apart=()) -> Path:

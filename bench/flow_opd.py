@@ -7,15 +7,20 @@
 import subprocess
 import sys
 import tempfile
+import textwrap
+from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 
 import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
 import grpo
 import sde
 from bench.runs import parsed, run_job
-from harness import load, report, rollout
+from data.pictures import to_picture
+from harness import load, rollout
 from scorers import panel
 from settings import FLOW_TASKS, window_of
 
@@ -69,7 +74,22 @@ def picture(merged: str = "runs/demo-merge", student: str = "runs/demo-opd") -> 
                 images += model.decode(rollout.draw(model, prompts, s.eval_steps, 0, s.seed, 1.0))
             captions += [f"{p.text}\n{row}" for p in prompts]
     keep = [i for i in range(len(images)) if i % 9 != 8]  # the grid has eight columns
-    report.save_grid(Path("docs/demo.png"), [images[i] for i in keep], [captions[i] for i in keep])
+    grid([images[i] for i in keep], [captions[i] for i in keep]).save("docs/demo.png")
+
+
+def grid(images: Sequence[Tensor], captions: Sequence[str]) -> Image.Image:
+    """Pictures (3, H, H) in [0, 1], eight a row and five times as large, each with its caption of four lines below."""
+    edge = 5 * images[0].shape[-1]
+    height = edge + 62
+    sheet = Image.new("RGB", (8 * (edge + 8) + 8, -(-len(images) // 8) * height + 8), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(10)
+    for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        x, y = 8 + i % 8 * (edge + 8), 8 + i // 8 * height
+        sheet.paste(to_picture(image).resize((edge, edge), Image.Resampling.NEAREST), (x, y))
+        pen.rectangle((x - 1, y - 1, x + edge, y + edge), outline=(170, 170, 170))
+        lines = [line for part in caption.split("\n") for line in textwrap.wrap(part, edge // 6)]  # 6 pixels a letter
+        pen.text((x, y + edge + 2), "\n".join(lines), "black", font)
+    return sheet
 
 
 if __name__ == "__main__":

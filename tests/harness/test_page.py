@@ -198,6 +198,19 @@ def test_the_command_of_a_run_makes_the_same_run(monkeypatch):
     assert cli.command_of(s).startswith("torchrun --nnodes=2 --nproc_per_node=8 ")
 
 
+def test_a_report_leaves_every_number_for_programs_too(tmp_path):
+    s = settings_of()
+    row = {"scores": {"text": 0.25, "average": 0.25}, "tags": {}}
+    assert report.write_report(tmp_path, s, {"student": row}) == tmp_path / "report.html"
+    assert json.loads((tmp_path / "results.json").read_text()) == {"student": row}
+    assert report.lines_of({"student": row})[0].split("\n")[2] == "| student | 0.250 | 0.250 |"
+    found = {"a": {**row, "tags": {"counting": 0.5}}, "b": row}
+    assert "counting" in report.write_report(tmp_path, s, found).read_text()
+    assert "| a | 0.500 |" in "\n".join(report.lines_of(found))
+    assert {"scores.tex", "scores.csv", "tags.md", "tags.json"} <= {p.name for p in tmp_path.iterdir()}
+    assert not (tmp_path / "rows.jsonl").exists() and report.lines_of({"a": {"scores": {}, "tags": {}}}) == []
+
+
 def test_a_page_says_how_its_run_was_made(tmp_path):
     found = written(tmp_path, flags=["--lr", "0.125", "--init", "runs/m"])
     assert "--lr 0.125" in found.text and "--init runs/m" in found.text and page.commit() in found.text

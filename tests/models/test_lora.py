@@ -20,7 +20,7 @@ from models import hub
 from models import lora as adapters
 from models.hub import ADAPTER_FILES, LORA_FILE, PEFT_FILES, ModelError
 from tests.helpers import sd3
-from tests.helpers.checks import edit_json, edit_tensors, gap, parity, refusal
+from tests.helpers.checks import edit_json, gap, parity, refusal
 from tests.helpers.runs import same
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -331,16 +331,6 @@ def test_what_is_not_a_folder_of_whole_files_is_refused_with_the_command_that_ma
     safetensors.torch.save_file({f"{prefix}attn.qkv.weight": torch.ones(2, 2)}, single)
     for said in (refusal(hub.locate, single, ("model_index.json",)), refusal(hub.kind, hub.locate(single))):
         assert "from_single_file" in said and said.startswith(f"{single}: ")
-
-
-@pytest.mark.parametrize(("old", "new"), [(".weight", ".default.weight"), (adapters.PREFIX, "")])
-def test_older_spellings_of_pefts_keys_are_read(base, lora, saved, old, new):
-    def respell(tensors):
-        for key in [*tensors]:
-            tensors[key.replace(old, new)] = tensors.pop(key)
-
-    edit_tensors(saved / PEFT_FILES[1], respell)
-    assert same(read(saved, base)[0], lora[0])
 
 
 # ---------------------------------------------------------------------------------------------------- on a module

@@ -14,7 +14,7 @@ from models.hub import LORA_FILE, PEFT_FILES
 from models.tiny import load_tiny, new_tiny
 from tests.helpers import sd3
 from tests.helpers.checks import edit_json, edit_tensors, refusal
-from tests.helpers.qwen_hub import build_vlm
+from tests.helpers.qwen_hub import build_qwen21, build_vlm
 
 RANK, ALPHA = 4, 12.0
 
@@ -31,6 +31,7 @@ def sound(folders, tmp_path_factory):
     lora.save_adapter(root / "lora", state, config, pipeline="StableDiffusion3Pipeline")
     shutil.copytree(root / "lora", root / "diffusers", ignore=shutil.ignore_patterns("adapter_*"))
     more = {"tiny": root / "tiny", "lora": root / "lora", "diffusers": root / "diffusers"}
+    more["qwen21"] = build_qwen21(root / "qwen21")
     return {"sd35": folders["sd35"], "plus": folders["plus"], "vlm": build_vlm(root / "vlm"), **more}
 
 
@@ -40,7 +41,7 @@ def read(sound):
     modules = dict(SD3Transformer2DModel.from_pretrained(sound["sd35"] / "transformer").named_modules())
 
     def read(kind, folder):
-        if kind in ("sd35", "plus"):
+        if kind in ("sd35", "plus", "qwen21"):
             model = models.load(str(folder), size=(64, 64))
             model.encode(["a"])
             model.decode(torch.zeros(1, *model.latent_shape))
@@ -91,6 +92,7 @@ MORE = {"a tensor too many": lambda t: t.update(extra=torch.ones(2))}
 PIPELINES = {
     **missing("sd35", "scheduler", "tokenizer_3", "vae", "text_encoder_2", "transformer"),
     **missing("plus", "tokenizer", "processor", "text_encoder"),
+    **missing("qwen21", "processor", "vae", "text_encoder", "transformer"),
     **absent("sd35", "model_index.json", "transformer/config.json", f"transformer/{WEIGHTS}", f"vae/{WEIGHTS}"),
     **half("sd35", "model_index.json", "scheduler/scheduler_config.json", f"transformer/{WEIGHTS}", f"vae/{WEIGHTS}",
            "transformer/config.json", "text_encoder_3/model.safetensors", "tokenizer/tokenizer.json"),

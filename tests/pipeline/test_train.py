@@ -334,26 +334,6 @@ def test_sd35s_gradient_does_not_depend_on_how_it_is_computed(real, updates):
         assert (other - first).abs().max() < 1e-6 * first.abs().max()
 
 
-def test_each_prompt_is_encoded_once_and_a_continued_run_encodes_what_is_left(real, monkeypatch, spy):
-    from diffusers import StableDiffusion3Pipeline
-
-    encode, encoded = StableDiffusion3Pipeline.encode_prompt, []
-
-    def counted(pipe, prompt, *more, **kwargs):
-        encoded.append(prompt)
-        return encode(pipe, prompt, *more, **kwargs)
-
-    monkeypatch.setattr(StableDiffusion3Pipeline, "encode_prompt", counted)
-    rows, flags = spy(rollout, "rows_of"), ["--save-every", "1", "--window", "0:1", "--mar", "0"]
-    real("cut", *flags, "--steps", "1")
-    encoded.clear()
-    real("cut", *flags, "--steps", "3")
-    first, *left = ({row.prompt.text for row in call.result} for call in rows)
-    assert len(left) == 2 and not first & set(encoded), "no more than what is left"
-    assert len(encoded) == len(set(encoded)) == 6 + 1 + 3, "the empty prompt, and a test prompt a task"
-    assert set(encoded) > set().union(*left) | {""}
-
-
 def test_what_is_exported_draws_in_the_stock_pipeline_what_eval_draws(real, sd35, stock, spy):
     import sde
 

@@ -20,8 +20,6 @@ from rewards import RewardError
 from scorers import remote, rubrics
 from tests.helpers.far import ABOUT, FAST, FAULTS, PASSING, WRONG, Far, hang, pictures, reset, says
 
-SLOW = ("hang", "trickle", "trickle in the headers")
-
 
 @pytest.fixture
 def far():
@@ -200,8 +198,7 @@ def chain(fault):
 
 
 URLS = ("", "localhost:8000", "ftp://host", "http://", "http://h:99999", "http://h:x", "http://h\n/",
-"http://u:pw@host",
-        "https://pw@host", "http://host/v1?key=pw", "http://h/#pw")  # fmt: skip
+        "http://u:pw@host", "https://pw@host", "http://host/v1?key=pw", "http://h/#pw")  # fmt: skip
 CANNOT = [
     *({"endpoints": bad} for bad in ([], "http://a", ["http://a", "http://a"], *([url] for url in URLS))),
     *({"limits": FAST._replace(**bad)} for bad in ({"tries": 0}, {"rest": -1}, {"deadline": math.nan},

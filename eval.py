@@ -166,8 +166,9 @@ def tell(
     s: Settings, folder: Path, rows: Sequence[dict], prompts: Mapping[str, Sequence[Prompt]], device: torch.device
 ) -> dict[str, dict]:
     """Write the report -> {model: its numbers}."""
-    found = suites.numbers(rows, suites.of(s, rows), RESAMPLES)
-    more = {}
+    found, more = suites.numbers(rows, suites.of(s, rows), RESAMPLES), {}
+    if above := {name: row["above"] for name, row in found.items() if "above" in row}:
+        more["differences"] = tables.Table(above, f"minus {next(iter(found))}")
     if "arena" in settings.suite_list(s):
         votes = arena.vote(rows, folder, suites.arena_judge(s, str(device)))
         write_atomic(folder / "votes.jsonl", "".join(json.dumps(vote) + "\n" for vote in votes))

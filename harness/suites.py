@@ -10,6 +10,7 @@ the mean over its pictures (`Column`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -204,9 +205,11 @@ def plain(rows: Rows) -> Suite:
 
 def numbers(rows: Rows, suite: Suite, resamples: int = 0) -> dict[str, dict]:
     """{model: {"scores": {column: number}, "tags": {group: number}}}. A model lacks a column if its rows lack the
-    metric. With `resamples` a number is a `tables.Cell` with its bootstrap interval: prompts are drawn again within
-    their tag and category, the same ones for all models."""
+    metric. With `resamples` a score is a `tables.Cell` with its bootstrap interval: prompts are drawn again within
+    their tag and category, the same ones for all models. Then "above" has a model's scores minus the first model's,
+    paired by prompt."""
     found: dict[str, dict] = {}
+    first = None
     for model in dict.fromkeys(row["model"] for row in rows):
         own: dict[tuple, list[Mapping]] = {}
         for row in rows:
@@ -225,13 +228,23 @@ def numbers(rows: Rows, suite: Suite, resamples: int = 0) -> dict[str, dict]:
             return {**scores, **suite.average(scores)}
 
         scores = table(np.arange(len(prompts))) if shares else {}
+        found[model] = {"scores": scores, "tags": tags}
         if resamples and scores:
             strata = [f"{p[0]['task']} {p[0]['tag']} {p[0]['category']}" for p in prompts]
-            statistic = lambda index, table=table: np.array([*table(index).values()])  # noqa: E731
-            cells = zip(*compare.bootstrap(statistic, len(prompts), strata, resamples), strict=True)
-            scores = {name: Cell(v, counts.get(name, 0), a, b) for name, (v, a, b) in zip(scores, cells, strict=True)}
-        found[model] = {"scores": scores, "tags": tags}
+            kinds = {"scores": table} | ({"above": partial(minus, table, first)} if first else {})
+            for kind, statistic in kinds.items():
+                values = lambda index, statistic=statistic: [*statistic(index).values()]  # noqa: E731
+                cells = zip(*compare.bootstrap(values, len(prompts), strata, resamples), strict=True)
+                named = zip(statistic(np.arange(len(prompts))), cells, strict=True)
+                found[model][kind] = {name: Cell(v, counts.get(name, 0), low, high) for name, (v, low, high) in named}
+            first = first or table
     return found
+
+
+def minus(table: Callable, other: Callable, index: np.ndarray) -> dict[str, float]:
+    """The scores of two models on the same prompts: the differences in those that both have."""
+    others = other(index)
+    return {name: value - others[name] for name, value in table(index).items() if name in others}
 
 
 def share(column: Column, prompts: Sequence[Rows]) -> tuple[np.ndarray, dict[str, float], int]:

@@ -75,6 +75,16 @@ def test_an_interval_is_that_of_means_of_prompts_drawn_again_within_their_tags()
     assert cell["average"][2:4] == cell["X"][2:4]
 
 
+def test_a_difference_of_two_models_is_paired_by_prompt():
+    """Prompts are unlike, and the second model is a quarter better on each: both are uncertain, not the difference."""
+    a = [row(i, {"x": (i % 4) / 4, "z": 1.0}) for i in range(16)]
+    b = [{**one, "model": "better", "scores": {"x": one["scores"]["x"] + 0.25, "y": 1.0}} for one in a]
+    found = suites.numbers(a + b, Suite(tuple(Column(name, name) for name in "xyz")), 200)
+    assert "above" not in found["m"] and list(found["better"]["above"]) == ["x"], "what both have"
+    assert found["better"]["above"]["x"][:4] == pytest.approx((0.25, 16, 0.25, 0.25))
+    assert found["better"]["scores"]["x"].high - found["better"]["scores"]["x"].low > 0.2
+
+
 def test_a_tiny_worlds_average_is_the_mean_of_its_tasks():
     rows = [row(0, {"geneval": 1.0}), row(0, {"ocr": 0.5}, "text"), row(0, {"quality": 0.0}, "quality")]
     assert scores_of(rows, suites.WORLDS["tiny"])["average"] == 0.5

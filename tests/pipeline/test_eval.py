@@ -50,7 +50,11 @@ def test_eval_py_scores_base_teachers_and_whatever_is_compared(world, tmp_path, 
     out, text = capsys.readouterr().out, unescape((tmp_path / "table/report.html").read_text())
     rows = json.loads((tmp_path / "table/results.json").read_text())
     assert list(rows) == ["base", *(f"teacher {task}" for task in TASKS), "a run", "adapter"]
-    assert all(row.keys() == {"scores", "tags"} and list(row["scores"]) == [*TASKS, "average"] for row in rows.values())
+    assert ["above" in row for row in rows.values()] == [False, True, True, True, True, True]
+    assert all(row["above"][t] == pytest.approx(row["scores"][t] - rows["base"]["scores"][t])
+               for row in [*rows.values()][1:] for t in (*TASKS, "average"))  # fmt: skip
+    assert "minus base" in text and "| a run |" in (tmp_path / "table/differences.md").read_text()
+    assert all({"scores", "tags"} <= row.keys() and list(row["scores"]) == [*TASKS, "average"] for row in rows.values())
     assert rows["a run"] == rows["adapter"] == rows["teacher text"], "a run stands for its last checkpoint"
     assert len({json.dumps(rows[name]) for name in list(rows)[:4]}) == 4, "and each model is its own"
     plain = re.sub(r" \[[^]]*\]", "", out)  # without intervals

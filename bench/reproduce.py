@@ -164,7 +164,8 @@ def scores_of(name: str, seed: int) -> None:
     if metrics := read_metrics(folder):
         scores["gap at first"], scores["gap at last"] = ends(folder, "gap")
         scores["seconds"] = sum(row["seconds"] for row in metrics)  # of the steps alone
-        scores |= zip(("a third", "two thirds"), curve.values())
+        if len(curve) == 3:
+            scores |= zip(("a third", "two thirds"), curve.values())
         own = parsed(*flags_of(run, seed))
         per_step = own.prompts_per_step * own.group_size
         reached = [int(step) * per_step for step, average in curve.items() if average >= TARGET]

@@ -54,12 +54,12 @@ import opd
 import reward_model
 import rewards
 import sde
-from data.batches import prompt_batch, seed_for
+from data.batches import batches, prompt_batch, seed_for
 from data.pictures import sources
 from data.preferences import Pair, Sample
 from harness import curation, load, ownership, plan, ranks, report, rollout, suites
 from harness.ranks import USER_ERRORS
-from harness.rollout import Row, Trajectories, batches, in_step, micro_batches, prompts_of
+from harness.rollout import Row, Trajectories, in_step, micro_batches, prompts_of
 from harness.run import Run, Stopped, read_metrics
 from harness.stats import averaged, ratio_stats, shares_of, summed, warn_of_equal, warn_of_hacking, warn_of_ratio
 from models import flow, hub, lora

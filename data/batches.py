@@ -49,3 +49,9 @@ def prompt_batch(prompts: Sequence[T], count: int, seed: int, step: int, rank: i
 @lru_cache(16)  # of an epoch, for all of its steps
 def _permutation(length: int, seed: int, epoch: int) -> list[int]:
     return random.Random(seed_for("prompts", seed, epoch)).sample(range(length), length)
+
+
+def batches(items: Sequence, size: int) -> list[Sequence]:
+    """`items` in parts of `size`, the last one shorter; size 0: all in one part."""
+    size = size or len(items) or 1
+    return [items[i : i + size] for i in range(0, len(items), size)]

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.batches import batches
 from data.files import Prompt
 from data.pictures import stacked
 from rewards import HIGHEST_RATING, LOWEST_RATING, Scorer
@@ -30,7 +31,7 @@ def vote(rows: Sequence[Mapping], folder: Path, judge: Scorer | None, batch: int
     pairs = (pair for own in games.values() for pair in itertools.combinations(own.values(), 2))
     asked = [(pair, order) for pair in pairs for order in (0, 1)]
     shown = [pair if order == 0 else pair[::-1] for pair, order in asked]
-    leans = (lean for i in range(0, len(shown), batch) for lean in preferences(shown[i : i + batch], folder, judge))
+    leans = (lean for some in batches(shown, batch) for lean in preferences(some, folder, judge))
     votes = []
     for ((a, b), order), lean in zip(asked, leans, strict=True):
         shared = {key: a[key] for key in ("prompt", "index", "sample", "task", "category")}

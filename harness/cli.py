@@ -18,22 +18,7 @@ from pathlib import Path
 
 import settings
 from data.common import DataError, one_line, read_json
-from settings import (
-    BENCHMARKS,
-    FIELDS,
-    LAYOUTS,
-    PRESETS,
-    SUITES,
-    TASKS,
-    TINY_SUITES,
-    VELOCITY,
-    Settings,
-    SettingsError,
-    decided_by,
-    is_tiny,
-    parts_of,
-    unread,
-)
+from settings import FIELDS, PRESETS, TASKS, VELOCITY, Settings, SettingsError, decided_by, is_tiny, parts_of, unread
 
 DESCRIPTION = "Flow-OPD and Qwen-Image-2.0-RL, from pretraining to on-policy distillation."
 
@@ -336,18 +321,19 @@ def _check_names(s: Settings) -> None:
     known = {"tiny": settings.FLOW_TASKS, "tiny-qwen": settings.QWEN_TASKS}.get(s.preset, TASKS)
     own = {s.task} - {"", "mix"}
     suites = settings.suite_list(s)
-    for name, known_names in (("suite", TINY_SUITES if is_tiny(s) else SUITES), ("export", LAYOUTS)):
+    tables = settings.TINY_SUITES if is_tiny(s) else settings.SUITES
+    for name, words in (("suite", tables), ("export", settings.LAYOUTS)):
         for word in filter(None, getattr(s, name).split(",")):
-            if word not in known_names:
-                raise SettingsError(f"--{name} {word}: choose from {', '.join(known_names)}")
+            if word not in words:
+                raise SettingsError(f"--{name} {word}: choose from {', '.join(words)}")
     for name in suites:
-        if name in BENCHMARKS and name not in s.prompts:
+        if name in settings.BENCHMARKS and name not in s.prompts:
             raise SettingsError(f"--suite {name} has prompts of its own: give --prompts {name}=PATH")
-        if name not in BENCHMARKS and not set(SUITES[name]) & set(settings.test_tasks(s)):
-            raise SettingsError(f"--suite {name} needs prompts of one of the tasks {', '.join(SUITES[name])}")
+        if name not in settings.BENCHMARKS and not set(settings.SUITES[name]) & set(settings.test_tasks(s)):
+            raise SettingsError(f"--suite {name} needs prompts of one of the tasks {', '.join(settings.SUITES[name])}")
     if "diversity" in suites and s.samples < 2:
         raise SettingsError("--suite diversity compares the pictures of a prompt: add --samples 4")
-    mine = set(s.prompts) - {"auto", *(set(suites) & set(BENCHMARKS))}
+    mine = set(s.prompts) - {"auto", *(set(suites) & set(settings.BENCHMARKS))}
     for task in (*s.teachers, *mine, *own, *(settings.task_list(s) or [s.tasks])):
         if task not in known:
             raise SettingsError(f"task {task!r}: choose from {', '.join(known)}")

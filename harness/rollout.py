@@ -17,7 +17,7 @@ import grpo
 import opd
 import sde
 import settings
-from data.batches import prompt_batch, seed_for
+from data.batches import batches, prompt_batch, seed_for
 from data.files import Prompt
 from data.pictures import aspects, places, sources_of
 from harness import load, ranks
@@ -87,12 +87,6 @@ def rows_of(run: Run, prompts: Mapping[str, list[Prompt]], step: int) -> list[Ro
         for prompt, task, place in own_prompts(run, prompts, step)
         for g, i in enumerate(range(place * s.group_size, (place + 1) * s.group_size))
     ]
-
-
-def batches(items: Sequence, size: int) -> list[Sequence]:
-    """`items` in parts of `size`, the last one shorter; size 0: all in one part."""
-    size = size or len(items) or 1
-    return [items[i : i + size] for i in range(0, len(items), size)]
 
 
 def layout(prompt: Prompt) -> tuple[float, ...]:

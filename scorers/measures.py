@@ -15,9 +15,7 @@ from scorers.common import diversity as distance
 from scorers.common import pixels_of
 
 
-def diversity(
-    device: str = "cpu", dtype: torch.dtype = torch.float32, model: str = CLIP_L, batch: int = 16
-) -> Scorer:
+def diversity(device: str = "cpu", dtype: torch.dtype = torch.float32, model: str = CLIP_L, batch: int = 16) -> Scorer:
     """How unlike a prompt's pictures are, `common.diversity`, each picture with its prompt's value: F 6.3.3's collapse.
 
     model: a CLIP whose image features are compared; "" compares pixels, as in the tiny worlds. All pictures of a prompt
@@ -51,9 +49,7 @@ def untouched() -> Scorer:
     result's, its middle. RewardError for a prompt without boxes.
     """
 
-    def score(
-        images: Tensor, prompts: Sequence[Prompt], sources: Sequence[tuple[Tensor, ...]] | None = None
-    ) -> Tensor:
+    def score(images: Tensor, prompts: Sequence[Prompt], sources: Sequence[tuple[Tensor, ...]] | None = None) -> Tensor:
         scores = []
         for image, p, source in zip(images, prompts, sources or [()] * len(prompts), strict=True):
             if not source or not p.metadata.get("keep"):

@@ -244,13 +244,9 @@ def read_key(variable: str, required: bool) -> str:
 
 # --------------------------------------------------------------------------------------------------- the scorers
 def judge(
-    endpoints: Sequence[str],
-    model: str,
-    rubric: str | rubrics.Rubric,
-    request: dict | None = None,
-    key_env: str = KEY_ENV,
-    limits: Limits = LIMITS,
-) -> Scorer:
+    endpoints: Sequence[str], model: str, rubric: str | rubrics.Rubric, request: dict | None = None,
+    key_env: str = KEY_ENV, limits: Limits = LIMITS,
+) -> Scorer:  # fmt: skip
     """A vision-language model as a judge, as vLLM and SGLang serve it. Q §3, Eq. 12; F App. A, Fig. 6.
 
     One POST {endpoint}/chat/completions a picture, with pictures as data URLs. endpoints: such as http://gpu-7:8000/v1;

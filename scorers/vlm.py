@@ -6,7 +6,7 @@ Eq. 12).
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -31,7 +31,8 @@ def vlm(
     """
     asked = named(rubric) if isinstance(rubric, str) else rubric
     judge = _load(model or asked.model, device, dtype)
-    words = _candidates(judge.tokenizer, asked)
+    spelled = {word: (word, f" {word}", word.title()) for word in SCALES.get(asked.ask, ())}
+    words = single_tokens(judge, spelled, asked.name)
 
     def question(prompt: Prompt, image: Tensor, sources: Sequence[Tensor]) -> qwen_vl.Question:
         with _about(asked, prompt):
@@ -74,14 +75,13 @@ def _load(where: str, device: torch.device | str, dtype: torch.dtype) -> qwen_vl
     return judge
 
 
-def _candidates(tokenizer, rubric: Rubric) -> dict[int, str]:
-    """{token id: text} of all tokens that say one of the scale's words, with or without a blank or a capital."""
-    found = {}
-    for word in SCALES.get(rubric.ask, ()):
-        spelled = {v: tokenizer.encode(v, add_special_tokens=False) for v in (word, f" {word}", word.title())}
-        own = {ids[0]: text for text, ids in spelled.items() if len(ids) == 1}
+def single_tokens(judge: qwen_vl.VLM, spellings: Mapping[str, Sequence[str]], who: str) -> dict[int, str]:
+    """{token id: text} of the spellings, by word, that are one token. RewardError by `who` for a word without any."""
+    encode, found = partial(judge.tokenizer.encode, add_special_tokens=False), {}
+    for word, some in spellings.items():
+        own = {ids[0]: text for text in some if len(ids := encode(text)) == 1}
         if not own:
-            raise RewardError(f"the judge's tokenizer has no single token for {word!r}, which {rubric.name!r} needs")
+            raise RewardError(f"scorer {who!r}: the judge's tokenizer has no single token for {word!r}")
         found |= own
     return found
 

@@ -9,13 +9,14 @@ were not trained on.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from functools import cache, partial
+from collections.abc import Callable, Sequence
+from functools import cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from data.batches import batches
 from data.files import Prompt
 from data.pictures import to_picture
 from models import qwen_vl
@@ -23,15 +24,13 @@ from models.qwen_vl import PICTURE
 from rewards import RewardError, Scorer
 from scorers import rubrics
 from scorers.common import MODEL_FILES, batched, folder_of, load_part, require
-from scorers.vlm import _ask, _load
+from scorers.vlm import _ask, _load, single_tokens
 
 BLIP_VQA, PHRASES = "Salesforce/blip-vqa-capfilt-large", 8  # T2I-CompBench asks about the first eight noun phrases
 QUESTION_TOKENS = 35
 
 
-def blipvqa(
-    device: str = "cpu", dtype: torch.dtype = torch.float32, model: str = BLIP_VQA, batch: int = 16
-) -> Scorer:
+def blipvqa(device: str = "cpu", dtype: torch.dtype = torch.float32, model: str = BLIP_VQA, batch: int = 16) -> Scorer:
     """BLIP-VQA of T2I-CompBench, in [0, 1]: does BLIP say yes to each noun phrase of the prompt? F Table 3.
 
     A prompt's phrases are those of its metadata field "phrases", else what spaCy finds (extra `compbench`).
@@ -51,7 +50,7 @@ def blipvqa(
                 ids = tokenizer(f"{phrase}?", truncation=True, max_length=QUESTION_TOKENS).input_ids
                 alike.setdefault(len(ids), []).append((b, ids))
         # TRAP: transformers' decoder of BLIP does not mask the padding of questions. Those of one length need none.
-        for some in (part for own in alike.values() for part in _parts(own, batch)):
+        for some in (part for own in alike.values() for part in batches(own, batch)):
             words = torch.tensor([ids for _, ids in some], device=device)
             words[:, 0] = network.config.text_config.vocab_size - 1  # [ENC], with which BLIP was trained
             states = network.text_encoder(words, encoder_hidden_states=seen[[b for b, _ in some]]).last_hidden_state
@@ -62,10 +61,6 @@ def blipvqa(
         return scores
 
     return batched("blipvqa", rate, 0.0, 1.0, batch)
-
-
-def _parts(items: Sequence, size: int) -> Iterator[Sequence]:
-    yield from (items[first : first + size] for first in range(0, len(items), size))
 
 
 def phrases_of(prompt: Prompt) -> list[str]:
@@ -120,9 +115,10 @@ def _asker(model: str, device: torch.device | str, dtype: torch.dtype, batch: in
             for key, image, p in zip(keys, images, prompts, strict=True) for atom in p.metadata["vqa_list"]
         }  # fmt: skip
         left = [key for key in asked if key not in known]
-        for some in _parts(left, batch):
+        for some in batches(left, batch):
             questions = [_question(text, asked[key, text, right]) for key, text, right in some]
-            words = _spelled(judge, [right for *_, right in some])
+            asked_for = dict.fromkeys(right.strip().lower() for *_, right in some)
+            words = single_tokens(judge, {right: _spellings(right) for right in asked_for}, "softtifa")
             for key, (_, _, logprobs) in zip(some, _ask(judge, questions, words, 1), strict=True):
                 known[key] = rubrics.answer_probability(logprobs, key[2])
         return [[known[key, *atom] for atom in p.metadata["vqa_list"]] for key, p in zip(keys, prompts, strict=True)]
@@ -131,19 +127,11 @@ def _asker(model: str, device: torch.device | str, dtype: torch.dtype, batch: in
 
 
 def _question(text: str, image: Tensor) -> qwen_vl.Question:
-    template = (
-        f"<|im_start|>user\n<|vision_start|>{PICTURE}<|vision_end|>{{}}<|im_end|>\n<|im_start|>assistant\n"
-    )
+    template = f"<|im_start|>user\n<|vision_start|>{PICTURE}<|vision_end|>{{}}<|im_end|>\n<|im_start|>assistant\n"
     return qwen_vl.Question(template, [f"{text} Answer in one word."], [to_picture(image)])
 
 
-def _spelled(judge: qwen_vl.VLM, answers: Sequence[str]) -> dict[int, str]:
-    """{token id: text} of all single tokens that say one of the answers, with or without a blank, capital or digit."""
-    encode, found = partial(judge.tokenizer.encode, add_special_tokens=False), {}
-    for right in dict.fromkeys(answer.strip().lower() for answer in answers):
-        spelled = [right, right.title(), *(str(n) for n, word in enumerate(rubrics.NUMBER_WORDS) if word == right)]
-        own = {ids[0]: text for text in (*spelled, *(f" {word}" for word in spelled)) if len(ids := encode(text)) == 1}
-        if not own:
-            raise RewardError(f"scorer 'softtifa': the judge's tokenizer has no single token for {right!r}")
-        found |= own
-    return found
+def _spellings(right: str) -> list[str]:
+    """How an answer may be written: with or without a blank, a capital, or as a digit."""
+    said = [right, right.title(), *(str(n) for n, word in enumerate(rubrics.NUMBER_WORDS) if word == right)]
+    return [*said, *(f" {word}" for word in said)]

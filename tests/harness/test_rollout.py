@@ -12,7 +12,7 @@ import torch
 import train
 from data import files as data
 from data import written
-from data.batches import seed_for
+from data.batches import batches, seed_for
 from data.pictures import data_uri, places, source_images, sources, sources_of
 from harness import cli, load, rollout
 from harness.counting import CountingModel
@@ -152,7 +152,7 @@ def test_ranks_draw_in_each_update_what_one_rank_with_their_prompts_draws(monkey
 
     def shares(rank, world, size):
         rows = [(row.prompt, row.seed) for row in share(rank, world, 4, prompts_per_step=size, **changes)]
-        return rollout.batches(rows, len(rows) // updates)
+        return batches(rows, len(rows) // updates)
 
     alone, ranks = shares(0, 1, each * world), [shares(rank, world, each) for rank in range(world)]
     for u in range(updates):

@@ -28,7 +28,7 @@ import train
 from harness import curation, rollout
 from harness.run import Run
 from scorers import panel as scoring
-from tests.helpers.far import ABOUT, Far, says
+from tests.helpers.far import ABOUT, Far
 from tests.helpers.runs import TASKS, metrics, same, stored, the_error
 from tiny import drawings as tiny
 
@@ -171,26 +171,6 @@ def test_a_run_whose_scorer_is_gone_is_saved_and_goes_on_when_it_is_back(go, tmp
     start(far.server_port)
     go("cut", *flags)
     assert same(stored(cut), stored(whole)) and metrics(cut) == metrics(whole) and len(metrics(whole)) == 4
-
-
-def test_dropping_loses_the_group_of_the_prompt_that_cannot_be_scored_and_nothing_else(go, tmp_path, far, spy):
-    taught, drawn = spy(train, "update_policy"), spy(rollout, "roll_out")
-    weights, near = {"default": {"near": 1, "far": 1}}, {"near": {"kind": "quality"}}
-    flags = [*TEXT, *asks(tmp_path, far, weights, near), "--advantage-std", "none"]
-    whole = go("whole", *flags)
-    victim = drawn[0].args[1][2].prompt.text  # of the second group of three
-    far.plan = lambda number, body: says("no", 400) if body["prompts"][0]["text"] == victim else None
-    half = go("half", "--on-reward-failure", "drop", *flags)
-    all_of_it, what_is_left = (call.args[2].reshape(-1, 2) for call in taught)
-    for call, weight in zip(taught, ([1 / 6] * 6, [1 / 4, 1 / 4, 0, 0, 1 / 4, 1 / 4]), strict=True):
-        assert call.args[3].tolist() == pytest.approx(weight)
-    assert all_of_it.shape == (3, 2) and (all_of_it != 0).all()
-    assert torch.equal(what_is_left[[0, 2]], all_of_it[[0, 2]]), "advantages are about one's own group"
-    assert (what_is_left[1] == 0).all()
-    (kept,), (full,) = metrics(half), metrics(whole)
-    assert (full["lost"], kept["lost"]) == (0.0, pytest.approx(1 / 3, rel=1e-4))
-    assert kept["reward"] != full["reward"] and math.isfinite(kept["reward"])
-    go("stopped", *flags, code=2)
 
 
 # ------------------------------------------------------------------------------------ drawing while others score

@@ -34,7 +34,6 @@ from tests.helpers.runs import (
     metrics,
     same,
     stored,
-    the_one_line,
     weights,
     with_adapter,
 )
@@ -372,33 +371,3 @@ def test_a_whole_student_is_exported_as_a_transformer_that_another_run_starts_fr
     assert not same(average, {name: state[f"weights.{name}"] for name in average})
     real("next", "--parameters", "full", "--init", str(folder))
     assert same(updates[1].weights, list(average.values())), "a full checkpoint as a cold start"
-
-
-# ------------------------------------------------------------------------------------------ one line for every mistake
-def broken_adapter(world, tmp_path):
-    folder = Path(shutil.copytree(world.teachers["text"], tmp_path / "teacher"))
-    file = folder / "adapter_model.safetensors"
-    file.write_bytes(file.read_bytes()[:100])
-    return ["--teachers", f"text={folder}"]
-
-
-def broken_prompts(world, tmp_path):
-    (tmp_path / "bad.jsonl").write_text("{oops\n")
-    return ["--prompts", f"composition={tmp_path / 'bad.jsonl'}"]
-
-
-# One of each boundary: flags, prompt files, checkpoints, rewards -> (the flags that make it so, what the line names).
-MISTAKES = {
-    "a flag": (lambda w, d: ["--grup-size", "4"], "--grup-size"),
-    "a prompt file": (broken_prompts, "bad.jsonl:1"),
-    "an adapter": (broken_adapter, "/teacher"),
-    "a full teacher to be merged": (lambda w, d: ["--stage", "merge", "--teachers", f"text={w.base}"], "base"),
-    "a reward": (lambda w, d: ["--stage", "grpo", "--task", "text", "--rewards", "pikscore=1"], "pikscore"),
-}
-
-
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_line_that_names_it_and_exit_code_2(go, world, tmp_path, capsys, mistake):
-    flags, named = MISTAKES[mistake]
-    go("run", *flags(world, tmp_path), code=2)
-    assert named in the_one_line(capsys)

@@ -16,6 +16,8 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from data.common import write_atomic
 
 
@@ -61,7 +63,7 @@ def over_seeds(found: Sequence[Mapping[str, float]], columns: Sequence[str]) -> 
     cells = {}
     for column in columns:
         values = [row[column] for row in found]
-        std = statistics.stdev(values) if len(values) > 1 else math.nan
+        std = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
         cells[column] = Cell(statistics.fmean(values), len(values), std=std)
     return cells
 

@@ -55,7 +55,7 @@ import reward_model
 import rewards
 import sde
 from data.batches import batches, prompt_batch, seed_for
-from data.pictures import sources
+from data.pictures import layout, sources
 from data.preferences import Pair, Sample
 from harness import curation, load, ownership, plan, ranks, report, rollout, suites
 from harness.ranks import USER_ERRORS
@@ -311,7 +311,7 @@ def sft(s: Settings, load=load) -> Run:
         places = torch.randint(len(pool), (s.batch_size * run.world,), generator=run.generator("batch")).tolist()
         seeds = (seed_for("row", s.seed, s.stage, step, i) for i in range(len(places)))
         rows = [pool[place]._replace(seed=seed) for place, seed in zip(places, seeds)]  # of all ranks
-        mine = sorted(rows, key=lambda row: rollout.layout(row.prompt))[run.rank :: run.world]
+        mine = sorted(rows, key=lambda row: layout(row.prompt))[run.rank :: run.world]
         for some in in_step(micro_batches(run.model, mine, s.micro_batch)):
             run.stop_if_asked()
             cond, _ = rollout.conditions(run.model, prompts_of(some), 1.0)

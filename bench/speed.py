@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import opd
 import train
-from bench.runs import parsed, run_job
+from bench.runs import parsed, run_job, table
 from data.files import Prompt
 from data.pictures import places
 from harness import counting, load, plan, ranks, rollout
@@ -82,10 +82,8 @@ def overlap(steps: int = 8, rounds: int = 3) -> None:
     finally:
         panel.build = build
     found = {name: statistics.median(seconds) for name, seconds in times.items()}
-    print(f"a rollout, and the slow reward's latency: {latency:.2f} s\n\n| reward | seconds (median) | ratio |")
-    print("|---|---:|---:|")
-    for name, seconds in found.items():
-        print(f"| {name} | {seconds:.2f} | {seconds / found['instant']:.2f} |")
+    print(f"a rollout, and the slow reward's latency: {latency:.2f} s; medians")
+    table({name: [{"seconds": s, "ratio": s / found["instant"]}] for name, s in found.items()}, ("seconds", "ratio"))
 
 
 # ------------------------------------------------------------------------------------------ a step of real shapes

@@ -80,8 +80,11 @@ def sources(prompts: Sequence[Prompt]) -> list[tuple[Tensor, ...] | None] | None
     return [tuple(read[s.where] for s in some) or None for some in found] if read else None
 
 
-def aspects(prompt: Prompt) -> tuple[float, ...]:
-    """Width / height of each of a prompt's pictures."""
+def layout(prompt: Prompt) -> tuple[float, ...]:
+    """Width / height of each source picture that a prompt begins from, whatever its task is called; () for none.
+
+    Rows of one layout fit into one batch: nothing masks a picture's tokens, and all rows have the places of the first.
+    """
     return tuple(_look(prompt, _aspect, where) for where in places(prompt))
 
 

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from data.batches import seed_for
 from data.files import Prompt
-from data.pictures import places, sources_of, to_picture
+from data.pictures import layout, places, sources_of, to_picture
 from harness import identity, ranks, rollout
 from models.flow import FlowModel
 from settings import Settings
@@ -109,7 +109,7 @@ def draw(
     wanted = []
     if not all(map(is_there, rows)):
         rollout.encode_all(model, (row.prompt for row in rows.values()), cfg != 1)
-        kind = lambda row: (rollout.layout(row.prompt), model.tokens(row.prompt.text, sources_of(row.prompt)))  # noqa: E731
+        kind = lambda row: (layout(row.prompt), model.tokens(row.prompt.text, sources_of(row.prompt)))  # noqa: E731
         parts = rollout.micro_batches(model, sorted(rows.values(), key=kind), s.micro_batch or 96)
         wanted = [part for part in parts if not all(is_there(names[row.seed]) for row in part)]
     ranks.wait()  # all have looked, and none has drawn

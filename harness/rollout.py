@@ -1,7 +1,7 @@
 """What is drawn at a step: which prompts, from which noise, with how much guidance?
 
 A row's noise belongs to the row, whatever the micro-batch and the number of ranks. Rows lie task by task and group by
-group. The rows of a micro-batch have equally many source pictures of the same shapes, see `layout`.
+group. The rows of a micro-batch have equally many source pictures of the same shapes, see `pictures.layout`.
 Rollout, objective and teachers each have a guidance scale (Q 4.1, 4.3): `settings.student_cfg`, `trained_cfg`,
 `teacher_cfg`.
 """
@@ -19,7 +19,7 @@ import sde
 import settings
 from data.batches import batches, prompt_batch, seed_for
 from data.files import Prompt
-from data.pictures import aspects, places, sources_of
+from data.pictures import layout, places, sources_of
 from harness import load, ranks
 from harness.run import Run
 from harness.weights import poisoned
@@ -87,14 +87,6 @@ def rows_of(run: Run, prompts: Mapping[str, list[Prompt]], step: int) -> list[Ro
         for prompt, task, place in own_prompts(run, prompts, step)
         for g, i in enumerate(range(place * s.group_size, (place + 1) * s.group_size))
     ]
-
-
-def layout(prompt: Prompt) -> tuple[float, ...]:
-    """The shapes of the source pictures that it begins from, whatever its task is called; () for none.
-
-    Rows of one layout fit into one batch: nothing masks a picture's tokens, and all rows have the places of the first.
-    """
-    return aspects(prompt)
 
 
 def micro_batches(model: FlowModel, rows: Sequence[Row], size: int, by_task: bool = False) -> list[Sequence[Row]]:

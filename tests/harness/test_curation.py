@@ -73,20 +73,14 @@ def test_lines_of_another_run_do_not_count_and_the_last_of_a_prompt_does(tmp_pat
 
 
 # ------------------------------------------------------------------------------------------------------- the rule
-@pytest.mark.parametrize(
-    ("scores", "threshold", "middle", "said"),
-    [
-        ([0.5, 0.25, 0.375], 0.24, 0.5, "kept"),
-        ([0.5, 0.25, 0.375], 0.25, 0.3, "always good"),  # the threshold itself is not above it
-        ([0.5, 0.25, 0.375], 0.25, 0.4, "always bad"),
-        ([0.5, 0.5], 0.0, 0.5, "always bad"),
-        ([-3.0, -1.0], 1.5, 0.0, "kept"),  # rewards may be negative
-        ([-3.0, -1.0], 2.5, -2.5, "always good"),
-        ([0.0] * 15 + [1.0], 0.5, 0.5, "kept"),  # the range, not the standard deviation of 0.24
-        ([0.0, None, 1.0], 0.05, 0.5, "not scored"),  # half a group says nothing about its range
-        ([], 0.05, 0.5, "not scored"),
-    ],
-)
+@pytest.mark.parametrize(("scores", "threshold", "middle", "said"), [
+    ([0.5, 0.25, 0.375], 0.24, 0.5, "kept"),
+    ([0.5, 0.25, 0.375], 0.25, 0.3, "always good"),  # the threshold itself is not above it
+    ([0.5, 0.25, 0.375], 0.25, 0.4, "always bad"), ([0.5, 0.5], 0.0, 0.5, "always bad"),
+    ([-3.0, -1.0], 1.5, 0.0, "kept"), ([-3.0, -1.0], 2.5, -2.5, "always good"),  # rewards may be negative
+    ([0.0] * 15 + [1.0], 0.5, 0.5, "kept"),  # the range, not the standard deviation of 0.24
+    ([0.0, None, 1.0], 0.05, 0.5, "not scored"), ([], 0.05, 0.5, "not scored"),  # half a group says nothing of it
+])  # fmt: skip
 def test_the_verdict_by_hand(scores, threshold, middle, said):
     assert C.verdict(scores, threshold, middle) == said and said in C.REASONS
 

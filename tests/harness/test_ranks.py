@@ -90,20 +90,13 @@ def test_ranks_that_have_a_number_share_its_float64_mean_and_nan_stays_if_nobody
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 
-@pytest.mark.parametrize(
-    "count, changes, expected",
-    [
-        (0, {}, "--preset tiny"),  # SD3.5 on a CPU: refused, with a command that works
-        (0, {"device": "cpu"}, CPU),
-        (8, {"device": "cpu"}, CPU),
-        (8, {}, CUDA),
-        (0, {"device": "cuda", "preset": "tiny"}, "--device cuda"),
-        (1, {"device": "cuda", "preset": "tiny"}, CUDA),
-        (0, {"preset": "tiny"}, CPU),
-        (0, {"model": "."}, CPU),  # a folder: its owner knows what it is
-        (2, {"preset": "tiny"}, CUDA),
-    ],
-)
+@pytest.mark.parametrize("count, changes, expected", [
+    (0, {}, "--preset tiny"),  # SD3.5 on a CPU: refused, with a command that works
+    (0, {"model": "."}, CPU),  # a folder: its owner knows what it is
+    (0, {"device": "cpu"}, CPU), (8, {"device": "cpu"}, CPU), (8, {}, CUDA),
+    (0, {"device": "cuda", "preset": "tiny"}, "--device cuda"), (1, {"device": "cuda", "preset": "tiny"}, CUDA),
+    (0, {"preset": "tiny"}, CPU), (2, {"preset": "tiny"}, CUDA),
+])  # fmt: skip
 def test_the_device_is_what_was_asked_for_or_what_is_there(accelerators, count, changes, expected):
     accelerators(count)
     s = cli.resolve(changes)

@@ -132,14 +132,10 @@ def test_a_batch_is_shared_evenly_and_the_first_tasks_take_the_rest():
     assert len({row.seed for row in rows}) == 9, "and each with noise of its own"
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"stage": "grpo", "task": "text"},
-        *({"stage": "grpo", "task": "mix", "mix": mix} for mix in ("turns", "joint")),
-    ],
-)
+@pytest.mark.parametrize("changes", [
+    {}, {"stage": "grpo", "task": "text"},
+    *({"stage": "grpo", "task": "mix", "mix": mix} for mix in ("turns", "joint")),
+])  # fmt: skip
 @pytest.mark.parametrize("updates", [1, 2])
 @pytest.mark.parametrize("world", [2, 3])
 @pytest.mark.parametrize("each", [4, 6, 8])  # prompts a rank: with three tasks, some remainder everywhere
@@ -173,9 +169,7 @@ def test_the_noise_of_a_row_is_named_by_what_it_is_for_and_by_nothing_else():
         drawn = {row.seed for row in share(**other)}
         assert len(drawn) == 6 and not drawn & seeds
         seeds |= drawn
-    assert [row.seed for row in base] == [
-        seed_for("row", 0, "opd", "", 0, task, 0, g) for task in TASKS for g in (0, 1)
-    ]
+    assert [row.seed for row in base] == [seed_for("row", 0, "opd", "", 0, t, 0, g) for t in TASKS for g in (0, 1)]
     assert share(micro_batch=2, num_steps=3, window="0:2", lr=0.5, cfg=3.0) == base
     x, again, other = (torch.randn(3, generator=row.generator()) for row in (base[0], base[0], base[1]))
     assert torch.equal(x, again), "fresh each time"

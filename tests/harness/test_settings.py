@@ -127,12 +127,6 @@ def test_a_stage_of_a_plan_takes_what_was_given_and_the_plans_own_word():
     assert (s.merge_method, s.seed, s.name) == ("ties", 8, "tiny-merge")
 
 
-def test_settings_share_no_dictionary():
-    s, other = parse(FLOW), parse(FLOW)
-    s.teachers["text"] = "changed"
-    assert other.teachers == parse(FLOW).teachers != s.teachers
-
-
 # ------------------------------------------------------------------------------------------- every field a flag
 def test_the_help_shows_the_flags_of_a_stage_with_the_values_it_would_have(capsys):
     def shown(line, prog="train.py"):

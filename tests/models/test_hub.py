@@ -173,17 +173,6 @@ def test_folders_are_told_apart_by_what_they_hold_and_pefts_layout_comes_first(b
     assert hub.kind(base) == hub.kind(base / "transformer") == "full"
 
 
-@pytest.mark.parametrize(
-    "names", [(), PEFT_FILES[:1], PEFT_FILES[1:], (PEFT_FILES[0], "adapter_model.bin"), ("lora.pt",)]
-)
-def test_folders_that_hold_nothing_usable_are_refused_pickles_among_them(base, tmp_path, names):
-    for name in names:
-        (tmp_path / name).write_text("{}")
-    said = refusal(hub.kind, tmp_path)
-    assert said.startswith(f"{tmp_path}: ") and all(name in said for name in ADAPTER_FILES)
-    assert refusal(hub.kind, base / "vae").startswith(f"{base / 'vae'}: "), "a model, and no transformer"
-
-
 def test_the_fingerprint_is_the_hash_of_small_files_and_of_the_two_ends_of_large_ones(tmp_path):
     for name, text in (("b", b"two"), ("a", b"one")):
         (tmp_path / f"{name}.safetensors").write_bytes(text)

@@ -37,7 +37,6 @@ from tests.helpers.runs import (
     weights,
     with_adapter,
 )
-from tiny import edits as tiny_edit
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = ["--task", "text", "--rewards", "quality=1", "--micro-batch", "4"]
@@ -310,27 +309,6 @@ def test_every_stage_trains_every_model_with_teachers_of_every_kind(request, mon
         for source, image in zip(found, source_images(prompt), strict=True):
             assert torch.equal(source, torch.from_numpy(image.copy()).permute(2, 0, 1) / 255)
     assert not seen or len({len(found) for _, found in seen}) > 1
-
-
-def test_a_curated_edit_trains_with_the_picture_it_was_kept_for(go2, spy):
-    kept = go2("kept", "--stage", "curate", "--tasks", "edit", "--threshold", "0", "--train-prompts", "4")
-    rows = spy(rollout, "rows_of")
-    go2("next", "--stage", "grpo", "--task", "edit", "--prompts", f"edit={kept / 'prompts/edit'}")
-    originals = {p.text: p.metadata["image"] for p in tiny_edit.make_prompts("edit", "train", 4)}
-    trained = {row.prompt.text: row.prompt.metadata["image"] for row in rows[0].result}
-    assert trained.items() <= originals.items() and trained
-
-
-def test_sd35s_gradient_does_not_depend_on_how_it_is_computed(real, updates):
-    """Micro-batches of every size, blocks computed again in backward or kept."""
-    flags = ["--stage", "opd", "--mar", "0.5", "--eval-prompts", "0"]
-    variants = (["--micro-batch", "3"], ["--micro-batch", "0"], ["--no-gradient-checkpointing"])
-    for number, variant in enumerate(variants):
-        real(f"run{number}", *flags, *variant)
-    first, *others = (flat(update.grads) for update in updates)
-    assert first.norm() > 0
-    for other in others:
-        assert (other - first).abs().max() < 1e-6 * first.abs().max()
 
 
 def test_what_is_exported_draws_in_the_stock_pipeline_what_eval_draws(real, sd35, stock, spy):

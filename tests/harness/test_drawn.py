@@ -124,6 +124,7 @@ def interrupt():
 def test_scores_are_made_from_the_files_without_a_model_and_other_settings_are_drawn_elsewhere(
     flags, tmp_path, no_pictures, monkeypatch
 ):
+    flags = [*flags, "--eval-prompts", "2"]
     assert evaluation.main(flags) == 0
     report = (tmp_path / "eval/results.json").read_text()
     with monkeypatch.context() as patch:

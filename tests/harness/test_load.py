@@ -113,19 +113,11 @@ def resaved(folder):
     """The same weights in a file whose header has another order, and another file beside them."""
     (folder / "README.md").write_text("a card")
     for file in folder.rglob("*.safetensors"):
-        with safetensors.safe_open(file, "pt") as opened:
-            about = opened.metadata()
-        tensors = safetensors.torch.load_file(file)
-        safetensors.torch.save_file(dict(reversed(tensors.items())), file, about)
+        edit_tensors(file, lambda tensors: [tensors.update({key: tensors.pop(key)}) for key in reversed([*tensors])])
 
 
 def nudged(file):
-    tensors = safetensors.torch.load_file(file)
-    with safetensors.safe_open(file, "pt") as opened:
-        about = opened.metadata()
-    for tensor in tensors.values():
-        tensor += 1e-3
-    safetensors.torch.save_file(tensors, file, about)
+    edit_tensors(file, lambda tensors: [tensor.add_(1e-3) for tensor in tensors.values()])
 
 
 EDITS = {  # which flag -> what changes the content behind it

@@ -33,7 +33,7 @@ from tqdm import tqdm
 from data.common import write_atomic
 from data.files import Prompt
 from data.pictures import stacked
-from harness import arena, drawn, export, load, ownership, plan, ranks, report, suites, tables
+from harness import arena, drawn, export, load, ownership, page, plan, ranks, suites, tables
 from harness.compare import RESAMPLES, elo
 from models import flow
 from scorers import panel as scoring
@@ -180,7 +180,7 @@ def tell(
     own = [scores[task].value for task, scores in teachers.items() if task in scores]
     notes = suites.left_out(s, suites.asked_of(s))
     notes += [f"Mean of the teachers' own-task scores: {sum(own) / len(own):.3f}."] if own else []
-    report.write_report(folder, s, found, rows, notes, load.seen_in_training(s), more)
+    page.write(folder, s, found, rows, notes, load.seen_in_training(s), more)
     return found
 
 
@@ -197,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted: repeat the command to go on; pictures that are drawn stay", file=sys.stderr)
         return 130
     if rows:
-        print("\n".join(report.lines_of(rows)))
+        print("\n".join(tables.lines_of(rows)))
         print(f"report: {where}")
     return 0
 

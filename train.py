@@ -57,7 +57,7 @@ import sde
 from data.batches import batches, prompt_batch, seed_for
 from data.pictures import layout, sources
 from data.preferences import Pair, Sample
-from harness import curation, load, ownership, plan, ranks, report, rollout, suites
+from harness import curation, load, ownership, page, plan, ranks, rollout, suites, tables
 from harness.ranks import USER_ERRORS
 from harness.rollout import Row, Trajectories, in_step, micro_batches, prompts_of
 from harness.run import Run, Stopped, read_metrics
@@ -542,7 +542,7 @@ def tell(run: Run, found: Mapping[str, dict], rows: Sequence[dict] = (), notes: 
     """Write the report, say where everything is and what its last row has -> the last checkpoint."""
     if run.rank == 0:
         name, warnings = run.s.name, load.seen_in_training(run.s) if rows else ()
-        where = report.write_report(run.folder, run.s, found, rows, notes, warnings)
+        where = page.write(run.folder, run.s, found, rows, notes, warnings)
         last = list(found.values())[-1]["scores"] if found else {}
         shown = "  ".join(f"{key} {value:.3f}" for key, value in last.items())
         print(f"{name}: {shown or 'done'}\n  checkpoint {run.checkpoint}\n  report     {where}")
@@ -589,7 +589,7 @@ def everything(s: Settings, chosen: dict) -> Path:
     final = cli.for_stage(chosen, "eval", name=s.name, **made, compare=compared)
     rows, where = evaluation.compare(final)
     if rows:
-        print("\n".join(report.lines_of(rows)))
+        print("\n".join(tables.lines_of(rows)))
         print(f"report: {where}")
     return where.parent
 

@@ -12,6 +12,7 @@ that the pictures of a page take 4 MB at most, whatever was drawn.
 
 import base64
 import io
+import json
 import subprocess
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -50,18 +51,28 @@ svg{width:100%;height:auto}
 
 
 def write(
-    folder: Path, s: Settings, found: Mapping[str, tables.Table], rows: Sequence[Mapping], notes: Sequence[str] = (),
-    warnings: Sequence[str] = (),
+    folder: Path, s: Settings, found: Mapping[str, Mapping], rows: Sequence[Mapping] = (), notes: Sequence[str] = (),
+    warnings: Sequence[str] = (), more: Mapping[str, tables.Table] = {},  # noqa: B006
 ) -> Path:  # fmt: skip
-    """report.html of a run -> its path.
+    """report.html of a run -> its path. For programs beside it: the tables, results.json, and rows.jsonl if any.
 
-    found: the tables that there are, of which "tags" has accuracies; rows: one a picture (harness/suites.py); notes
-    stand below the tables, warnings in red at the top.
+    found: {name: {"scores": {column: number}, "tags": {tag: accuracy}}}; rows: one a picture (harness/suites.py); notes
+    stand below the tables, warnings in red at the top; more: other tables, by name.
     """
+    if rows:
+        write_atomic(folder / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    shown = {**tables.of_evaluation(found), **more}
+    for key, own in shown.items():
+        tables.write(folder, key, own)
+    plain = {
+        name: {key: {column: getattr(v, "value", v) for column, v in numbers.items()} for key, numbers in row.items()}
+        for name, row in found.items()
+    }
+    write_atomic(folder / "results.json", json.dumps(plain, indent=1) + "\n")
     parts = [
         f"<h1>{escape(s.name)}</h1>", *(f'<p class="red">{escape(text)}</p>' for text in warnings), made_by(s),
-        *(part for key, own in found.items() if key != "tags" for part in section(key.capitalize(), table(own))),
-        *(f"<p>{escape(text)}</p>" for text in notes), *section("By tag", "tags" in found and bars(found["tags"])),
+        *(part for key, own in shown.items() if key != "tags" for part in section(key.capitalize(), table(own))),
+        *(f"<p>{escape(text)}</p>" for text in notes), *section("By tag", "tags" in shown and bars(shown["tags"])),
         *section("Pictures", sheet(folder, rows)), *section("Curves", curves({s.name: read_metrics(folder)})),
     ]  # fmt: skip
     write_atomic(folder / "report.html", document(s.name, parts))

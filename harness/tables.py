@@ -154,9 +154,19 @@ def as_json(table: Table) -> str:
     return json.dumps(records(table), indent=1, ensure_ascii=False) + "\n"
 
 
-def of_evaluation(rows: Mapping[str, Mapping], key: str) -> Table:
-    """The table of an evaluation's "scores" or "tags": rows {model: {key: {column: number or Cell}}}."""
-    return Table({name: row[key] for name, row in rows.items()}, ceilings=[n for n in rows if n.startswith("teacher ")])
+def of_evaluation(rows: Mapping[str, Mapping]) -> dict[str, Table]:
+    """{"scores": table, "tags": table}, each if some row has any: rows {model: {key: {column: number or Cell}}}."""
+    ceilings = [name for name in rows if name.startswith("teacher ")]
+    found = {key: {name: row[key] for name, row in rows.items()} for key in ("scores", "tags")}
+    return {key: Table(own, ceilings=ceilings) for key, own in found.items() if any(own.values())}
+
+
+def lines_of(rows: Mapping[str, Mapping]) -> list[str]:
+    """The tables of an evaluation in Markdown."""
+    found = []
+    for key, table in of_evaluation(rows).items():
+        found += [*({"tags": ["By tag:", ""]}.get(key, [])), markdown(table), ""]
+    return found
 
 
 def write(folder: Path, name: str, table: Table) -> None:

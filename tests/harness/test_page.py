@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from bench import curves
-from harness import cli, ownership, page, report
+from harness import cli, ownership, page, tables
 from settings import FIELDS, PRESETS, READERS, SettingsError
 
 
@@ -76,7 +76,7 @@ def settings_of(*flags):
 
 def written(folder, rows=(), results=None, notes=(), warnings=(), flags=()):
     folder.mkdir(exist_ok=True)
-    return Read(report.write_report(folder, settings_of(*flags), results or {}, rows, notes, warnings).read_text())
+    return Read(page.write(folder, settings_of(*flags), results or {}, rows, notes, warnings).read_text())
 
 
 # -------------------------------------------------------------------------------------------------- contact sheet
@@ -201,14 +201,14 @@ def test_the_command_of_a_run_makes_the_same_run(monkeypatch):
 def test_a_report_leaves_every_number_for_programs_too(tmp_path):
     s = settings_of()
     row = {"scores": {"text": 0.25, "average": 0.25}, "tags": {}}
-    assert report.write_report(tmp_path, s, {"student": row}) == tmp_path / "report.html"
+    assert page.write(tmp_path, s, {"student": row}) == tmp_path / "report.html"
     assert json.loads((tmp_path / "results.json").read_text()) == {"student": row}
-    assert report.lines_of({"student": row})[0].split("\n")[2] == "| student | 0.250 | 0.250 |"
+    assert tables.lines_of({"student": row})[0].split("\n")[2] == "| student | 0.250 | 0.250 |"
     found = {"a": {**row, "tags": {"counting": 0.5}}, "b": row}
-    assert "counting" in report.write_report(tmp_path, s, found).read_text()
-    assert "| a | 0.500 |" in "\n".join(report.lines_of(found))
+    assert "counting" in page.write(tmp_path, s, found).read_text()
+    assert "| a | 0.500 |" in "\n".join(tables.lines_of(found))
     assert {"scores.tex", "scores.csv", "tags.md", "tags.json"} <= {p.name for p in tmp_path.iterdir()}
-    assert not (tmp_path / "rows.jsonl").exists() and report.lines_of({"a": {"scores": {}, "tags": {}}}) == []
+    assert not (tmp_path / "rows.jsonl").exists() and tables.lines_of({"a": {"scores": {}, "tags": {}}}) == []
 
 
 def test_a_page_says_how_its_run_was_made(tmp_path):

@@ -58,7 +58,7 @@ def test_eval_py_scores_base_teachers_and_whatever_is_compared(world, tmp_path, 
     assert rows["a run"] == rows["adapter"] == rows["teacher text"], "a run stands for its last checkpoint"
     assert len({json.dumps(rows[name]) for name in list(rows)[:4]}) == 4, "and each model is its own"
     plain = re.sub(r" \[[^]]*\]", "", out)  # without intervals
-    table = tables.markdown(tables.of_evaluation(rows, "scores"))
+    table = tables.markdown(tables.of_evaluation(rows)["scores"])
     assert table in plain and "[" in out and str(tmp_path / "table/report.html") in out
     assert all(f"{value:.3f}" in text for row in rows.values() for value in row["scores"].values())
     own = sum(rows[f"teacher {task}"]["scores"][task] for task in TASKS) / 3

@@ -348,19 +348,6 @@ def test_a_curation_that_is_interrupted_asks_no_prompt_twice_and_ends_with_the_s
     assert len(files(whole)) == 1 + len(TASKS), "the report, and a file of prompts for each task"
 
 
-def test_what_a_curation_keeps_is_what_the_next_run_trains_on(go, spy):
-    folder = go("kept", *CURATE)
-    folder = go("kept", *CURATE, "--threshold", threshold(folder))
-    kept = {key for key, value in ranges(folder).items() if value > float(threshold(folder))}
-    rows = spy(rollout, "rows_of")
-    mine = ["--prompts", *(f"{task}={folder / 'prompts' / task}" for task in TASKS)]
-    go("next", "--stage", "grpo", "--task", "mix", "--steps", "5", "--prompts-per-step", "3", *mine)
-    trained = {(row.prompt.task, row.prompt.text) for call in rows for row in call.result}
-    assert trained <= kept and {task for task, _ in trained} == set(TASKS) and len(kept) == 18
-    tags = {row.prompt.metadata.get("tag") for call in rows for row in call.result if row.prompt.task == "composition"}
-    assert tags & set(tiny.TAG_MIX), "with the checklists that composition is scored by"
-
-
 def test_a_prompt_that_is_given_twice_is_asked_about_once(go, tmp_path, spy, capsys):
     asked, encoded, file = spy(scoring.Panel, "ask"), spy(rollout, "encode_all"), tmp_path / "words.txt"
     lines = [f'a sign that says "{word}"' for word in ("CAT", "HAT", "CAT", "HEN")]

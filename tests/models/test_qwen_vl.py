@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import transformers
 from PIL import Image
 from transformers import ProcessorMixin, Qwen2_5_VLProcessor
 
@@ -90,10 +89,3 @@ def test_a_text_alone_needs_no_image_processor(vlm):
 def test_a_template_has_one_place_for_each_text_and_picture(vlm, template, texts, count):
     with pytest.raises(ValueError, match="texts and"):
         vlm.inputs([qwen_vl.Question(template, texts, [picture(28, 28)] * count)])
-
-
-def test_the_network_is_read_frozen_and_in_the_asked_precision(folders):
-    network = qwen_vl.load(str(folders["qwen3_vl"]), dtype=torch.bfloat16).network
-    assert isinstance(network, transformers.Qwen3VLForConditionalGeneration) and not network.training
-    assert {p.dtype for p in network.parameters()} == {torch.bfloat16}
-    assert not any(p.requires_grad for p in network.parameters())

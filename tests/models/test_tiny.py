@@ -10,7 +10,6 @@ from models.experts import STUDENT
 from models.tiny import load_tiny, new_tiny
 from tests.helpers.checks import gap, refusal, shown
 from tests.helpers.runs import same
-from tiny import edits as tiny_edit
 
 WIDTH = 32
 
@@ -100,11 +99,3 @@ def test_a_base_checkpoint_comes_back_bitwise_frozen_and_with_a_fingerprint(fold
     again = load_tiny(tmp_path)
     assert same(dict(again.transformer.state_dict()), averaged) and again.fingerprint != model.fingerprint
     assert same(dict(again.text_encoder.state_dict()), dict(model.text_encoder.state_dict()))
-
-
-@torch.no_grad()
-def test_the_tiny_qwen_model_draws_from_the_source():
-    model, x = new_base(qwen=True), torch.randn(3, 3, 24, 24, generator=torch.Generator().manual_seed(0))
-    prompts = [p.text for p in tiny_edit.make_prompts("edit", "train", 3)]
-    cond = model.encode(prompts, PICTURES)
-    assert gap(model.velocity(x, 0.5, cond._replace(sources=())), model.velocity(x, 0.5, cond)) > 1e-3

@@ -2,14 +2,13 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
 
 from data import written
 from data.pictures import sources
 from rewards import Scorer
-from scorers import common, world
+from scorers import world
 from scorers.panel import Panel
 from tiny import edits
 
@@ -46,13 +45,3 @@ def test_edits_are_scored_beside_their_sources():
     found = world.score(torch.zeros(3, 3, 8, 8), prompts, "edit", Panel([like], {"edit": {"like": 2.0}}))
     assert found["like"].tolist() == [0.5] * 3
     assert all(map(torch.equal, sum(seen[0], ()), sum(sources(prompts), ())))
-
-
-def test_diversity_is_the_mean_distance_of_pairs_and_zero_for_a_collapsed_mode():
-    x = np.array([[0.0, 0.0], [0.6, 0.8], [0.0, 0.0]])  # distances 1, 0, 1 over sqrt(2)
-    assert common.diversity(x) == pytest.approx(2 / 3 / math.sqrt(2))
-    assert common.diversity(np.full((4, 3, 2, 2), 0.3)) == 0
-    rng = np.random.default_rng(2)  # two independent numbers of variance s^2 are sqrt(2) s apart, in the quadratic mean
-    assert common.diversity(rng.normal(0, 0.1, (6, 3, 40, 40))) == pytest.approx(0.1 * math.sqrt(2), rel=0.01)
-    with pytest.raises(ValueError):
-        common.diversity(x[:1])

@@ -17,13 +17,6 @@ SMALL = tiny_settings()
 
 
 # ---------------------------------------------------------------------------------------------- an expert's evaluation
-def test_a_panel_is_built_where_rewards_name_one_and_the_tiny_world_needs_none():
-    assert evaluation.panel_of(tiny_settings(rewards="task=1"), "cpu") is None
-    assert evaluation.panel_of(cli.resolve({}), "cpu") is None
-    panel = evaluation.panel_of(cli.resolve({"rewards": "jpeg=2"}), "cpu")
-    assert list(panel.scorers) == ["jpeg"] and not panel.drop, "an evaluation drops nothing: a table has no holes"
-
-
 def test_evaluation_repeats_exactly_and_scores_the_adapter_that_is_selected(model, prompts, tmp_path):
     first, second = (evaluation.evaluate(model, "m", prompts, SMALL, 1.0, tmp_path / n) for n in "ab")
     assert first == second and [row["task"] for row in first] == [task for task in TASKS for _ in range(5)]

@@ -182,18 +182,6 @@ def test_each_strategy_asks_the_empty_prompt_where_it_should_and_nowhere_else(go
         assert (line["ratio_mean"], line["ratio_std"], line["kl"]) == (1.0, 0.0, 0.0)
 
 
-@pytest.mark.parametrize("guidance, flags", [
-    ("rollout", []), ("rollout", EDIT), ("rollout", ["--kernel", "cps"]), ("both", ["--kernel", "cps"]),
-], ids=["hybrid", "hybrid edit", "hybrid cps", "guided cps"])  # fmt: skip
-def test_the_first_ratio_is_one_under_every_strategy_and_in_micro_batches(go2, spy, guidance, flags):
-    losses = spy(grpo, "policy_loss")
-    for size in ("0", "3"):
-        line = metrics(go2(f"of{size}", *T2I, *flags, "--guidance", guidance, "--micro-batch", size))[0]
-        assert (line["ratio_mean"], line["ratio_std"], line["clip_fraction"]) == (1.0, 0.0, 0.0)
-    assert len(losses) == 2 * (1 + 3)
-    assert all(torch.equal(call.args[0].mean, call.args[1]) for call in losses), "bit for bit"
-
-
 def velocity_of(student, rows, cfg):
     """v(x, t) with guidance, written out: two forwards, each row with its own source picture."""
     images = [sources_of(row.prompt) for row in rows]

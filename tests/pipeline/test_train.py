@@ -260,7 +260,7 @@ STAGES = {
     },
     "qwen": {
         "grpo, edit": "--stage grpo --task edit --rewards jpeg=1 --guidance both --prompts edit=MIXED",
-        "grpo, mixed": "--stage grpo --task mix --rewards jpeg=1 --source-resolution 32",
+        "grpo, mixed": "--stage grpo --task mix --rewards jpeg=1 --source-resolution 32 --kernel cps",
         "nft, all parameters": "--stage nft --task mix --rewards jpeg=1 --parameters full",
         "sft": "--stage sft",
         "opd": "--stage opd --prompts-per-step 4 --prompts edit=MIXED --resolution 48x64",

@@ -65,7 +65,8 @@ FLOW, Q = ("composition", "text", "quality", "average"), ("t2i", "edit", "averag
 
 
 class Claim(NamedTuple):
-    """rows: {printed name: run, folder of a shipped adapter, or "" for the base}; " | both" draws it with guidance.
+    """rows: {printed name: run, folder of a shipped adapter, or "" for the base}; with " | both" behind it, it is drawn
+    with guidance.
 
     above: (a, b, column): the claim holds if a is above b there, in every seed and by more than the spread over seeds.
     """
@@ -124,24 +125,24 @@ CLAIMS = (
     Claim("7a", "OPD beats NFT", "F Table 5", {"base": "", "NFT": "nft", "OPD": "opd-short"},
           (("OPD", "NFT", "average"),)),
     Claim("7b", "One student for two tasks", "Q Fig. 5-6", {
-        "base | both": "q-", "t2i teacher | both": "q-t2i", "edit teacher | both": "q-edit", "Mix-RL | both": "q-mix",
-        "Mix-RL, twice the steps | both": "q-mix-160", "OPD student": "q-opd",
-    }, tuple(("OPD student", f"Mix-RL{x} | both", c) for x in ("", ", twice the steps") for c in ("t2i", "edit")), Q),
+        "base": "q- | both", "t2i teacher": "q-t2i | both", "edit teacher": "q-edit | both", "Mix-RL": "q-mix | both",
+        "Mix-RL, twice the steps": "q-mix-160 | both", "OPD student": "q-opd",
+    }, tuple(("OPD student", f"Mix-RL{x}", c) for x in ("", ", twice the steps") for c in ("t2i", "edit")), Q),
     Claim("7c", "Guidance in the rollout alone is best", "Q Fig. 3", {
-        f"{way}, drawn {'guided | both' if how else 'plain'}": run for how in (1, 0)
+        f"{way}, drawn {how}": run + " | both" * (how == "guided") for how in ("guided", "plain")
         for way, run in (("both", "q-both"), ("rollout", "q-t2i"), ("neither", "q-neither"))
     }, tuple((f"rollout, drawn {how}", f"{way}, drawn {how}", "t2i")
-             for how in ("guided | both", "plain") for way in ("both", "neither")), Q),
+             for how in ("guided", "plain") for way in ("both", "neither")), Q),
     Claim("7d", "A few noisy steps resist hacking", "Q 4.2", {
-        "base | both": "q-", "all steps | both": "q-hacked-all", "a few noisy ones | both": "q-hacked-few",
-    }, (("a few noisy ones | both", "all steps | both", "t2i alignment"),), ("t2i aesthetic", "t2i alignment", "edit")),
-    Claim("7e", "Curated prompts teach more", "Q 4.2", {"all prompts | both": "q-t2i", "curated | both": "q-curated"},
-          (("curated | both", "all prompts | both", "t2i"),), Q),
+        "base": "q- | both", "all steps": "q-hacked-all | both", "a few noisy ones": "q-hacked-few | both",
+    }, (("a few noisy ones", "all steps", "t2i alignment"),), ("t2i aesthetic", "t2i alignment", "edit")),
+    Claim("7e", "Curated prompts teach more", "Q 4.2", {"all prompts": "q-t2i | both", "curated": "q-curated | both"},
+          (("curated", "all prompts", "t2i"),), Q),
     Claim("7f", "Pointwise reward models are better", "Q Fig. 2", {
         "base": "", "pointwise": "judged-pointwise", "pairwise": "judged-pairwise",
     }, (("pointwise", "pairwise", "quality"),)),
-    Claim("7g", "NFT or GRPO", "Q Eq. 6-8", {"GRPO | both": "q-t2i", "NFT | both": "q-nft"},
-          (("NFT | both", "GRPO | both", "t2i"),), Q, "Q prefers neither in numbers; the order tested is ours."),
+    Claim("7g", "NFT or GRPO", "Q Eq. 6-8", {"GRPO": "q-t2i | both", "NFT": "q-nft | both"},
+          (("NFT", "GRPO", "t2i"),), Q, "Q prefers neither in numbers; the order tested is ours."),
     Claim("8", "The student surpasses every teacher", "F 6.2", {}, (("OPD (merge)", "routed teacher again", "share"),),
           ("share",), "Share of prompts on which the mean of four pictures is above every teacher's; the control draws "
           "the prompt's own teacher a second time with other noise."),

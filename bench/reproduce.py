@@ -60,7 +60,10 @@ def trained(name: str, seed: int) -> Path:
     folder = folder_of(name, seed)
     for needed in re.findall(r"@([\w-]+)", RUNS[name]):
         trained(needed, seed)
-    if not (folder / "done").exists():
+    done = folder / "done"
+    if done.exists() and not is_of(done.read_text(), name, seed):
+        raise SystemExit(f"{folder} was made by another command than today's: remove it")
+    if not done.exists():
         flags = [*flags_of(name, seed), *tuned(name), "--name", folder.name]
         with walked_by_teachers() if name == "teacher-states" else mock.patch.dict({}):
             run_to_its_end(flags)
@@ -68,7 +71,7 @@ def trained(name: str, seed: int) -> Path:
             recipe = {"scorers": {"judge": {"kind": "trained", "model": str(folder)}},
                       "weights": {"default": {"judge": 1.0}}}  # fmt: skip
             write_atomic(folder / "reward.json", json.dumps(recipe))
-        write_atomic(folder / "done", f"python train.py {' '.join(flags)}")
+        write_atomic(done, f"python train.py {' '.join(flags)}")
     return folder
 
 
@@ -243,9 +246,16 @@ MEASURED = {"5": cosines, "8": surpassing}
 
 # ------------------------------------------------------------------------------------------------------ the records
 def records() -> dict[tuple[str, int], dict]:
-    """(run, seed) -> what was recorded of it last."""
+    """(run, seed) -> what was recorded of it last, if its command is still the one that the claims have."""
     lines = RECORDS.read_text().splitlines() if RECORDS.exists() else []
-    return {(row["run"], row["seed"]): row for row in map(json.loads, lines)}
+    rows = {(row["run"], row["seed"]): row for row in map(json.loads, lines)}
+    return {of: row for of, row in rows.items() if is_of(row.get("command"), of[0].partition(" | ")[0], of[1])}
+
+
+@cache
+def is_of(command: str | None, name: str, seed: int) -> bool:
+    """Is a command that of a run, but for a tuned rate? True for what is no run of its own."""
+    return name not in RUNS or f"{command} ".startswith(f"python train.py {' '.join(flags_of(name, seed))} ")
 
 
 def record(run: str, seed: int, began: float, **found) -> None:
@@ -302,17 +312,18 @@ def estimate(claims: Iterable[Claim], seeds: list[int]) -> float:
 
 def verdict(claim: Claim, seeds: Mapping[int, Mapping[str, dict]]) -> str:
     """One plain sentence: reproduced, not reproduced, or not run."""
-    said, holds = [], []
+    said, holds, fewest = [], [], len(seeds)
     for a, b, column in claim.above:
         pairs = [(rows[a]["scores"], rows[b]["scores"]) for rows in seeds.values() if a in rows and b in rows]
         gaps = [one[column] - other[column] for one, other in pairs if column in one and column in other]
         if not gaps:
             return f"**Not run**: `{a}` beside `{b}` is missing."
         cell = tables.over_seeds([{"": gap} for gap in gaps], [""])[""]
-        holds.append(min(gaps) > 0 and not cell.value <= cell.std)
+        holds.append(all(gap > 0 for gap in gaps) and not cell.value <= cell.std)
+        fewest = min(fewest, cell.n)
         said.append(f"{a} - {b}, {column}: {tables.text(cell, 3)}")
     word = "Reproduced" if all(holds) else "Not reproduced" if not any(holds) else "Reproduced in part"
-    return f"**{word}** ({'; '.join(said)}; {len(seeds)} seed{'s' * (len(seeds) > 1)})."
+    return f"**{word}** ({'; '.join(said)}; {fewest} seed{'s' * (fewest > 1)})."
 
 
 def section(claim: Claim) -> list[str]:
@@ -323,15 +334,17 @@ def section(claim: Claim) -> list[str]:
         cells = {}
         for name in [name for name in names if name != "0"]:
             own = [rows[name]["scores"] for rows in seeds.values() if name in rows]
-            cells[name.replace(" | both", "")] = tables.over_seeds(own, [c for c in claim.columns if c in own[0]])
+            cells[name] = tables.over_seeds(own, [c for c in claim.columns if any(c in scores for scores in own)])
         ceilings = [name for name in cells if re.match("teacher |(t2i|edit) teacher", name)]
-        lower = ("gap at last", "noise", "to 0.85", "seconds")
+        lower = ("gap at first", "gap at last", "noise", "to 0.85", "seconds")
         lines += [tables.markdown(tables.Table(cells, ceilings=ceilings, lower=lower)), ""]
     took = sum(row.get("seconds", 0.0) for rows in seeds.values() for row in rows.values()) / 60
     commits = sorted({row["commit"] for rows in seeds.values() for row in rows.values() if "commit" in row})
     done = f"commit {', '.join(commits)}, {took:.0f} minutes of CPU time" if commits else "not run"
-    left, missing = estimate([claim], SEEDS), [row for row in claim.rows if row not in names]
-    more = f"; not run: {', '.join(missing).replace(' | both', '')}" if missing and names else ""
+    left = estimate([claim], SEEDS)
+    there = {row: sum(row in rows for rows in seeds.values()) for row in claim.rows}
+    missing = [row + f" ({n} of {len(SEEDS)} seeds)" * (n > 0) for row, n in there.items() if n < len(SEEDS)]
+    more = f"; not or not all run: {', '.join(missing)}" if missing and names else ""
     more += f"; {left:.1f} hours of one free core are left for seeds {', '.join(map(str, SEEDS))}" if left else ""
     return [*lines, f"`{'QUICK=1 ' * QUICK}python -m bench.reproduce {claim.number}`: {done}{more}.", ""]
 

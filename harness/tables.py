@@ -59,10 +59,10 @@ class Table(NamedTuple):
 
 
 def over_seeds(found: Sequence[Mapping[str, float]], columns: Sequence[str]) -> dict[str, Cell]:
-    """A row of means and sample standard deviations: found is one {column: number} a seed."""
+    """A row of means and sample standard deviations: found is one {column: number} a seed, of those that have it."""
     cells = {}
     for column in columns:
-        values = [row[column] for row in found]
+        values = [row[column] for row in found if column in row]
         std = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
         cells[column] = Cell(statistics.fmean(values), len(values), std=std)
     return cells

@@ -5,6 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 
 import train
 from bench import claims, reproduce
@@ -26,6 +27,36 @@ def test_a_claim_holds_in_every_seed_and_by_more_than_the_spread(a, b, said):
     assert reproduce.verdict(claim_of(("A", "B", "text")), seeds) == said
     both = reproduce.verdict(claim_of(("A", "B", "text"), ("B", "A", "text")), seeds)
     assert both.startswith("**Reproduced in part**" if said.startswith("**R") else "**Not reproduced**")
+
+
+def test_a_verdict_counts_the_seeds_of_its_pairs_and_a_page_takes_rows_of_fewer_seeds(monkeypatch):
+    """B has two of three seeds, and a second column in one: a run that was stopped leaves such records."""
+    seeds = {i: {"A": {"scores": {"text": 0.75, "noise": 1.0}}} for i in range(3)}
+    for i, own in ((0, {"text": 0.5}), (1, {"text": 0.5, "noise": 2.0})):
+        seeds[i]["B"] = {"scores": own}
+    claim = claim_of(("A", "B", "text"))._replace(columns=("text", "noise"))
+    assert reproduce.verdict(claim, seeds) == "**Reproduced** (A - B, text: 0.250 ± 0.000; 2 seeds)."
+    monkeypatch.setattr(reproduce, "SEEDS", [0, 1, 2])
+    monkeypatch.setattr(reproduce, "found_by", lambda _, seed: seeds[seed])
+    monkeypatch.setattr(reproduce, "records", dict)
+    text = "\n".join(reproduce.section(claim))
+    assert "| B | <u>0.500 ± 0.000</u> | <u>2.000</u> |" in text and "B (2 of 3 seeds)" in text
+
+
+def test_a_q_row_that_is_drawn_with_guidance_is_another_measurement_than_the_plain_one(tmp_path, monkeypatch):
+    """Q Fig. 3 asks both of the same three teachers."""
+    claim = next(claim for claim in claims.CLAIMS if claim.number == "7c")
+    assert len(reproduce.needs(claim)) == len(claim.rows) == 6
+    scales = []
+    monkeypatch.setattr(reproduce, "drawn", lambda model, s, some, seed, cfg: scales.append(cfg) or torch.zeros(0))
+    monkeypatch.setattr(reproduce, "fresh", lambda world, task: [])
+    monkeypatch.setattr(edits, "score", lambda *_: {})
+    monkeypatch.setattr(reproduce.suites, "numbers", lambda *_: {"": {"scores": {"average": 0.5}}})
+    monkeypatch.setattr(reproduce, "RECORDS", tmp_path / "records.jsonl")
+    rows = next(claim for claim in claims.CLAIMS if claim.number == "7b").rows
+    for name in (rows["base"], "q-"):
+        reproduce.scores_of(name, 0)
+    assert scales == [2.0, 2.0, 1.0, 1.0], "tiny-qwen's --cfg, t2i and edits; none"
 
 
 @pytest.mark.parametrize("world, tasks", [(drawings, drawings.TASKS), (edits, ("t2i", "edit"))])
@@ -78,8 +109,9 @@ def test_the_page_is_written_between_its_marks_from_the_records(tmp_path, monkey
     lines = []
     for seed, (a, b) in enumerate(((0.75, 0.5), (0.5, 0.375))):
         for run, value in (("opd", a), ("mix", b)):
+            command = f"python train.py {' '.join(claims.flags_of(run, seed))} --name x"
             row = {"run": run, "seed": seed, "scores": {"text": value}, "seconds": 90.0, "commit": "abc1234"}
-            lines.append(json.dumps(row) + "\n")
+            lines.append(json.dumps(row | {"command": command}) + "\n")
     page = tmp_path / "docs/RESULTS.md"
     page.parent.mkdir()
     (tmp_path / "docs/reproduced.jsonl").write_text("".join(lines))
@@ -94,3 +126,6 @@ def test_the_page_is_written_between_its_marks_from_the_records(tmp_path, monkey
     assert reproduce.estimate(reproduce.CLAIMS * 2, [2]) == pytest.approx((100 * 1.0 + 50 * 2.5 + 2 * 15) / 3600)
     with pytest.raises(SystemExit, match="nothing"):
         reproduce.main(["nothing"])
+    reproduce.is_of.cache_clear()
+    monkeypatch.setitem(claims.RUNS, "opd", claims.RUNS["opd"] + " --mar 0")
+    assert ("opd", 0) not in reproduce.records() and ("mix", 0) in reproduce.records(), "another command's numbers"

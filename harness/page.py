@@ -44,7 +44,9 @@ th:first-child{text-align:left;position:sticky;left:0;background:#fff} td small{
 figure{margin:0} figcaption b{display:none;font-weight:400}
 .curves{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(340px,100%),1fr));gap:8px}
 svg{width:100%;height:auto}
-@media(max-width:700px){.sheet{min-width:0} .sheet thead{display:none} figcaption b{display:block}
+@media(max-width:700px){.facts{table-layout:fixed;width:100%;font-size:14px}
+.facts th:first-child{width:32%;white-space:normal}
+.sheet{min-width:0} .sheet thead{display:none} figcaption b{display:block}
 .sheet tr{display:grid;grid-template-columns:repeat(var(--n),112px)} .sheet td{border:0}
 .sheet tbody th:first-child{grid-column:1/-1;width:auto;max-width:calc(100vw - 32px);border-top:2px solid #999}}
 """
@@ -95,7 +97,7 @@ def made_by(s: Settings) -> str:
     when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
     facts = '<table class="facts"><tr><th>setting<td>here<td><small>preset</small>'
     for name, (value, usual) in cli.differing(s).items():
-        facts += f"<tr><th>{escape(name)}<td>{escape(str(value))}<td><small>{escape(str(usual))}</small>"
+        facts += f"<tr><th>{name.replace('_', '_<wbr>')}<td>{escape(str(value))}<td><small>{escape(str(usual))}</small>"
     return f"<pre>{escape(cli.command_of(s))}</pre><p><small>{when}, commit {commit()}</small></p>{facts}</table>"
 
 

@@ -175,7 +175,7 @@ def tell(
         models, wins, categories = arena.wins(votes)
         ratings = elo(wins, models, categories)
         more["arena"] = tables.Table(ratings, digits=0)
-        print(tables.markdown(more["arena"]))
+        print(tables.aligned(more["arena"]))
     teachers = {task: found[f"teacher {task}"]["scores"] for task in prompts if task in s.teachers}
     own = [scores[task].value for task, scores in teachers.items() if task in scores]
     notes = suites.left_out(s, suites.asked_of(s))

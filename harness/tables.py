@@ -1,4 +1,4 @@
-"""One structure for every table of numbers, and its writers: Markdown, LaTeX, CSV and JSON.
+"""One structure for every table of numbers, and its writers: a terminal's, Markdown, LaTeX, CSV and JSON.
 
 A table has models as rows and scores as columns. As in F Table 2, teachers are ceilings: they are left out of the
 comparison, and the best of them in a column is bold and underlined. Of the others the best is bold, the second best
@@ -104,6 +104,14 @@ def marked(table: Table) -> dict[str, list[tuple[str, str]]]:
 
 
 # ---------------------------------------------------------------------------------------------------------- writers
+def aligned(table: Table) -> str:
+    """A table for a terminal: columns of one width, without marks."""
+    rows = [[table.first, *table.columns]]
+    rows += [[name, *(shown for shown, _ in cells)] for name, cells in marked(table).items()]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
+
+
 def markdown(table: Table) -> str:
     """A table of GitHub's Markdown. A stroke in a name, which would end its cell, becomes a slash."""
     form = {"": "{}", "best": "**{}**", "second": "<u>{}</u>", "ceiling": "**<u>{}</u>**"}
@@ -165,7 +173,7 @@ def lines_of(rows: Mapping[str, Mapping]) -> list[str]:
     """The tables of an evaluation in Markdown."""
     found = []
     for key, table in of_evaluation(rows).items():
-        found += [*({"tags": ["By tag:", ""]}.get(key, [])), markdown(table), ""]
+        found += [*({"tags": ["By tag:", ""]}.get(key, [])), aligned(table), ""]
     return found
 
 

@@ -39,6 +39,12 @@ def test_nothing_is_marked_where_nothing_differs(values):
     assert marks(Table({str(i): {"x": value} for i, value in enumerate(values)}), "x") == {}
 
 
+def test_a_terminal_has_columns_of_one_width_and_no_marks():
+    lines = tables.aligned(TABLE).split("\n")
+    assert len({len(line) for line in lines}) == 1 and lines[0].split() == ["model", "text", "error"]
+    assert lines[4].split("  ")[0] == "a_b" and lines[4].endswith("  0.900 [0.850, 0.950]  1.500")
+
+
 def test_markdown_and_latex_show_marks_intervals_deviations_and_gaps():
     assert tables.markdown(TABLE).split("\n") == [
         "| model | text | error |",

@@ -187,9 +187,8 @@ def test_merging_gives_the_mean_of_the_teachers_updates_as_they_are_on_disk_now(
 # --------------------------------------------------------------------------------------------------------- whole plans
 def rows_of_table(capsys):
     """The first column of the table of scores; a table by tag may follow."""
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    names = [line.split(" | ")[0].removeprefix("| ") for line in lines]
-    return names[: names.index("model", 1)] if "model" in names[1:] else names
+    shown = re.search(r"^model .*?(?=\n\n)", capsys.readouterr().out, re.M | re.S)[0]
+    return [line.split("  ")[0] for line in shown.splitlines()]
 
 
 def test_the_whole_pipeline_runs_from_nothing_and_a_second_call_trains_nothing(

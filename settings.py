@@ -60,7 +60,7 @@ class Settings:
                           "or their tiny worlds'", choices=("flow-opd", "tiny", "qwen-rl", "tiny-qwen"),
                           group="what to run")
     stage: str = _option("opd", "which part of the pipeline", READERS[:-1], choices=(*STAGES, "eval"))
-    name: str = _option("", "name of the run, a folder below --out; empty: preset-stage[-task]")
+    name: str = _option("", "name of the run, which is a folder below --out")
     out: str = _option("runs", "folder that holds the runs")
     config: str = _option("", "JSON file of settings, applied over the preset and under the flags")
     task: str = _option("", "which teacher to train; 'mix' is the baseline that learns every task's rewards (F's "
@@ -107,8 +107,8 @@ class Settings:
     source_resolution: int = _option(0, "edits: a source picture is read into tokens in its own shape, with as many "
                                      "pixels as a square of this side; 0: as --resolution (the stock pipeline: 1024)",
                                      LOADED, low=0, high=4096)
-    text_length: int = _option(256, "most text tokens: of SD3.5's T5 (256 in the stock pipeline), of Qwen-Image (1024)",
-                               LOADED, low=1, high=10_000)
+    text_length: int = _option(256, "text tokens that are read, at most; the stock pipelines read 256 (SD3.5's T5) "
+                               "and 1024 (Qwen-Image)", LOADED, low=1, high=10_000)
     prompts: dict = _option({}, "your own prompts (.txt, GenEval .jsonl, or a folder of them); TASK auto routes each "
                             "prompt by itself (F Eq. 7)", ("pretrain", *LOADED), metavar="TASK=PATH")
     tasks: str = _option(",".join(FLOW_TASKS), "comma-separated tasks that are trained and evaluated",
@@ -131,9 +131,9 @@ class Settings:
     rank: int = _option(32, "LoRA rank r of a new adapter", (*LORA, "reward"), low=1, high=4096)
     alpha: float = _option(64.0, "LoRA alpha of a new adapter; its update is alpha/r * B @ A", (*LORA, "reward"),
                            low=1e-6)
-    batch_size: int = _option(16, "images a step and process", ("pretrain", "sft", "reward"), low=1)
+    batch_size: int = _option(16, "images per step and process", ("pretrain", "sft", "reward"), low=1)
 
-    prompts_per_step: int = _option(6, "prompts [P] a step and process", ROLLOUT, low=1, high=10_000, group="rollout")
+    prompts_per_step: int = _option(6, "prompts [P] per step and process", ROLLOUT, low=1, high=10_000, group="rollout")
     group_size: int = _option(24, "samples per prompt [G]", ROLLOUT, low=1, high=10_000)
     num_steps: int = _option(10, "sampling steps in training [T]", ROLLOUT, low=1, high=1000)
     noise_level: float = _option(0.7, "SDE noise level [a] of sigma_t = a sqrt(t/(1-t)) (Flow-CPS: eta)",
@@ -143,7 +143,7 @@ class Settings:
     window: str = _option("0:9", "START:STOP of the stochastic transitions, the others: ODE", ("curate", "grpo", "opd"))
     train_steps: str = _option("all", "which transitions are trained: all; the first, of highest noise; or random "
                                "ones, that favour high noise (Q 4.2)", RL, choices=("all", "first", "random"))
-    train_count: int = _option(4, "how many of them", RL, low=1)
+    train_count: int = _option(4, "how many transitions are trained, if not all", RL, low=1)
     cfg: float = _option(4.5, "guidance scale [w]; 1: without", ("pretrain", *LOADED), low=0.0, high=1000.0)
     guidance: str = _option("both", "what is guided. grpo, nft: rollout and objective, the rollout alone (Q 4.1's "
                             "hybrid), or neither. opd, sft, eval: teachers and student, the teachers (Q 4.3), or "
@@ -154,8 +154,8 @@ class Settings:
 
     rewards: str = _option("", "NAME=WEIGHT,... of the scorers' kinds, or a .json file that says more: options, far "
                            "scorers, weights for each category; empty: the task's own", LOADED, group="rewards")
-    combine: str = _option("sum", "several rewards: their weighted sum, or each normalised in its group first (Q Eq. "
-                           "13)", RL, choices=("sum", "normalised"))
+    combine: str = _option("sum", "several rewards: their weighted sum, or each is normalised in its group first "
+                           "(Q Eq. 13)", RL, choices=("sum", "normalised"))
     overlap: bool = _option(False, "draw the next step before this one is learnt from, for scorers that are slower "
                             "than drawing; its policy is one step older. (Without it, too, groups are scored while the "
                             "same step draws others, Q 4.1)", RL)
@@ -193,7 +193,7 @@ class Settings:
     drawn_states: int = _option(1, "how many states of a trajectory are learnt from [k], drawn by the size of their "
                                 "gradient and weighed by 1/p (in neither paper); 0: all", ("opd",), low=0, high=1000)
     mar: float = _option(0.02, "weight [lambda; beta in App. A] of manifold anchor regularisation", ("opd",), low=0.0)
-    anchor_every: int = _option(1, "of so many samples MAR looks at one and counts it so many times", ("opd",), low=1)
+    anchor_every: int = _option(1, "MAR looks at one of so many samples, and counts it so many times", ("opd",), low=1)
     merge_method: str = _option("svd", "how the teachers' updates are averaged", ("merge",),
                                 choices=("cat", "svd", "ties", "knots", "dare", "iso", "factor"))
     sft_images: int = _option(960, "images sampled from the routed teachers", ("sft",), low=1)
@@ -202,7 +202,7 @@ class Settings:
                                 SHOWN, low=0, group="evaluation and output")
     suite: str = _option("", "tables, with commas: " + ", ".join(SUITES) + "; empty: what --rewards names", ("eval",))
     export: str = _option("", "layouts of official evaluators: " + ", ".join(LAYOUTS), ("eval",))
-    samples: int = _option(1, "pictures a test prompt", ("eval",), low=1, high=1000)
+    samples: int = _option(1, "pictures per test prompt", ("eval",), low=1, high=1000)
     eval_steps: int = _option(40, "ODE sampling steps in an evaluation", SHOWN, low=1, high=1000)
     save_every: int = _option(50, "steps between checkpoints", TRAINED, low=1)
     keep: int = _option(2, "checkpoints kept, newest first", TRAINED, low=1)

@@ -20,7 +20,10 @@ import settings
 from data.common import DataError, one_line, read_json
 from settings import FIELDS, PRESETS, TASKS, VELOCITY, Settings, SettingsError, decided_by, is_tiny, parts_of, unread
 
-DESCRIPTION = "Flow-OPD and Qwen-Image-2.0-RL, from pretraining to on-policy distillation."
+DESCRIPTIONS = {
+    "train.py": "Flow-OPD and Qwen-Image-2.0-RL, from pretraining to on-policy distillation.",
+    "eval.py": "Base, teachers and students draw the same test prompts from the same noise, and are compared.",
+}
 
 
 def answer_early(argv: Sequence[str], prog: str = "train.py") -> None:
@@ -204,7 +207,7 @@ def _parser(prog: str, values: Settings, readable: Iterable[str]) -> argparse.Ar
     """A parser of the flags that a stage reads; --help shows them in groups, with the values that they would have."""
     at = f"--preset {values.preset}" + (f" --stage {values.stage}" if prog == "train.py" else "")
     epilog = f"These are the flags that {at} reads, and the values that it has without them."
-    parser = _Parser(prog, usage=f"{prog} [FLAGS]", description=DESCRIPTION, epilog=epilog, allow_abbrev=False,
+    parser = _Parser(prog, usage=f"{prog} [FLAGS]", description=DESCRIPTIONS[prog], epilog=epilog, allow_abbrev=False,
                      argument_default=argparse.SUPPRESS)  # fmt: skip
     group = parser
     for name, f in FIELDS.items():

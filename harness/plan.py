@@ -309,13 +309,13 @@ def _model_lines(s: Settings) -> tuple[list[tuple[str, str]], list[str], flow.Fl
     kept = kept_bytes(s, base) if base.keeps_prefix and s.stage != "merge" else 0
     total = " + ".join(f"{name} {gib(size)}" for name, size in parts.items())
     unknown = ", without checkpoints that are not here yet" if wanted.keys() - kinds.keys() - {"model"} else ""
-    lines.append(("memory", f"{gib(sum(parts.values()))} a rank stay: {total}{unknown}"))
+    lines.append(("memory", f"{gib(sum(parts.values()))} stay on a rank: {total}{unknown}"))
     if kept:
-        lines.append(("", f"at most {gib(kept)} more as a micro-batch is drawn: keys and values of text and sources"))
+        lines.append(("", f"plus at most {gib(kept)} as a micro-batch is drawn: keys and values of text and sources"))
     if s.stage in settings.TRAINED:
-        lines.append(("", "before the first step text encoders have the base's place. Activations, LoRA teachers, VAE"))
-        lines.append(("", "and scorers come on top of what stays; to measure all, run on an accelerator with --name"))
-        lines.append(("", "probe --steps 1: `memory` (GiB) in runs/probe/metrics.jsonl"))
+        lines.append(("", "plus activations, LoRA teachers, VAE, scorers. Text encoders are gone by the first step."))
+        lines.append(("", "To measure all of it, run on an accelerator with --name probe --steps 1: `memory` (GiB) in"))
+        lines.append(("", "runs/probe/metrics.jsonl"))
     return lines, lost, base
 
 

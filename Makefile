@@ -1,7 +1,7 @@
 # make demo        merge + OPD from the shipped teachers, then the table and the pictures (4 to 6 minutes on 2 cores)
 # make test        the proofs, in two processes (4 minutes on 2 cores, 8 if they are busy)
-# make test-all    the same, a kill and a full disk before every write of four short runs, two ranks against one under
-#                  every setting, and every pair of a flag and a value of another one
+# make test-all    the same, and what takes longer: a kill and a full disk before every write of four short runs, mutated
+#                  input, two ranks against one under every setting, every pair of a flag and another one's value
 # make reproduce   both papers' claims in miniature, three seeds, written into docs/RESULTS.md (hours; QUICK=1: minutes)
 # make bench       the speed figures of docs/RESULTS.md and the estimator table
 # make lock        renew requirements.lock from pyproject.toml's ranges, with the oldest Python that it allows

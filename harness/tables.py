@@ -170,7 +170,7 @@ def of_evaluation(rows: Mapping[str, Mapping]) -> dict[str, Table]:
 
 
 def lines_of(rows: Mapping[str, Mapping]) -> list[str]:
-    """The tables of an evaluation in Markdown."""
+    """The lines of an evaluation's tables, for a terminal."""
     found = []
     for key, table in of_evaluation(rows).items():
         found += [*({"tags": ["By tag:", ""]}.get(key, [])), aligned(table), ""]

@@ -168,17 +168,20 @@ def tell(
     """Write the report -> {model: its numbers}."""
     found, more = suites.numbers(rows, suites.of(s, rows), RESAMPLES), {}
     if above := {name: row["above"] for name, row in found.items() if "above" in row}:
-        more["differences"] = tables.Table(above, f"minus {next(iter(found))}")
+        more["differences"] = tables.Table(above, f"minus {next(iter(found))}", tables.teachers(above))
+    asked = suites.asked_of(s)
     if "arena" in settings.suite_list(s):
-        votes = arena.vote(rows, folder, suites.arena_judge(s, str(device)))
+        aside = asked.scorers if asked else ()  # where rules vote, they do so by the world's own scores
+        shown = [{**row, "scores": {k: v for k, v in row["scores"].items() if k not in aside}} for row in rows]
+        votes = arena.vote(shown, folder, suites.arena_judge(s, str(device)))
         write_atomic(folder / "votes.jsonl", "".join(json.dumps(vote) + "\n" for vote in votes))
         models, wins, categories = arena.wins(votes)
         ratings = elo(wins, models, categories)
-        more["arena"] = tables.Table(ratings, digits=0)
+        more["arena"] = tables.Table(ratings, ceilings=tables.teachers(ratings), digits=0)
         print(tables.aligned(more["arena"]))
     teachers = {task: found[f"teacher {task}"]["scores"] for task in prompts if task in s.teachers}
     own = [scores[task].value for task, scores in teachers.items() if task in scores]
-    notes = suites.left_out(s, suites.asked_of(s))
+    notes = suites.left_out(s, asked)
     notes += [f"Mean of the teachers' own-task scores: {sum(own) / len(own):.3f}."] if own else []
     page.write(folder, s, found, rows, notes, load.seen_in_training(s), more)
     return found

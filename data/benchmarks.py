@@ -21,14 +21,14 @@ def parts(name: str) -> tuple[str, ...]:
 
 
 def read(name: str, path: str, count: int) -> dict[str, list[Prompt]]:
-    """{task: its first `count` prompts}; their own task is "t2i", their category the key. DataError names the file."""
+    """{task: its first `count` prompts}; a prompt's task and category are the key. DataError names the file."""
     return READERS[name](Path(path), count)
 
 
 def _prompt(text: object, category: str, source: str, **metadata) -> Prompt:
     if not isinstance(text, str) or not text.strip():
         raise DataError(f"{source}: the field 'prompt' is {text!r}; it must be a non-empty string")
-    return Prompt(text.strip(), "t2i", {"category": category, **metadata}, source)
+    return Prompt(text.strip(), category, {"category": category, **metadata}, source)
 
 
 def _table3(folder: Path, count: int) -> dict[str, list[Prompt]]:

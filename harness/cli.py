@@ -334,6 +334,8 @@ def _check_names(s: Settings) -> None:
             raise SettingsError(f"--suite {name} has prompts of its own: give --prompts {name}=PATH")
         if name not in settings.BENCHMARKS and not set(settings.SUITES[name]) & set(settings.test_tasks(s)):
             raise SettingsError(f"--suite {name} needs prompts of one of the tasks {', '.join(settings.SUITES[name])}")
+    if "arena" in suites and not (s.teachers or s.compare):
+        raise SettingsError("--suite arena compares models: name another one than the base in --compare")
     if "diversity" in suites and s.samples < 2:
         raise SettingsError("--suite diversity compares the pictures of a prompt: add --samples 4")
     mine = set(s.prompts) - {"auto", *(set(suites) & set(settings.BENCHMARKS))}

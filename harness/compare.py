@@ -29,7 +29,7 @@ def bootstrap(
     draws = [
         statistic(np.concatenate([rng.choice(group, len(group)) for group in groups])) for _ in range(resamples)
     ]
-    low, high = np.quantile(np.asarray(draws, np.float64), [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
+    low, high = np.nanquantile(np.asarray(draws, np.float64), [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
     return np.asarray(statistic(np.arange(prompts)), np.float64), low, high
 
 

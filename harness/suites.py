@@ -9,6 +9,7 @@ an edit begins from. A number of a table is the mean of a metric over prompts, o
 the mean over its pictures (`Column`).
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -20,8 +21,10 @@ from harness import compare, load
 from harness.tables import Cell
 from rewards import Scorer
 from scorers import registry
+from scorers.panel import DEFAULT
 from scorers.registry import NAMED, Asked
-from settings import Settings, suite_list
+from settings import SUITES as SUITE_TASKS
+from settings import TASKS, Settings, suite_list
 
 Rows = Sequence[Mapping]
 
@@ -30,13 +33,13 @@ class Column(NamedTuple):
     """The mean over prompts of a metric, times `scale`; even: the unweighted mean over groups of the means in each.
 
     metric: a key of a row's scores, or several, of which those that the row has are averaged first; task: of rows of
-    this one only, "" for all; group: the key of a row ("tag" or "category") whose values have a mean each in the second
-    table, "" for none.
+    this one only, or of these, "" for all; group: the key of a row ("tag" or "category") whose values have a mean each
+    in the second table, "" for none.
     """
 
     name: str
     metric: str | tuple[str, ...]
-    task: str = ""
+    task: str | tuple[str, ...] = ""
     group: str = ""
     even: bool = False
     scale: float = 1.0
@@ -90,6 +93,7 @@ WORLDS = {  # what the tiny worlds are measured by
 
 BF16 = {"dtype": "bfloat16"}
 ARENA = {"kind": "vlm", "rubric": "arena", **BF16}
+OPEN = SUITE_TASKS["table4"]
 PILLARS = ("Quality", "Aesthetics", "Alignment", "Real-world Fidelity", "Creative Generation")  # Q Table 1
 SUITES = {  # of published models; columns in the papers' order, numbers on their scales
     "table2": Suite(
@@ -110,10 +114,10 @@ SUITES = {  # of published models; columns in the papers' order, numbers on thei
     ),
     # SILENT (F Table 4): on which prompts it was measured. Here it is those of quality.
     "table4": Suite(
-        (Column("ImageReward", "imagereward"), Column("Aesthetic", "aesthetic"),
-         Column("UnifiedReward", "unifiedreward", scale=5), Column("HPS-v2.1", "hps"),
-         Column("QwenVL Score", "qwenvl", scale=5)),
-        weights=dict.fromkeys(("quality", "t2i"), ("imagereward", "aesthetic", "unifiedreward", "hps", "qwenvl")),
+        (Column("ImageReward", "imagereward", OPEN), Column("Aesthetic", "aesthetic", OPEN),
+         Column("UnifiedReward", "unifiedreward", OPEN, scale=5), Column("HPS-v2.1", "hps", OPEN),
+         Column("QwenVL Score", "qwenvl", OPEN, scale=5)),
+        weights=dict.fromkeys(OPEN, ("imagereward", "aesthetic", "unifiedreward", "hps", "qwenvl")),
         scorers={"qwenvl": {"kind": "vlm", "rubric": "judge", **BF16}},
     ),
     "geneval2": Suite(
@@ -145,7 +149,9 @@ def asked_of(s: Settings) -> Asked | None:
     names, world = suite_list(s), load.world_of(s)
     own = load.asked_of(s) if not world.KINDS and s.rewards else Asked({}, {})
     known = {name: entry for name, entry in own.scorers.items() if name != "arena"}  # which votes, see `arena_judge`
-    weights = {category: dict(row) for category, row in own.weights.items()}
+    asked = {category for name in names for category in SUITES[name].weights} - {DEFAULT}
+    kept = {*asked, *TASKS, DEFAULT} if asked else own.weights  # a finer category would hide a suite's scorers
+    weights = {category: dict(row) for category, row in own.weights.items() if category in kept}
     watch = tuple(name for name in own.watch if name != "arena")
     for name in names:
         suite = SUITES[name]
@@ -155,9 +161,11 @@ def asked_of(s: Settings) -> Asked | None:
                 if entry and scorer not in world.KINDS:
                     known[scorer] = {**entry, "model": ""} if world.KINDS and scorer == "diversity" else dict(entry)
                     weights.setdefault(category, {}).setdefault(scorer, 1.0)
-    shared = {scorer for name in names for scorer in SUITES[name].weights.get("default", ()) if scorer in known}
+    shared = {scorer for name in names for scorer in SUITES[name].weights.get(DEFAULT, ()) if scorer in known}
     for row in weights.values():  # a category's own row hides the default one
         row.update(dict.fromkeys(shared, 1.0))
+    used = {*watch, *(name for row in weights.values() for name in row)}
+    known = {name: entry for name, entry in known.items() if name in used}
     return Asked(known, weights, watch, None if world.KINDS else world) if weights else None
 
 
@@ -182,7 +190,9 @@ def of(s: Settings, rows: Rows) -> Suite:
     chosen = [SUITES[name] for name in suite_list(s) if SUITES[name].columns]
     if not chosen:
         return WORLDS.get(s.preset) or plain(rows)
-    columns = tuple(column for suite in chosen for column in suite.columns)
+    graded = any(row["scores"].get("geneval", 0) not in (0, 1) for row in rows)
+    rename = lambda c: c._replace(name=f"{c.name} (graded)") if graded and c.metric == "geneval" else c  # noqa: E731
+    columns = tuple(rename(column) for suite in chosen for column in suite.columns)
     return Suite(columns, lambda scores: {k: v for suite in chosen for k, v in suite.average(scores).items()})
 
 
@@ -217,20 +227,24 @@ def numbers(rows: Rows, suite: Suite, resamples: int = 0) -> dict[str, dict]:
                 own.setdefault((row["task"], row["index"]), []).append(row)
         prompts, shares, counts, tags = list(own.values()), {}, {}, {}
         for column in suite.columns:
-            shares_P, means, count = share(column, prompts)
-            if count:
-                shares[column.name], counts[column.name] = shares_P, count
-                tags |= means if column.group else {}
-        parts_PC = np.array([*shares.values()]).T
+            values_P, weights_P, means = share(column, prompts)
+            if weights_P.any():
+                shares[column.name], counts[column.name] = (values_P * weights_P, weights_P), int((weights_P > 0).sum())
+                tags |= {f"{column.name}: {k}" if k in tags else k: v for k, v in means.items() if column.group}
+        parts_2PC = np.array([*shares.values()]).transpose(1, 2, 0) if shares else None
 
-        def table(index: np.ndarray, parts_PC=parts_PC, names=tuple(shares)) -> dict[str, float]:
-            scores = dict(zip(names, parts_PC[index].sum(0).tolist(), strict=True))
+        def table(index: np.ndarray, parts_2PC=parts_2PC, names=tuple(shares)) -> dict[str, float]:
+            sums_C, weights_C = parts_2PC[:, index].sum(1)
+            with np.errstate(invalid="ignore"):  # nan of a metric that no prompt has which was drawn again
+                scores = dict(zip(names, (sums_C / weights_C).tolist(), strict=True))
             return {**scores, **suite.average(scores)}
 
         scores = table(np.arange(len(prompts))) if shares else {}
         found[model] = {"scores": scores, "tags": tags}
         if resamples and scores:
             strata = [f"{p[0]['task']} {p[0]['tag']} {p[0]['category']}" for p in prompts]
+            often = Counter(strata)  # prompts that are alone in theirs are one stratum: alone they would never vary
+            strata = [p[0]["task"] if often[name] == 1 else name for p, name in zip(prompts, strata, strict=True)]
             kinds = {"scores": table} | ({"above": partial(minus, table, first)} if first else {})
             for kind, statistic in kinds.items():
                 values = lambda index, statistic=statistic: [*statistic(index).values()]  # noqa: E731
@@ -247,23 +261,23 @@ def minus(table: Callable, other: Callable, index: np.ndarray) -> dict[str, floa
     return {name: value - others[name] for name, value in table(index).items() if name in others}
 
 
-def share(column: Column, prompts: Sequence[Rows]) -> tuple[np.ndarray, dict[str, float], int]:
-    """(what each of P prompts adds to the column's number, {group: its mean}, how many have the metric).
+def share(column: Column, prompts: Sequence[Rows]) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
+    """(the value of each of P prompts, its weight in the column's number, {group: its mean}).
 
-    prompts: the rows of each. One without the metric adds 0 and belongs to no group.
+    prompts: the rows of each. The weights' sum is 1; a prompt without the metric has value and weight 0 and no group.
     """
-    names = (column.metric,) if isinstance(column.metric, str) else column.metric
+    names, tasks = ((own,) if isinstance(own, str) else own for own in (column.metric, column.task))
     values_P = np.full(len(prompts), np.nan)
     for i, own in enumerate(prompts):
         told = [[row["scores"][name] for name in names if name in row["scores"]] for row in own]
         scores = [np.mean(some) for some in told if some]
-        if scores and column.task in ("", own[0]["task"]):
+        if scores and ("" in tasks or own[0]["task"] in tasks):
             values_P[i] = column.scale * np.mean(scores)
     there = ~np.isnan(values_P)
     groups_P = np.array([own[0][column.group] if column.group else "" for own in prompts])
-    known, shares_P, means = list(dict.fromkeys(groups_P[there].tolist())), np.zeros(len(prompts)), {}
+    known, weights_P, means = list(dict.fromkeys(groups_P[there].tolist())), np.zeros(len(prompts)), {}
     for name in known:
         mine = there & (groups_P == name)
         means[name] = float(values_P[mine].mean())
-        shares_P[mine] = values_P[mine] / (mine.sum() * len(known) if column.even else there.sum())
-    return shares_P, means, int(there.sum())
+        weights_P[mine] = 1 / (mine.sum() * len(known) if column.even else there.sum())
+    return np.where(there, values_P, 0.0), weights_P, means

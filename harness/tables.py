@@ -11,7 +11,7 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -164,9 +164,13 @@ def as_json(table: Table) -> str:
 
 def of_evaluation(rows: Mapping[str, Mapping]) -> dict[str, Table]:
     """{"scores": table, "tags": table}, each if some row has any: rows {model: {key: {column: number or Cell}}}."""
-    ceilings = [name for name in rows if name.startswith("teacher ")]
     found = {key: {name: row[key] for name, row in rows.items()} for key in ("scores", "tags")}
-    return {key: Table(own, ceilings=ceilings) for key, own in found.items() if any(own.values())}
+    return {key: Table(own, ceilings=teachers(rows)) for key, own in found.items() if any(own.values())}
+
+
+def teachers(names: Iterable[str]) -> list[str]:
+    """Those of an evaluation's models that are ceilings."""
+    return [name for name in names if name.startswith("teacher ")]
 
 
 def lines_of(rows: Mapping[str, Mapping]) -> list[str]:

@@ -2,8 +2,10 @@
 
 import pytest
 
-from harness import suites
+from data.files import Prompt
+from harness import cli, suites
 from harness.suites import Column, Suite
+from scorers.panel import Panel
 
 
 def row(index, scores, task="composition", model="m", sample=0, tag="a", category="c"):
@@ -73,6 +75,46 @@ def test_an_interval_is_that_of_means_of_prompts_drawn_again_within_their_tags()
     assert cell["X"].value == cell["average"].value == 0.75 and cell["X"].n == 20
     assert cell["X"].high - cell["X"].low == pytest.approx(2 * 1.96 / 8 / 2, rel=0.15), "half of tag a's"
     assert cell["average"][2:4] == cell["X"][2:4]
+
+
+def test_an_interval_is_of_the_prompts_that_have_the_metric_and_of_lone_tags_together():
+    """A score that is 1 wherever it is given is certain, however often it is not. Eight tags of a prompt each: their
+    mean's standard error is 0.5 / sqrt(8)."""
+    some = [row(i, {"x": 1.0} if i % 2 else {"y": 1.0}) for i in range(40)]
+    cell = suites.numbers(some, Suite((Column("X", "x"),)), 200)["m"]["scores"]["X"]
+    assert cell[:4] == (1.0, 20, 1.0, 1.0)
+    lone = [row(i, {"x": i % 2}, tag=str(i)) for i in range(8)]
+    cell = suites.numbers(lone, Suite((Column("X", "x", "composition", "tag", even=True),)), 1000)["m"]["scores"]["X"]
+    assert cell.high - cell.low == pytest.approx(2 * 1.96 * 0.5 / 8**0.5, rel=0.15)
+
+
+def test_f_table_4_is_measured_on_open_prompts_whatever_else_is_drawn_and_scored():
+    rows = [row(0, {"imagereward": 1.0}, "quality"), row(0, {"imagereward": 0.0}, "spatial")]
+    assert scores_of(rows, suites.SUITES["table4"]) == {"ImageReward": 1.0}
+
+
+def test_two_tasks_tags_of_one_name_stay_apart():
+    rows = [row(0, {"geneval": v}, task, tag="counting") for task, v in (("t2i", 1.0), ("edit", 0.0))]
+    tags = suites.numbers(rows, suites.plain(rows))["m"]["tags"]
+    assert tags == {"counting": 1.0, "edit geneval: counting": 0.0}
+
+
+def test_finer_weights_of_rewards_hide_no_scorer_of_a_suite_and_graded_rewards_are_not_called_genevals_number(tmp_path):
+    file = tmp_path / "r.json"
+    file.write_text('{"weights": {"portrait": {"alignment": 1}, "counting": {"jpeg": 1}, "default": {"ocr": 1}}}')
+    for suite, scorer, tasks, prompt in (
+        ("table4", "qwenvl", "t2i", Prompt("a", "t2i", {"category": "portrait"}, "p:1")),
+        ("table2", "geneval", "composition,quality", Prompt("a", "composition", {"tag": "counting"}, "p:1")),
+    ):
+        preset = "qwen-rl" if tasks == "t2i" else "flow-opd"
+        flags = {"preset": preset, "stage": "eval", "suite": suite, "tasks": tasks, "rewards": str(file)}
+        asked = suites.asked_of(cli.resolve(flags))
+        assert scorer in asked.weights[Panel([], asked.weights).category(prompt)]
+        assert not {"alignment", "jpeg"} & asked.scorers.keys(), "what is asked about nothing is not loaded"
+    s = cli.resolve({"stage": "eval", "suite": "table2"})
+    graded = [row(0, {"geneval": 0.75})]
+    assert suites.of(s, graded).columns[0].name == "GenEval (graded)"
+    assert suites.of(s, [row(0, {"geneval": 1.0})]).columns[0].name == "GenEval"
 
 
 def test_a_difference_of_two_models_is_paired_by_prompt():

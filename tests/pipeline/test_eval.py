@@ -59,6 +59,20 @@ def test_eval_py_scores_base_teachers_and_whatever_is_compared(world, tmp_path, 
     assert text.count("<img ") == 6 * 3 * 6, "models, tasks, prompts"
 
 
+def test_rules_vote_by_the_worlds_scores_alone_and_teachers_are_outside_of_every_comparison(
+    world, tmp_path, no_pictures
+):
+    flags = command(world.flags, "--out", str(tmp_path), "--name", "run", "--samples", "2", stage="eval")
+    votes = []
+    for more in ("", ",diversity"):
+        assert evaluation.main([*flags, "--suite", f"arena{more}"]) == 0
+        votes.append((tmp_path / "run/votes.jsonl").read_text())
+    assert votes[0] == votes[1] and votes[0].count("winner") == 6 * 18 * 2 * 2
+    for name in ("arena", "differences"):
+        rows = (tmp_path / f"run/{name}.md").read_text().splitlines()
+        assert not any(re.search(r"\*\*\d|[^*]<u>", row) for row in rows if row.startswith("| teacher")), name
+
+
 def test_teachers_of_every_kind_draw_pictures_of_their_own_without_a_score_too(sd35, tmp_path):
     flags = command(sd35.flags, "--out", str(tmp_path), "--compare", f"lora={sd35.lora}", stage="eval")
     assert evaluation.main([*flags, "--name", "run"]) == 0

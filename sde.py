@@ -13,9 +13,10 @@ other. Nothing here knows about prompts, rewards or teachers.
 Why the SDE leaves the marginals alone: the best guess of the noise inside x_t is eps_hat = x + (1-t) v, so
 the score is grad log p_t = -eps_hat/t, and the bracket is v - (sigma^2/2) grad log p_t. F and Q write the
 reverse-time SDE, whose dt is negative. Here dt > 0 is the length of a step, so the drift is subtracted and the
-step moves *along* the score: Langevin drift, which undoes what the noise sigma dw adds. The cancellation is
-exact only as dt -> 0. At ten steps the state ends up a little too noisy; `cps_step` has the right amount of
-noise at any number of steps.
+step moves *along* the score: Langevin drift, which undoes what the noise sigma dw adds.
+
+The cancellation is exact only as dt -> 0. At ten steps the state ends up a little too noisy; `cps_step` has the right
+amount of noise at any number of steps.
 
 Notation. x, v, eps, mean: (B, ...) with any trailing shape, D numbers a sample. The grid descends: t_0=1 >
 ... > t_N=0, and dt = t_n - t_{n+1} > 0. sigma = a sqrt(t/(1-t)), where `level` is a (0.7 for SD3.5). Times,

@@ -570,7 +570,6 @@ def perform(s: Settings) -> Path:
 def everything(s: Settings, chosen: dict) -> Path:
     """--stage all, in the order of `settings.parts_of`, and the table. The tiny worlds have no published base: there,
     pretraining comes first. F has published teachers, and merges them into a cold start; Q trains its own."""
-
     made, taught, cold = {"model": s.model, "teachers": s.teachers}, {}, {}
     for part in cli.parts(chosen):
         init = {"init": cold["merge"]} if part.stage == "opd" and cold else {}  # OPD begins with the merged teachers

@@ -22,9 +22,10 @@ prompt. Editing adds `t2i_prompt` (what the source shows) and `image`:
 
 An image is a path, relative to the folder of the file, or the picture itself as a data URI (`data/pictures.py`), or a
 list of these, if the model takes several.
-What exporters write for a field that is not given (null, an empty string or list) is not given, and 2.0 is a count.
-A fault of a line is found when it is read, not after an hour of training. It is said in one line that starts with
-`path:line:` (line 0 is the file as a whole).
+
+Exporters may write null, "" or [] for a field that is not given: it counts as not given. 2.0 is a count. A fault of a
+line is found when it is read, not after an hour of training. It is said in one line that starts with `path:line:` (line
+0 is the file as a whole).
 """
 
 import os

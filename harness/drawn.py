@@ -1,11 +1,13 @@
 """Test pictures on disk, one file each: drawn once, by all ranks together, and scored from there as often as wanted.
 
-    pictures/MODEL-KEY/a-red-cat-5e6f7a8b-0.png     the first picture of a prompt by a model, eight bits a channel
+    pictures/MODEL-KEY/a-red-cat-5e6f7a8b9c0d-0.png     the first picture of a prompt by a model, eight bits a channel
 
 KEY follows from the model's weights and from all settings that a picture depends on. So what was drawn with others is
-never taken for it, and a command that was stopped goes on where it was. The rest of the name follows from the prompt's
-words, its source pictures and the number of the picture. So does its noise, from these and --seed: every model draws a
-prompt from the same noise, in whatever list the prompt stands, and a prompt of two lists is drawn once.
+never taken for it, and a command that was stopped goes on where it was.
+
+The file's name follows from the prompt's words, its source pictures and the number of the picture. Its noise follows
+from these and --seed: every model draws a prompt from the same noise, in whatever list the prompt stands, and a prompt
+of two lists is drawn once.
 
 A micro-batch is the same whoever draws it and whatever is there already, because rows that are computed in another
 batch differ in their last bits. So a folder that two ranks have drawn has the bytes of one that was drawn by one.

@@ -2,11 +2,11 @@
 
 A run is the folder `runs/NAME/`:
 
-    config.json        the resolved settings
+    config.json        the resolved settings, and an identity of what the run reads (harness/identity.py)
     metrics.jsonl      one object a step
     pictures/          test pictures, one file each (harness/drawn.py)
     checkpoints/       step-NNNNNN/, see harness/checkpoints.py
-    report.html        one page with all of it; results.json, rows.jsonl and tables for programs
+    report.html        one page with all of it; results.json, rows.jsonl and tables, for programs
     (TensorBoard events beside them)
 
 harness/ownership.py says whose the folder is.

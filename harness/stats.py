@@ -1,4 +1,4 @@
-"""What is logged of a step? Shares of its mean over rows and transitions, the policy's ratio, and two warnings."""
+"""What is logged of a step? Shares of its mean over rows and transitions, the policy's ratio, and three warnings."""
 
 import sys
 from collections.abc import Collection, Mapping, Sequence

@@ -5,8 +5,8 @@ An evaluation yields rows, one a picture (runs/NAME/rows.jsonl):
     {"model", "prompt", "index", "sample", "task", "tag", "category", "picture", "sources", "scores": {metric: number}}
 
 index: the prompt's place among its task's distinct ones; picture: the file, below the run's folder; sources: those that
-an edit begins from. A number of a table is the mean of a metric over prompts, of which each has
-the mean over its pictures (`Column`).
+an edit begins from. A number of a table is the mean of a metric over prompts; each prompt has the mean over its
+pictures (`Column`).
 """
 
 from collections import Counter

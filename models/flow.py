@@ -1,18 +1,19 @@
 """The velocity v_theta(x_t, t, c), with classifier-free guidance; every model answers the stages through `FlowModel`.
 
-The stages ask a model these things and nothing else:
+What the stages ask a model:
 
     prepare(prompts, images)           encode these once and for all; the text encoders may leave afterwards
     encode(prompts, images) -> Cond    text, and an edit's source pictures, -> conditioning, no gradient
     velocity(x, t, cond, uncond, cfg)  v_theta(x_t, t, c), the only place where guidance is written
-    adapter(name)                      run as one of the experts, or as the base    (experts.py)
+    adapter(name), keep(names)         run as one of the experts, or as the base; which of them are needed (experts.py)
     decode(x) -> images in [0, 1]      latents -> pixels
     time_grid(num_steps)               the model's own scheduler grid, t = 1 (noise) ... 0 (data)
+    tokens(prompt, pictures)           how long the texts of one forward must be, if they are not padded
     latent_shape                       (C, H, W) of x
 
 images[b] has the source pictures of prompt b (`data.pictures.Source`) in the order in which the prompt counts them,
 none if it is no edit. The rows of a batch have equally many, of equal shapes: `rollout.micro_batches` sees to it.
-sd3.py, qwen.py and tiny.py have the models.
+sd3.py, qwen.py, qwen21.py and tiny.py have the models.
 
 Numbers: the transformer computes in `precision` (bfloat16 on an accelerator), trained weights are float32, and what
 leaves `velocity` is float32 at least, so that guidance, SDE and losses never see a bfloat16.
@@ -100,7 +101,7 @@ def check_count(count: int, most: float, model: str, at: str = "") -> None:
 
 
 class FlowModel(Experts):
-    """A flow-matching transformer and its experts; this class is SD3's velocity, qwen.py overrides `_run`."""
+    """A flow-matching transformer and its experts; this class is SD3's velocity, others override `_run`."""
 
     pipeline = ""  # the diffusers pipeline that loads our adapters, if there is one
     empty = ""  # the prompt of guidance's other branch

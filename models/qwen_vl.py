@@ -4,8 +4,8 @@
     chat(system, user) a system text, and texts and pictures of a user -> Question
     VLM.inputs         B questions -> input_ids, attention_mask, mm_token_type_ids (B, S), pixel_values, image_grid_thw
 
-Three parts of the project ask one: Qwen-Image's text encoder (qwen.py), the judges (scorers/vlm.py) and the trained
-reward model (scorers/vlm_trained.py). transformers has a processor for the whole input, but its video half needs
+Qwen-Image's text encoders (qwen.py, qwen21.py), the judges (scorers/vlm.py, vqa.py) and the trained reward model
+(scorers/vlm_trained.py) ask one. transformers has a processor for the whole input, but its video half needs
 torchvision. The image half does not, so the text half is written here.
 """
 

@@ -3,9 +3,10 @@
 Q §3.3 (face identity consistency) adds to the VLM's judgement of an edit a score from a face model, because a VLM
 overlooks small shifts of identity. An `Engine`, dlib's or your own, finds faces and describes each by an embedding;
 `rewards.identity` compares the source's largest face with the likeliest of the result's. Of several sources the first
-counts: the others mostly give clothes, a place or a style. If the source shows no face,
-there is nothing to keep: the scorer raises an error that names the prompt, or, told no_face="skip", gives that sample
-`NEUTRAL`. If only the result shows none, the person was lost: 0.
+counts: the others mostly give clothes, a place or a style.
+
+If the source shows no face, there is nothing to keep: the scorer raises an error that names the prompt, or, told
+no_face="skip", gives that sample `NEUTRAL`. If only the result shows none, the person was lost: 0.
 
 SILENT (Q 3.3): which face model is used, how its output becomes a reward, and what happens without a face. All three
 are this project's choices.

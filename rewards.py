@@ -240,15 +240,18 @@ def _relation_holds(position: Sequence, objects: Sequence[dict], groups: Sequenc
     return all(relation in relative_position(a["box"], b["box"]) for a in objects for b in groups[index])
 
 
-def per_tag_accuracy(verdicts: Sequence[bool], tags: Sequence[str]) -> dict[str, float]:
-    """Share of True verdicts of each tag, in order of first appearance. F §6.1. ValueError for unequal lengths."""
-    by_tag: dict[str, list[bool]] = {}
+def per_tag_accuracy(verdicts: Sequence[float], tags: Sequence[str]) -> dict[str, float]:
+    """The mean verdict of each tag, in order of first appearance. F §6.1. ValueError for unequal lengths.
+
+    A verdict is True, False, or the share of a prompt's pictures that pass.
+    """
+    by_tag: dict[str, list[float]] = {}
     for verdict, tag in zip(verdicts, tags, strict=True):
-        by_tag.setdefault(tag, []).append(bool(verdict))
+        by_tag.setdefault(tag, []).append(verdict)
     return {tag: statistics.fmean(group) for tag, group in by_tag.items()}
 
 
-def geneval_score(verdicts: Sequence[bool], tags: Sequence[str]) -> float:
+def geneval_score(verdicts: Sequence[float], tags: Sequence[str]) -> float:
     """GenEval's number, in [0, 1]: the mean of the per-tag accuracies, however many prompts a tag has. F Table 2."""
     return statistics.fmean(per_tag_accuracy(verdicts, tags).values())
 

@@ -225,21 +225,20 @@ def numbers(rows: Rows, suite: Suite, resamples: int = 0) -> dict[str, dict]:
         for row in rows:
             if row["model"] == model:
                 own.setdefault((row["task"], row["index"]), []).append(row)
-        prompts, shares, counts, tags = list(own.values()), {}, {}, {}
+        prompts, told, counts, tags = list(own.values()), {}, {}, {}
         for column in suite.columns:
-            values_P, weights_P, means = share(column, prompts)
-            if weights_P.any():
-                shares[column.name], counts[column.name] = (values_P * weights_P, weights_P), int((weights_P > 0).sum())
-                tags |= {f"{column.name}: {k}" if k in tags else k: v for k, v in means.items() if column.group}
-        parts_2PC = np.array([*shares.values()]).transpose(1, 2, 0) if shares else None
+            values_P, groups_P = values_of(column, prompts)
+            there = ~np.isnan(values_P)
+            if there.any():
+                told[column], counts[column.name] = (values_P, groups_P), int(there.sum())
+                means = rewards.per_tag_accuracy(values_P[there], groups_P[there].tolist()) if column.group else {}
+                tags |= {f"{column.name}: {k}" if k in tags else k: v for k, v in means.items()}
 
-        def table(index: np.ndarray, parts_2PC=parts_2PC, names=tuple(shares)) -> dict[str, float]:
-            sums_C, weights_C = parts_2PC[:, index].sum(1)
-            with np.errstate(invalid="ignore"):  # nan of a metric that no prompt has which was drawn again
-                scores = dict(zip(names, (sums_C / weights_C).tolist(), strict=True))
+        def table(index: np.ndarray, told=told) -> dict[str, float]:
+            scores = {column.name: number(column, *(part[index] for part in parts)) for column, parts in told.items()}
             return {**scores, **suite.average(scores)}
 
-        scores = table(np.arange(len(prompts))) if shares else {}
+        scores = table(np.arange(len(prompts))) if told else {}
         found[model] = {"scores": scores, "tags": tags}
         if resamples and scores:
             strata = [f"{p[0]['task']} {p[0]['tag']} {p[0]['category']}" for p in prompts]
@@ -261,11 +260,8 @@ def minus(table: Callable, other: Callable, index: np.ndarray) -> dict[str, floa
     return {name: value - others[name] for name, value in table(index).items() if name in others}
 
 
-def share(column: Column, prompts: Sequence[Rows]) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
-    """(the value of each of P prompts, its weight in the column's number, {group: its mean}).
-
-    prompts: the rows of each. The weights' sum is 1; a prompt without the metric has value and weight 0 and no group.
-    """
+def values_of(column: Column, prompts: Sequence[Rows]) -> tuple[np.ndarray, np.ndarray]:
+    """(the metric of each of P prompts, nan for one without it; the group of each). prompts: the rows of each."""
     names, tasks = ((own,) if isinstance(own, str) else own for own in (column.metric, column.task))
     values_P = np.full(len(prompts), np.nan)
     for i, own in enumerate(prompts):
@@ -273,11 +269,12 @@ def share(column: Column, prompts: Sequence[Rows]) -> tuple[np.ndarray, np.ndarr
         scores = [np.mean(some) for some in told if some]
         if scores and ("" in tasks or own[0]["task"] in tasks):
             values_P[i] = column.scale * np.mean(scores)
+    return values_P, np.array([own[0][column.group] if column.group else "" for own in prompts])
+
+
+def number(column: Column, values_P: np.ndarray, groups_P: np.ndarray) -> float:
+    """The column's number of some prompts, from what `values_of` says of them; nan if none has the metric."""
     there = ~np.isnan(values_P)
-    groups_P = np.array([own[0][column.group] if column.group else "" for own in prompts])
-    known, weights_P, means = list(dict.fromkeys(groups_P[there].tolist())), np.zeros(len(prompts)), {}
-    for name in known:
-        mine = there & (groups_P == name)
-        means[name] = float(values_P[mine].mean())
-        weights_P[mine] = 1 / (mine.sum() * len(known) if column.even else there.sum())
-    return np.where(there, values_P, 0.0), weights_P, means
+    if column.even and there.any():
+        return rewards.geneval_score(values_P[there].tolist(), groups_P[there].tolist())  # F Table 2
+    return float(values_P[there].mean()) if there.any() else float("nan")

@@ -168,17 +168,15 @@ class Settings:
 
     advantage_std: str = _option("group", "standard deviation that advantages are divided by", RL,
                                  choices=("group", "batch", "none"), group="objective")
-    advantage_clip: float = _option(5.0, "largest absolute advantage; opd: reward of a step, in nats per dimension",
-                                    (*RL, "opd"), low=1e-6)
+    advantage_clip: float = _option(5.0, "largest absolute advantage; opd: reward of a transition, in nats per "
+                                    "dimension", (*RL, "opd"), low=1e-6)
     clip: float = _option(1e-4, "clip range [epsilon] of the policy ratio", ("grpo", "opd"), low=0.0)
     log_prob: str = _option("mean", "the ratio's log-probs over the D latent dimensions: mean as released, sum is "
                             "exact; it moves where the clip bites", ("grpo", "opd"), choices=("mean", "sum"))
     guard: bool = _option(False, "GRPO-Guard: its ratio normalisation, and each step's loss divided by dt", ("grpo",))
-    beta: float = _option(0.04, "grpo: weight of dt KL / D to the base, with the SDE the mean over D of w(t) dt "
-                          "||dv||^2: Flow-GRPO's unit and its 0.04 (0.01 for PickScore); nft: of Q Eq. 9's mean "
-                          "square distance of velocities", RL, low=0.0)
-    interpolation: float = _option(1.0, "strength [beta of Q Eq. 7]; 1 / it is the length of a step", ("nft",),
-                                   low=1e-6)
+    beta: float = _option(0.04, "weight of the distance to the base. grpo: dt KL / D, in Flow-GRPO's unit (its 0.04, "
+                          "0.01 for PickScore); nft: Q Eq. 9, the mean square distance of velocities", RL, low=0.0)
+    interpolation: float = _option(1.0, "beta of Q Eq. 7: a step is 1 / beta long", ("nft",), low=1e-6)
     updates: int = _option(2, "optimizer updates per rollout, each on its share of the prompts", (*RL, "opd"), low=1)
     mix: str = _option("turns", "--task mix: tasks take turns by steps, 3:1:1 (F App. A), or are joined in every step "
                        "(Q 4.3's Mix-RL)", RL, choices=("turns", "joint"))

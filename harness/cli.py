@@ -213,9 +213,8 @@ def _parser(prog: str, values: Settings, readable: Iterable[str]) -> argparse.Ar
     for name, f in FIELDS.items():
         if "group" in f.metadata:
             group = parser.add_argument_group(f.metadata["group"])
-        value = getattr(values, name)
-        shown = " ".join(f"{k}={v}" for k, v in value.items()) if f.type is dict else value
-        text = f"{f.metadata['help']} [{shown}]".replace("%", "%%") if name in readable else argparse.SUPPRESS
+        text = f"{f.metadata['help']} [{_shown(values, name)}]".replace("%", "%%")
+        text = text if name in readable else argparse.SUPPRESS
         if f.type is bool:
             group.add_argument(_flag(name), action=argparse.BooleanOptionalAction, help=text)
         elif f.type is dict:
@@ -225,6 +224,19 @@ def _parser(prog: str, values: Settings, readable: Iterable[str]) -> argparse.Ar
             metavar = choices if "choices" in f.metadata else f.type.__name__.upper()
             group.add_argument(_flag(name), type=f.type, metavar=metavar, help=text)
     return parser
+
+
+def _shown(values: Settings, name: str) -> str:
+    """A setting's value, as --help shows it; of --stage all that of each part that reads it, if they differ."""
+    stages = [stage for stage in parts_of(values) if stage in FIELDS[name].metadata["stages"]]
+    found = {values.stage: values}
+    if values.stage == "all" and stages and name not in ("stage", "name"):
+        found = {stage: unchecked({"preset": values.preset, "tasks": values.tasks, "stage": stage}) for stage in stages}
+    told = {stage: getattr(part, name) for stage, part in found.items()}
+    if FIELDS[name].type is dict:
+        told = {stage: " ".join(f"{k}={v}" for k, v in value.items()) for stage, value in told.items()}
+    same = len(set(told.values())) == 1
+    return str(told.popitem()[1]) if same else ", ".join(f"{stage} {value}" for stage, value in told.items())
 
 
 def _pairs(name: str, items: Sequence[str]) -> dict[str, str]:

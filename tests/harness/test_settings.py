@@ -144,6 +144,8 @@ def test_the_help_shows_the_flags_of_a_stage_with_the_values_it_would_have(capsy
         assert not found & others and ("--precision" in found) == (s.preset == "flow-opd")
     assert "[0.0001]" in opd and "composition=jieliu/SD3.5M-FlowGRPO-GenEval" in opd and "[0.0007]" in grpo
     assert "--compare" in table and "--stage" not in table and "--lr" not in table
+    whole = shown("--preset tiny --stage all")
+    assert "[pretrain 6000, grpo 150, sft 100, opd 200]" in whole and "LoRA rank r of a new adapter [16]" in whole
     for group in ("what to run:", "where it runs:", "rollout:", "objective:"):
         assert group in opd
 

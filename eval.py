@@ -92,12 +92,15 @@ def compare(s: Settings) -> tuple[dict[str, dict], Path]:
     load.try_all(s)
     folder = ownership.of(s)
     prompts = load.test_prompts(s)
+    pictures = drawn.listed(prompts, s.samples)
+    for layout in filter(None, s.export.split(",")):
+        export.places(layout, pictures)
     if asked := suites.asked_of(s):
         registry.check(asked)
     if first:
         ownership.prepare(s)
     ranks.check_shared(folder)
-    pictures, places = drawn.listed(prompts, s.samples), {"base": (None, settings.teacher_cfg(s))}
+    places = {"base": (None, settings.teacher_cfg(s))}
     places |= {f"teacher {task}": (where, settings.teacher_cfg(s)) for task, where in s.teachers.items()}
     places |= {name: (where, settings.student_cfg(s)) for name, where in s.compare.items()}
     folders = draw_all(s, device, folder, pictures, places)
@@ -158,7 +161,7 @@ def exported(
             for row in rows if told else ():
                 if row["model"] == name and (value := told.get((row["task"], row["index"], row["sample"]))) is not None:
                     row["scores"]["official"] = value
-            if not told and (lines := export.commands(target)):
+            if lines := export.commands(target, told):
                 print("\n".join(["run in T2I-CompBench's repository, then repeat this command:", *lines]))
 
 

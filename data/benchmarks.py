@@ -36,7 +36,7 @@ def _table3(folder: Path, count: int) -> dict[str, list[Prompt]]:
     for category in COMPBENCH:
         file = folder / f"{category}_val.txt"
         lines = [(n, line.split("\t")[0]) for n, line in enumerate(read_text(file).split("\n"), 1) if line.strip()]
-        found[category] = [_prompt(line, category, f"{file}:{n}") for n, line in lines[:count]]
+        found[category] = [_prompt(line, category, f"{file}:{n}", line=n) for n, line in lines[:count]]
     return found
 
 

@@ -69,15 +69,16 @@ class Picture(NamedTuple):
 def listed(prompts: Mapping[str, Sequence[Prompt]], samples: int = 1) -> list[Picture]:
     """The pictures of some prompts by task: all first ones, then all second ones, and so on.
 
-    A prompt that stands n times in its task's list is one prompt with n times as many pictures, as Flow-GRPO's copy of
-    GenEval's test file says "four pictures" by four lines.
+    A line that stands n times in its task's list is one prompt with n times as many pictures, as Flow-GRPO's copy of
+    GenEval's test file says "four pictures" by four lines. Lines of the same words and other metadata are prompts of
+    their own, of which the pictures are the same.
     """
     found = []
     for task, some in prompts.items():
-        distinct: dict[str, int] = {}
-        times: Counter[str] = Counter()
+        distinct: dict[tuple, int] = {}
+        times: Counter[tuple] = Counter()
         for prompt in some:
-            key = Picture(prompt, task, 0, 0).key
+            key = Picture(prompt, task, 0, 0).key, json.dumps(prompt.metadata, sort_keys=True)
             index = distinct.setdefault(key, len(distinct))
             found += [Picture(prompt, task, index, times[key] * samples + sample) for sample in range(samples)]
             times[key] += 1

@@ -9,10 +9,11 @@
 Files are links to the drawn ones where the disk can link, and copies where it cannot.
 """
 
+import filecmp
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -32,15 +33,19 @@ OFFICIAL = {
         ["cd BLIPvqa_eval && python BLIP_vqa.py --out_dir={}",
          "cd UniDet_eval && python 2D_spatial_eval.py --outpath={} --complex=True",
          "python CLIPScore_eval/CLIP_similarity.py --outpath={} --complex=True",
-         "cp -r {}/labels/annotation_obj_detection_2d {}/annotation_obj_detection",
+         "mkdir -p {}/annotation_obj_detection && "
+         "cp {}/labels/annotation_obj_detection_2d/vqa_result.json {}/annotation_obj_detection",
          "cd 3_in_1_eval && python 3_in_1.py --outpath={}"], "annotation_3_in_1"),
 }  # fmt: skip
 
 
 def export(layout: str, where: Path, folder: Path, pictures: Sequence[Picture]) -> None:
-    """Write a model's pictures, which are in `folder`, to `where` in a layout. SettingsError if it needs others."""
-    if not (files := LAYOUTS[layout](pictures)):
-        raise SettingsError(f"--export {layout}: no test prompt has what this layout is made of, see docs/RUNNING.md")
+    """Write a model's pictures, which are in `folder`, to `where` in a layout; those of an earlier command that are
+    none of these go. SettingsError if it needs others."""
+    files = places(layout, pictures)
+    own = {f"{p.prompt.metadata['key']}.png" for p in files.values()} if layout == "dpg" else files
+    for old in {*where.glob(LAYOUTS[layout][1])} - {where / place for place in own}:
+        old.unlink()
     if layout == "dpg":
         return grids(where, folder, files)
     for place, picture in files.items():
@@ -53,8 +58,17 @@ def export(layout: str, where: Path, folder: Path, pictures: Sequence[Picture]) 
         write_atomic(where / "paths.json", json.dumps(paths, indent=1, ensure_ascii=False) + "\n")
 
 
+def places(layout: str, pictures: Sequence[Picture]) -> dict[str, Picture]:
+    """{place: the picture that a layout has there}. SettingsError if there is none."""
+    if not (found := LAYOUTS[layout][0](pictures)):
+        raise SettingsError(f"--export {layout}: no test prompt has what this layout is made of, see docs/RUNNING.md")
+    return found
+
+
 def put(source: Path, target: Path) -> None:
-    """The same file under another name."""
+    """The same file under another name; nothing is written if it is there, see `official`."""
+    if target.exists() and (os.path.samefile(source, target) or filecmp.cmp(source, target, shallow=False)):
+        return
     target.parent.mkdir(parents=True, exist_ok=True)
     target.unlink(missing_ok=True)
     try:
@@ -92,21 +106,23 @@ def gedit(pictures: Sequence[Picture]) -> dict[str, Picture]:
 
 
 def flat(pictures: Sequence[Picture]) -> dict[str, Picture]:
-    single = all(p.sample == 0 and "key" in p.prompt.metadata for p in pictures)
-    return {f"{p.prompt.metadata['key'] if single else f'{p.task}-{p.index:05}-{p.sample}'}.png": p for p in pictures}
+    keys = [p.prompt.metadata.get("key") if p.sample == 0 else None for p in pictures]
+    names = (str(k) if k and keys.count(k) == 1 else "" for k in keys)  # GEdit has a key in two languages
+    return {f"{name or f'{p.task}-{p.index:05}-{p.sample}'}.png": p for name, p in zip(names, pictures, strict=True)}
 
 
 def dpg(pictures: Sequence[Picture]) -> dict[str, Picture]:
     """The parts of the grids."""
-    return {f"{p.prompt.metadata['key']}-{p.sample}": p for p in pictures if p.task == "dpg" and p.sample < 4}
+    found = {f"{p.prompt.metadata['key']}-{p.sample}": p for p in pictures if p.task == "dpg" and p.sample < 4}
+    if any(f"{p.prompt.metadata['key']}-3" not in found for p in found.values()):
+        raise SettingsError("--export dpg: its grids have four pictures a prompt; add --samples 4")
+    return found
 
 
 def grids(where: Path, folder: Path, parts: Mapping[str, Picture]) -> None:
     """ID.png of each prompt: its four pictures, two a row."""
     where.mkdir(parents=True, exist_ok=True)
     for key in {p.prompt.metadata["key"] for p in parts.values()}:
-        if f"{key}-3" not in parts:
-            raise SettingsError("--export dpg: its grids have four pictures a prompt; add --samples 4")
         four = [Image.open(folder / parts[f"{key}-{n}"].file) for n in range(4)]
         width, height = four[0].size
         sheet = Image.new("RGB", (2 * width, 2 * height))
@@ -115,23 +131,28 @@ def grids(where: Path, folder: Path, parts: Mapping[str, Picture]) -> None:
         sheet.save(where / f"{key}.png")
 
 
-LAYOUTS: dict[str, Callable[[Sequence[Picture]], dict[str, Picture]]] = {
-    "geneval": geneval, "compbench": compbench, "dpg": dpg, "gedit": gedit, "flat": flat,
+LAYOUTS: dict[str, tuple[Callable[[Sequence[Picture]], dict[str, Picture]], str]] = {  # and all places of pictures
+    "geneval": (geneval, "*/samples/*.png"), "compbench": (compbench, "*/samples/*.png"), "dpg": (dpg, "*.png"),
+    "gedit": (gedit, "fullset/*/*/*.png"), "flat": (flat, "*.png"),
 }  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------- what official code says of them
-def commands(where: Path) -> list[str]:
-    """The lines that score the categories in `where` (an export in the layout compbench) by the official code."""
-    there = {name: str((where / name).absolute()) for name in OFFICIAL if (where / name).is_dir()}
+def commands(where: Path, told: Collection[tuple[str, int, int]] = ()) -> list[str]:
+    """The lines that score the categories in `where` (an export in the layout compbench) by the official code, but for
+    those of which it has told scores."""
+    known = {category for category, _, _ in told}
+    there = {name: str((where / name).absolute()) for name in OFFICIAL if (where / name).is_dir() and name not in known}
     return [f"({line.replace('{}', place)})" for name, place in there.items() for line in OFFICIAL[name][0]]
 
 
 def official(where: Path, pictures: Sequence[Picture]) -> dict[tuple[str, int, int], float]:
-    """{(category, index, sample): the official score}, of the result files that are there. DataError as `read_json`."""
+    """{(category, index, sample): the official score}, of the result files that are there and not older than the
+    pictures, of which others may have been there before. DataError as `read_json`."""
     found, own = {}, numbered(pictures)
     for category, (_, place) in OFFICIAL.items():
-        if (file := where / category / place / "vqa_result.json").is_file():
+        file, samples = where / category / place / "vqa_result.json", where / category / "samples"
+        if file.is_file() and samples.is_dir() and file.stat().st_mtime_ns >= samples.stat().st_mtime_ns:
             for entry in read_json(file):
                 p = own[category, int(entry["question_id"])]
                 found[category, p.index, p.sample] = float(entry["answer"])

@@ -115,7 +115,8 @@ def aligned(table: Table) -> str:
 def markdown(table: Table) -> str:
     """A table of GitHub's Markdown. A stroke in a name, which would end its cell, becomes a slash."""
     form = {"": "{}", "best": "**{}**", "second": "<u>{}</u>", "ceiling": "**<u>{}</u>**"}
-    lines = [f"| {' | '.join([table.first, *table.columns])} |", "|---|" + "---:|" * len(table.columns)]
+    heads = (name.replace("|", "/") for name in [table.first, *table.columns])
+    lines = [f"| {' | '.join(heads)} |", "|---|" + "---:|" * len(table.columns)]
     for name, cells in marked(table).items():
         shown = [name.replace("|", "/"), *(form[mark].format(number) for number, mark in cells)]
         lines.append(f"| {' | '.join(shown)} |")

@@ -8,7 +8,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from data.files import Prompt
-from data.pictures import places, to_picture
+from data.pictures import to_picture
 from rewards import RewardError, Scorer
 from scorers.clip import CLIP_L, clip_features
 from scorers.common import diversity as distance
@@ -32,7 +32,7 @@ def diversity(device: str = "cpu", dtype: torch.dtype = torch.float32, model: st
     def score(images: Tensor, prompts: Sequence[Prompt], sources: object = None) -> Tensor:
         found, groups = torch.zeros(len(prompts), dtype=torch.float64), {}
         for row, p in enumerate(prompts):
-            groups.setdefault((p.text, places(p)), []).append(row)
+            groups.setdefault((p.text, repr(p.metadata)), []).append(row)
         for (text, _), rows in groups.items():
             if len(rows) < 2:
                 raise RewardError(f"scorer 'diversity': one picture of the prompt {text!r}; draw more of each")

@@ -33,6 +33,15 @@ def test_a_prompt_has_its_pictures_one_after_the_other_and_a_repeated_line_is_mo
     assert len({p.file for p in pictures}) == 6
 
 
+def test_lines_of_equal_words_and_other_metadata_are_prompts_of_their_own_with_the_same_pictures():
+    a, b = prompt("two cats", "composition", tag="counting"), prompt("two cats", "composition", tag="two_object")
+    pictures = drawn.listed({"composition": [a, b]}, samples=2)
+    assert [(p.prompt.metadata["tag"], p.index, p.sample) for p in pictures] == [
+        ("counting", 0, 0), ("two_object", 1, 0), ("counting", 0, 1), ("two_object", 1, 1)
+    ]  # fmt: skip
+    assert len({p.file for p in pictures}) == 2
+
+
 def test_a_pictures_file_follows_from_words_source_and_number_and_not_from_the_list_or_the_task(tmp_path):
     source, other = (edits.make_prompts("edit", "test", 2)[i].metadata["image"] for i in (0, 1))
     names = {

@@ -1,7 +1,10 @@
 """Each layout is read as its official evaluator does it, by a reader written from the layout's description."""
 
 import json
+import os
 import re
+import subprocess
+import time
 
 import pytest
 from PIL import Image
@@ -68,6 +71,35 @@ def test_compbench_has_its_prompt_and_number_in_each_name_and_takes_the_official
     result.write_text(json.dumps([{"question_id": n, "answer": n / 10} for n in (4, 0)]))
     told = export.official(where, drawn.listed(prompts, 3))
     assert told == {("numeracy", 1, 1): 0.4, ("numeracy", 0, 0): 0.0}
+    assert not export.commands(where, told)
+    for samples, is_there in ((3, True), (2, False)):  # the same pictures again; others, and none of the old ones
+        os.utime(result, ns=(time.time_ns(),) * 2)
+        made("compbench", prompts, samples)
+        assert bool(export.official(where, drawn.listed(prompts, samples))) == is_there
+    assert len([*where.rglob("*.png")]) == 4 * 2
+
+
+def test_the_official_lines_give_the_same_result_when_they_are_run_again(tmp_path):
+    """3_in_1.py reads annotation_obj_detection/vqa_result.json, where UniDet's scores have to be put each time."""
+    labels = tmp_path / "complex/labels/annotation_obj_detection_2d"
+    labels.mkdir(parents=True)
+    line = next(line for line in export.commands(tmp_path) if "cp " in line)
+    for scores in ("old", "new"):
+        (labels / "vqa_result.json").write_text(scores)
+        subprocess.run(line, shell=True, check=True)
+        assert (tmp_path / "complex/annotation_obj_detection/vqa_result.json").read_text() == scores
+
+
+def test_prompts_of_equal_words_have_a_place_each_by_their_keys(made):
+    prompts = {"dpg": [prompt("a", "dpg", key=key) for key in ("1", "2")]}
+    assert sorted(f.name for f in made("dpg", prompts, 4)[0].iterdir()) == ["1.png", "2.png"]
+    edits = [prompt("make it red", "edit", key=key, **EDIT) for key in ("k1", "k2")]
+    files = [f.name for f in made("gedit", {"edit": edits}, 1)[0].rglob("*.png")]
+    assert sorted(files) == ["k1.png", "k2.png"]
+    beside = {"edit": edits, "t2i": [prompt("a cat", "t2i")]}
+    assert {"k1.png", "k2.png"} < {f.name for f in made("flat", beside, 2)[0].glob("*.png")}, "a first picture each"
+    both = [edits[0], edits[1]._replace(metadata={**edits[0].metadata, "instruction_language": "cn"})]
+    assert len([*made("flat", {"edit": both}, 1)[0].glob("*.png")]) == 2, "no key names two"
 
 
 def test_dpg_has_a_grid_of_four_and_says_that_it_needs_four(made):

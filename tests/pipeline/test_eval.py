@@ -71,6 +71,8 @@ def test_rules_vote_by_the_worlds_scores_alone_and_teachers_are_outside_of_every
     for name in ("arena", "differences"):
         rows = (tmp_path / f"run/{name}.md").read_text().splitlines()
         assert not any(re.search(r"\*\*\d|[^*]<u>", row) for row in rows if row.startswith("| teacher")), name
+    at = flags.index("--teachers")
+    assert evaluation.main([*flags[:at], *flags[at + 4 :], "--suite", "arena", "--compare", "base"]) == 2, "no pair"
 
 
 def test_teachers_of_every_kind_draw_pictures_of_their_own_without_a_score_too(sd35, tmp_path):

@@ -231,8 +231,10 @@ def test_the_recipe_for_deqa_serves_it_to_table_2(tmp_path, monkeypatch):
     (["--suite", "edit"], "edit"), (["--suite", "diversity"], "--samples"), (["--prompts", "table3=x"], "table3"),
     (["--compare", "base", "teacher.text=x"], "--teachers"), (["--compare", "student"], "--compare student"),
     (["--suite", "geneval2", "--prompts", "geneval2=SOME.jsonl"], "SOME.jsonl:1"),
+    (["--export", "gedit"], "--export gedit"),
 ])  # fmt: skip
-def test_what_cannot_be_asked_for_is_refused_in_one_line(wrong, named, sd35, tmp_path, capsys):
+def test_what_cannot_be_asked_for_is_refused_in_one_line(wrong, named, sd35, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evaluation.load, "base_model", lambda *_: pytest.fail("nothing is drawn for it"))
     some = tmp_path / "SOME.jsonl"
     some.write_text('{"prompt": "a cat", "vqa_list": [["one"]]}\n')
     flags = command(sd35.flags, "--out", str(tmp_path), stage="eval")

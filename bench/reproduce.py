@@ -235,7 +235,7 @@ def surpassing(seed: int) -> None:
             return torch.tensor(each).reshape(-1, 4).mean(1)
 
         best = torch.stack([means(name, seed + 200) for name in TEACHERS]).amax(0)
-        above["OPD (merge)"] += (means("student", seed + 200) > best).tolist()
+        above["OPD (merge)"] += (means("student", seed + 300) > best).tolist()
         above["routed teacher again"] += (means(task, seed + 300) > best).tolist()
     shares = {row: {"share": statistics.mean(map(float, own))} for row, own in above.items()}
     record("claim 8", seed, began, rows=shares)

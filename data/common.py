@@ -102,7 +102,9 @@ def read_objects(file: Path) -> list[tuple[str, object]]:
 def _parsed(file: Path, text: str, line: int, start: int | None = None):
     """The JSON value that a text is; or the one that begins at `start`, in this line of the file, and where it ends."""
     try:
-        return _DECODER.decode(text) if start is None else _DECODER.raw_decode(text, start)
+        found = _DECODER.decode(text) if start is None else _DECODER.raw_decode(text, start)
+        json.dumps(found, ensure_ascii=False).encode()  # half a character, "\ud800", fits into no file
+        return found
     except json.JSONDecodeError as fault:
         cause = f"{fault.msg}, column {fault.colno}"
     except (RecursionError, ValueError) as fault:  # nested too deeply, or a number of more digits than Python takes

@@ -81,7 +81,8 @@ def test_a_folder_gives_its_split_and_prefers_metadata(tmp_path):
 
 
 DEEP = [b"[" * 100_000, b'{"a":' * 100_000, b'{"prompt": ' + b"9" * 5000 + b"}", b'{"prompt": "p", "x": 1e999}',
-        b'{"prompt": "p", "x": NaN}', b'{"prompt": "p", "x": -Infinity}', b'{"prompt"', b'{"prompt": "p"} {}',
+        b'{"prompt": "p", "x": NaN}', b'{"prompt": "p", "x": -Infinity}', b'{"prompt": "\\ud800"}',
+        b'{"prompt"', b'{"prompt": "p"} {}',
         b"]"]  # fmt: skip
 BROKEN = [  # name, lines, task, the line that is named
     ("p.csv", [b"a"], "quality", 0), ("p.txt", [b""], "quality", 0), ("p.jsonl", [b"", b"  "], "t2i", 0),

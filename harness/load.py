@@ -248,8 +248,7 @@ def anchors(s: Settings) -> list[str]:
 def new_base_run(s: Settings) -> Run:
     """A tiny base with fresh weights, all of which train."""
     device = ranks.start(s)
-    new = tiny.new_tiny21 if "edit" in task_list(s) else tiny.new_tiny
-    return Run(s, new(s.seed, device=device), inputs=inputs_of(s))
+    return Run(s, tiny.new_tiny(s.seed, device=device, qwen="edit" in task_list(s)), inputs=inputs_of(s))
 
 
 def base_model(s: Settings, device: torch.device | str = "cpu") -> flow.FlowModel:

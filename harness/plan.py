@@ -63,7 +63,7 @@ def base_of(s: Settings) -> flow.FlowModel:
     """
     if s.stage == "pretrain":
         with torch.device("meta"):
-            return (tiny.new_tiny21 if "edit" in task_list(s) else tiny.new_tiny)(s.seed, device="meta")
+            return tiny.new_tiny(s.seed, device="meta", qwen="edit" in task_list(s))
     config = transformer_config(s.model)
     return models.FLOWS[config["_class_name"]](hub.empty_transformer(config), "meta")
 

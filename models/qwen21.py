@@ -43,25 +43,26 @@ class Qwen21Flow(FlowModel):
         super().__init__(*parts)
         self.keeps_prefix = self.transformer.config.causal_condition
 
+    def tokens(self, prompt: str, pictures: Sequence[Source]) -> int:
+        return self._rows([prompt], [pictures])[0].tokens.shape[1]
+
     def _run(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         if cond.mask is not None:
             return self._by_length(x, t, cond)
         cache, known = cond.kept_by(self.selected, self._new_cache)
-        p, pictures = self.transformer.config.patch_size, [*cond.sources, x]
-        shapes = [(1, picture.shape[2] // p, picture.shape[3] // p) for picture in pictures]
-        count = shapes[-1][1] * shapes[-1][2]
+        pictures, count = [*cond.sources, x], x.shape[2] * x.shape[3]
         slots = cond.tokens.new_zeros(cond.tokens.shape[:2], dtype=torch.bool) if cond.slots is None else cond.slots
         v = self.active(
-            hidden_states=torch.cat([pack(picture, p) for picture in pictures], 1),
+            hidden_states=torch.cat([pack(picture, 1) for picture in pictures], 1),
             encoder_hidden_states=cond.tokens,
             timestep=(1000 * t).to(self._dtype()) / 1000,  # in the stock pipeline's order, as in qwen.py
-            img_shapes=[shapes] * len(x),
+            img_shapes=[[(1, *picture.shape[2:]) for picture in pictures]] * len(x),
             img_mask=torch.cat([slots, slots.new_ones(len(x), count // 4)], 1),
             kv_cache=cache,
             kv_cache_mode=("cached" if known else "extract") if cache else None,
             return_dict=False,
         )[0]
-        return unpack(v[:, -count:], p, *x.shape[2:]).contiguous()  # without patches it is a view
+        return unpack(v[:, -count:], 1, *x.shape[2:]).contiguous()  # without patches it is a view
 
     def _new_cache(self) -> QwenImage21KVCache:
         return QwenImage21KVCache(self.transformer.config.num_layers)
@@ -93,9 +94,6 @@ class Qwen21Model(Qwen21Flow, QwenPublished):
         super().__init__(*parts)
         if any(side % 2 for side in self.latent_shape[1:]):
             raise ModelError(f"--resolution: the sides of {PIPELINE}'s pictures must be multiples of {SLOT}")
-
-    def tokens(self, prompt: str, pictures: Sequence[Source]) -> int:
-        return self._rows([prompt], [pictures])[0].tokens.shape[1]
 
     def read_encoders(self) -> qwen_vl.VLM:
         both = self.folder / "processor"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from diffusers import QwenImage21Transformer2DModel, QwenImageTransformer2DModel, SD3Transformer2DModel
+from diffusers import QwenImageTransformer2DModel, SD3Transformer2DModel
 from torch import Tensor, nn
 
 import sde
@@ -16,7 +16,6 @@ from data.pictures import Source
 from models.flow import Cond, FlowModel, check_count
 from models.hub import Transformer, fingerprint, read_transformer, reading
 from models.qwen import QwenFlow
-from models.qwen21 import Qwen21Flow
 from tiny import drawings, edits
 from tiny.canvas import SIZE
 
@@ -97,33 +96,6 @@ class TinyQwenModel(QwenFlow, TinyModel):
         return Cond(cond.tokens, None, (tokens > 0).to(self.device), sources)
 
 
-class TinyQwen21Model(Qwen21Flow, TinyModel):
-    """The same with Qwen-Image-2.1's transformer: every text has MAX_TOKENS words, and no row is masked."""
-
-    tokenize = staticmethod(edits.tokenize)
-    most_sources = 1
-
-    def encode_tokens(self, tokens: Tensor, images: Sequence[Tensor] | None = None) -> Cond:
-        text = self.text_encoder(tokens.to(self.device)).tokens
-        if not images:
-            return Cond(text)
-        source, count = self.latents(torch.stack(list(images))), (SIZE // 8) ** 2  # a slot: 2 x 2 patches of 4 pixels
-        text = nn.functional.pad(text, (0, 0, count, 0))
-        slots = (torch.arange(text.shape[1], device=self.device) < count).expand(len(text), -1)
-        return Cond(text, sources=(source,), slots=slots)
-
-
-def new_tiny21(seed: int, width: int = 96, layers: int = 4, device: torch.device | str = "cpu") -> TinyQwen21Model:
-    """As `new_tiny`, with Qwen-Image-2.1's architecture: 0.59 M parameters, 1.07 M with 8 layers."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        transformer = QwenImage21Transformer2DModel(
-            patch_size=4, in_channels=3, out_channels=3, num_layers=layers, attention_head_dim=32,
-            num_attention_heads=width // 32, context_in_dim=width, axes_dims_rope=(8, 12, 12),
-        )  # fmt: skip
-        return TinyQwen21Model(transformer, TinyTextEncoder(width, len(edits.VOCABULARY)), device)
-
-
 def new_tiny(
     seed: int, width: int = 96, layers: int = 3, device: torch.device | str = "cpu", qwen: bool = False
 ) -> TinyModel:
@@ -148,12 +120,11 @@ def load_tiny(folder: Path, device: torch.device | str = "cpu") -> TinyModel:
     """Read a base checkpoint of `--stage pretrain`, frozen; ModelError names what is not readable."""
     words = folder / "text_encoder" / "model.safetensors"
     transformer = read_transformer(folder, torch.float32)
-    kinds = {"SD3": TinyModel, "QwenImage": TinyQwenModel, "QwenImage21": TinyQwen21Model}
-    kind = kinds[type(transformer).__name__.removesuffix("Transformer2DModel")]
-    vocabulary = drawings.VOCABULARY if kind is TinyModel else edits.VOCABULARY
+    qwen = isinstance(transformer, QwenImageTransformer2DModel)
+    vocabulary = edits.VOCABULARY if qwen else drawings.VOCABULARY
     with reading(words, "a tiny world's words"):
-        text_encoder = TinyTextEncoder(transformer.inner_dim, len(vocabulary))
+        text_encoder = TinyTextEncoder(transformer.config.joint_attention_dim, len(vocabulary))
         text_encoder.load_state_dict(safetensors.torch.load_file(words))
-    model = kind(transformer, text_encoder.requires_grad_(False), device)
+    model = (TinyQwenModel if qwen else TinyModel)(transformer, text_encoder.requires_grad_(False), device)
     model.source, model.fingerprint = str(folder), fingerprint(folder / "transformer")
     return model

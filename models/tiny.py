@@ -85,7 +85,10 @@ class TinyModel(FlowModel):
 
 
 class TinyQwenModel(QwenFlow, TinyModel):
-    """The tiny-qwen world's: Qwen-Image's transformer in place of SD3's, and a second task, editing."""
+    """The tiny-qwen world's: Qwen-Image's transformer in place of SD3's, and a second task, editing.
+
+    That of 2.1 follows its prompts less for the same CPU seconds (docs/RESULTS.md).
+    """
 
     tokenize = staticmethod(edits.tokenize)
     most_sources = 1

@@ -111,7 +111,7 @@ class Blink:
 @pytest.fixture
 def blink(request, world, tmp_path, no_pictures, monkeypatch):
     real = tiny.new_tiny
-    monkeypatch.setattr(tiny, "new_tiny", lambda seed, **more: real(seed, width=32, layers=1, **more))
+    monkeypatch.setattr(tiny, "new_tiny", lambda seed, **more: real(seed, **{**more, "width": 32, "layers": 1}))
     monkeypatch.setattr(tiny_judge, "PROMPTS", 24)
     whole = tiny_judge.TinyJudge
     monkeypatch.setattr(tiny_judge, "TinyJudge", lambda width=32, layers=1, seed=0: whole(width, layers, seed))

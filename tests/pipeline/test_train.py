@@ -54,7 +54,7 @@ EVERY_STAGE = {
 @pytest.fixture
 def small_pretraining(monkeypatch):
     real = tiny.new_tiny
-    monkeypatch.setattr(tiny, "new_tiny", lambda seed, **more: real(seed, width=32, layers=1, **more))
+    monkeypatch.setattr(tiny, "new_tiny", lambda seed, **more: real(seed, **{**more, "width": 32, "layers": 1}))
 
 
 # ---------------------------------------------- interruption, resume (kills: test_run.py, ranks: test_distributed.py)

@@ -70,9 +70,11 @@ def over_seeds(found: Sequence[Mapping[str, float]], columns: Sequence[str]) -> 
 
 # -------------------------------------------------------------------------------------------------- what is printed
 def text(cell: Cell, digits: int) -> str:
-    """0.912, 0.912 ± 0.014 with a deviation, 0.912 [0.897, 0.925] with an interval, - for nan."""
+    """0.912, 0.912 ± 0.014 with a deviation, 0.912 [0.897, 0.925] with an interval, - for nan. From 1000 on
+    nothing is behind the point."""
     if math.isnan(cell.value):
         return "-"
+    digits = 0 if abs(cell.value) >= 1000 else digits
     shown = f"{cell.value:.{digits}f}"
     if not math.isnan(cell.std):
         shown += f" ± {cell.std:.{digits}f}"

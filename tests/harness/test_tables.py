@@ -85,5 +85,6 @@ def test_a_row_over_seeds_has_mean_and_sample_deviation_and_one_seed_has_none():
     assert list(found) == ["b", "a"] and found["a"][:2] == (2.5, 3) and found["a"].std == pytest.approx(3.25**0.5)
     assert tables.text(found["b"], 2) == "0.50 ± 0.50"
     assert tables.text(tables.over_seeds([{"a": 0.125}], ("a",))["a"], 3) == "0.125"
+    assert tables.text(tables.over_seeds([{"a": 2400}, {"a": 4800}], ("a",))["a"], 3) == "3600 ± 1697"
     never = tables.over_seeds([{"a": math.nan}, {"a": 4800}, {"a": math.nan}], ("a",))["a"]
     assert tables.text(never, 3) == "-", "what a seed has not reached has no mean"

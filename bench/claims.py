@@ -90,7 +90,7 @@ CLAIMS = (
     }, (("OPD", "GRPO-mix", "average"), ("OPD (SFT)", "SFT + GRPO-mix", "average"),
         ("OPD (merge)", "merge + GRPO-mix", "average")), (*FLOW, "to 0.85"),
         "Every student has drawn 9,600 trajectories; `to 0.85`: after how many of them the average is 0.85, looked at "
-        "every 1,920 (GRPO) or 2,400 (OPD). GRPO-mix has the learning rate of the teachers, which was not tuned for it."),
+        "every 1,920 (GRPO) or 2,400 (OPD). GRPO-mix has the teachers' learning rate, not tuned for it."),
     Claim("4", "MAR keeps quality and diversity", "F Fig. 5, Table 4", {
         "base": "", "no MAR": "no-mar", "anchor: base": "base-mar", "anchor: quality teacher": "opd-short",
     }, (("anchor: quality teacher", "no MAR", "quality"), ("anchor: quality teacher", "no MAR", "diversity")),

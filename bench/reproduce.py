@@ -311,7 +311,7 @@ def estimate(claims: Iterable[Claim], seeds: list[int]) -> float:
 
 
 def verdict(claim: Claim, seeds: Mapping[int, Mapping[str, dict]]) -> str:
-    """One plain sentence: reproduced, not reproduced, or not run."""
+    """One plain sentence: reproduced, not reproduced, not decided by one seed, or not run."""
     said, holds, fewest = [], [], len(seeds)
     for a, b, column in claim.above:
         pairs = [(rows[a]["scores"], rows[b]["scores"]) for rows in seeds.values() if a in rows and b in rows]
@@ -323,6 +323,7 @@ def verdict(claim: Claim, seeds: Mapping[int, Mapping[str, dict]]) -> str:
         fewest = min(fewest, cell.n)
         said.append(f"{a} - {b}, {column}: {tables.text(cell, 3)}")
     word = "Reproduced" if all(holds) else "Not reproduced" if not any(holds) else "Reproduced in part"
+    word = word if fewest > 1 else "Not decided"  # one seed has no spread
     return f"**{word}** ({'; '.join(said)}; {fewest} seed{'s' * (fewest > 1)})."
 
 

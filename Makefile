@@ -1,5 +1,5 @@
 # make demo        merge + OPD from the shipped teachers, then the table and the pictures (4 to 6 minutes on 2 cores)
-# make test        the proofs, in two processes (4 minutes on 2 cores, 8 if they are busy)
+# make test        the proofs, in two processes (7 minutes on 2 cores, twice that if they are busy)
 # make test-all    the same, and what takes longer: a kill and a full disk before every write of four short runs, mutated
 #                  input, two ranks against one under every setting, every pair of a flag and another one's value
 # make reproduce   both papers' claims in miniature, three seeds, written into docs/RESULTS.md (hours; QUICK=1: minutes)

@@ -99,7 +99,8 @@ CLAIMS = (
         e: e for e in ("analytic", "released", "literal", "sampled", "path", "sampled_path", "velocity")
     }, (("analytic", "literal", "average"), ("analytic", "sampled", "average"), ("analytic", "released", "average")),
         ("average", "gap at first", "gap at last", "noise"), "F Eq. 10-11 taken literally have no gradient: the claim "
-        "tested is ours. `noise`: the spread of a step's gradient over its mean norm, at the base. Without MAR."),
+        "tested is ours. `noise`: the spread of a step's gradient over its mean norm, at the base. Without MAR; "
+        "`released` makes two updates a step, the others one."),
     *(Claim(f"6{letter}", f"One drawn state teaches more than all states in equal time, {where}", "in neither paper", {
         f"{k or 'all'} state{'s' * (k != 1)}, {3 * third} steps": f"{start}-{k}" for k, third in DRAWN[start].items()
     }, ((f"1 state, {3 * DRAWN[start][1]} steps", f"all states, {3 * DRAWN[start][0]} steps", "average"),),

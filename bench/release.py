@@ -16,6 +16,7 @@ import statistics
 import tempfile
 import time
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -222,14 +223,13 @@ def noise(setting: str = "F", repeats: str = "32", warmup: str = "8") -> None:
     flags = [*SETTINGS[setting].split(), "--stage", "opd", "--prompts-per-step", "12", "--group-size", "1"]
     s = parsed(*flags, "--drawn-states", "0", "--no-resume", "--out", tempfile.mkdtemp())
     prompts, run = load.load_prompts(s, "train", s.train_prompts, task_list(s)), load.student_run(s)
-    experts, turns = load.load_teachers(run.model, s), {}
+    experts, turns = load.load_teachers(run.model, s), defaultdict(lambda: itertools.count(int(warmup)))
     for step in range(int(warmup)):
         train.distil_step(run, rollout.rows_of(run, prompts, step), experts)
 
     def take(step: Callable, k: int, every: int = 1) -> Tensor:
-        run.s, turn = replace(s, drawn_states=k, anchor_every=every), turns.setdefault((step, k, every), int(warmup))
-        turns[step, k, every] += 1
-        rows = rollout.rows_of(run, prompts, turn)
+        run.s = replace(s, drawn_states=k, anchor_every=every)
+        rows = rollout.rows_of(run, prompts, next(turns[step, k, every]))
         return gradient(run, lambda: step(run, rows, experts))
 
     named = {"released loop": partial(take, released_step, 0), "ours, all states": partial(take, train.distil_step, 0)}
